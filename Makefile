@@ -1,0 +1,49 @@
+PYTHON ?= python3.11
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-slow check format bench lock clean
+
+help: ## list these targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+# Installed once; again when the dependencies change.
+.venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' \
+		|| { echo 'bahe needs Python 3.11 or 3.12; set PYTHON=/path/to/python3.11'; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		--editable '.[dev]'
+	@touch $@
+
+install: .venv/installed ## create .venv with pinned dependencies
+
+demo: install ## MovieLens-100k with SmolLM2-135M: from raw log to scores, with a results table
+	@$(BIN)/bahe demo $(ARGS)
+
+test: install ## the tests (several minutes on two cores)
+	$(BIN)/python -m pytest
+
+test-slow: install ## the tests that need the real language model, too (downloads it)
+	$(BIN)/python -m pytest -m slow
+
+check: install ## lint, format, strict types, import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: install ## put the code into the house's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: install ## every figure of the README, briefly; a whole one: python -m benchmarks.NAME
+	$(BIN)/python -m benchmarks.accuracy --quick
+
+lock: install ## write constraints.txt from what is installed now
+	{ echo "# The versions that were tested together; written by 'make lock'. Used by 'make install'."; \
+	  $(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu//' | sort -f; } > constraints.txt.new
+	mv constraints.txt.new constraints.txt
+
+clean: ## remove .venv and the demo's home (.bahe); downloads stay cached
+	rm -rf .venv .bahe .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info

@@ -1,0 +1,29 @@
+"""The errors a user of bahe can meet. Each message is one sentence: what, where, what to do."""
+
+from __future__ import annotations
+
+
+class BaheError(Exception):
+    """Base of every error that bahe raises on purpose. The command line exits with `exit_code`."""
+
+    exit_code = 2
+
+
+class BadInput(BaheError):
+    """The user's data, file or option is wrong; nothing was written."""
+
+
+class NotReady(BaheError):
+    """A job was asked for before the job whose output it needs."""
+
+
+class UnknownEntity(BaheError):
+    """A user or item that the online store has never seen."""
+
+
+class GateFailed(BaheError):
+    """A Great Expectations gate refused a hand-over; what it guards was not passed on."""
+
+
+class Busy(BaheError):
+    """Another process holds this home folder; nothing was done."""

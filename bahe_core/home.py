@@ -1,0 +1,109 @@
+"""The home folder: all state of one dataset, so that two datasets never meet."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from bahe_core.errors import Busy
+
+DEFAULT_HOME = Path(".bahe")
+
+
+@dataclass(frozen=True)
+class Home:
+    """Where each part of the state lies. Nothing is created until `create` is called."""
+
+    root: Path
+
+    @classmethod
+    def at(cls, folder: Path | str | None = None) -> Home:
+        """The home named, else BAHE_HOME, else `.bahe` in the working directory."""
+        chosen = folder or os.environ.get("BAHE_HOME") or DEFAULT_HOME
+        return cls(Path(chosen).expanduser().resolve())
+
+    @property
+    def catalogue(self) -> Path:
+        """DuckLake catalogue (SQLite)."""
+        return self.root / "lake" / "catalogue.sqlite"
+
+    @property
+    def lake_data(self) -> Path:
+        """DuckLake's Parquet files."""
+        return self.root / "lake" / "data"
+
+    @property
+    def registry(self) -> Path:
+        """Feast's registry."""
+        return self.root / "registry.db"
+
+    @property
+    def online_store(self) -> Path:
+        """Feast's embedded online store (SQLite)."""
+        return self.root / "online.db"
+
+    @property
+    def feature_store_yaml(self) -> Path:
+        """Feast's configuration of this home; `FeatureStore(fs_yaml_file=...)` opens it."""
+        return self.root / "feature_store.yaml"
+
+    @property
+    def frames(self) -> Path:
+        """Training frames, a folder each."""
+        return self.root / "frames"
+
+    @property
+    def models(self) -> Path:
+        """Model artifacts, a folder for each model_version."""
+        return self.root / "models"
+
+    @property
+    def tracking(self) -> Path:
+        """MLflow's local store."""
+        return self.root / "mlflow"
+
+    @property
+    def catalogue_of_items(self) -> Path:
+        """Ids and texts of the items that can be recommended (Parquet), written by `publish`."""
+        return self.root / "items.parquet"
+
+    @property
+    def reports(self) -> Path:
+        """Data Docs and training reports."""
+        return self.root / "reports"
+
+    def create(self) -> Home:
+        """Make the folders; returns itself."""
+        for folder in (self.lake_data, self.frames, self.models, self.tracking, self.reports):
+            folder.mkdir(parents=True, exist_ok=True)
+        return self
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Hold the home's lock while a job writes; raises Busy when another process holds it.
+
+        The lock belongs to the process (flock), so a killed job leaves no stale lock behind.
+        """
+        from filelock import FileLock, Timeout
+
+        self.create()
+        lock = FileLock(self.root / ".lock")
+        try:
+            with lock.acquire(timeout=0):
+                yield
+        except Timeout:
+            raise Busy(
+                f"another bahe job is writing to {self.root}; wait for it to end, or use another --home."
+            ) from None
+
+
+def cache_folder() -> Path:
+    """Downloads shared by all homes: BAHE_CACHE, else the user's cache directory."""
+    chosen = os.environ.get("BAHE_CACHE")
+    if chosen:
+        return Path(chosen).expanduser().resolve()
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "bahe"

@@ -1,0 +1,38 @@
+"""What is learned: backbone split, atomic encoder, user aggregator, CTR head, trainer, baselines.
+
+Knows torch and transformers, and nothing of Feast, DuckDB or any file beyond its own artifacts.
+"""
+
+from bahe_models.artifact import Artifact, load
+from bahe_models.backbone import Backbone, BackboneConfig, load_backbone
+from bahe_models.data import Impressions, TrainingData
+from bahe_models.encoder import AtomicEncoder, EncoderConfig, encoder_version
+from bahe_models.features import DenseFeatures
+from bahe_models.metrics import auc, gauc
+from bahe_models.model import BaheModel, ModelConfig
+from bahe_models.timelines import Timelines, WindowConfig, window_batch
+from bahe_models.training import Batches, TrainingConfig, train
+
+__all__ = [
+    "Artifact",
+    "AtomicEncoder",
+    "Backbone",
+    "BackboneConfig",
+    "BaheModel",
+    "Batches",
+    "DenseFeatures",
+    "EncoderConfig",
+    "Impressions",
+    "ModelConfig",
+    "Timelines",
+    "TrainingConfig",
+    "TrainingData",
+    "WindowConfig",
+    "auc",
+    "encoder_version",
+    "gauc",
+    "load",
+    "load_backbone",
+    "train",
+    "window_batch",
+]

@@ -1,0 +1,151 @@
+"""A trained model as a folder: config.json, item_ids.json and model.safetensors.
+
+The deep layers' weights are in it, so that loading needs neither the backbone's file nor the network.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from bahe_core.errors import BadInput
+from bahe_models.backbone import deep_from_config
+from bahe_models.features import Columns, DenseFeatures
+from bahe_models.model import BaheModel, ModelConfig
+from bahe_models.timelines import Int64, Timelines, WindowConfig, plan_steps, window_batch
+
+FORMAT = 1
+
+
+@dataclass
+class Artifact:
+    """A model with everything that is needed to use it."""
+
+    model: BaheModel
+    model_version: str
+    encoder_version: str
+    deep_config: dict[str, Any]
+    """Hugging Face configuration of the deep half."""
+    window: WindowConfig
+    dense: DenseFeatures
+    item_ids: tuple[str | int, ...]
+    """Items of the ID table, in the order of its rows 1, 2, ..."""
+    facts: dict[str, Any]
+    """Where it comes from and how good it is: frame, dataset, configuration, metrics."""
+
+    @property
+    def vector_width(self) -> int:
+        """Width of user and item vectors."""
+        return self.model.config.vector_width
+
+    def save(self, folder: Path) -> None:
+        """Write the folder, beside and then renamed: it is whole or not there."""
+        from safetensors.torch import save_file
+
+        temporary = folder.with_name(folder.name + ".part")
+        temporary.mkdir(parents=True, exist_ok=True)
+        config = {
+            "format": FORMAT,
+            "model_version": self.model_version,
+            "encoder_version": self.encoder_version,
+            "deep": self.deep_config,
+            "deep_layers": self.deep_config["num_hidden_layers"],
+            "width": self.model.aggregator.start_D.numel(),
+            "model": asdict(self.model.config),
+            "window": asdict(self.window),
+            "dense": asdict(self.dense),
+            "facts": self.facts,
+        }
+        (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        (temporary / "item_ids.json").write_text(json.dumps(self.item_ids) + "\n")
+        state = {k: v.detach().cpu().contiguous() for k, v in self.model.state_dict().items()}
+        save_file(state, temporary / "model.safetensors")
+        temporary.rename(folder)
+
+    @torch.inference_mode()
+    def user_vectors(
+        self, atoms_AD: torch.Tensor, timelines: Timelines, user_N: Int64, length_NC: Int64
+    ) -> npt.NDArray[np.float32]:
+        """User vectors [N, width] after the first `length_NC` behaviors of each user's timelines.
+
+        `atoms_AD` must be of this artifact's encoder_version.
+        """
+        self.model.eval()
+        vectors = np.empty((len(user_N), self.vector_width), dtype=np.float32)
+        for rows in plan_steps(user_N, length_NC, impressions_per_step=256, rng=None):
+            batch = window_batch(timelines, user_N[rows], length_NC[rows], self.window)
+            vectors[rows] = self.model.user_vectors(atoms_AD, batch).numpy()
+        return vectors
+
+    @torch.inference_mode()
+    def item_vectors(
+        self, atoms_ND: torch.Tensor, item_ids: Sequence[str | int]
+    ) -> npt.NDArray[np.float32]:
+        """Item vectors [N, width] from the vectors of the items' texts, in the order of the ids."""
+        self.model.eval()
+        row = {item_id: index for index, item_id in enumerate(self.item_ids, start=1)}
+        rows_N = torch.tensor([row.get(item_id, 0) for item_id in item_ids], dtype=torch.long)
+        vectors: npt.NDArray[np.float32] = self.model.item_vectors(atoms_ND, rows_N).numpy()
+        return vectors
+
+    @torch.inference_mode()
+    def score(
+        self,
+        user_NV: npt.NDArray[np.float32],
+        item_NV: npt.NDArray[np.float32],
+        columns: Columns,
+        length_NC: Int64,
+        now_us_N: Int64,
+    ) -> npt.NDArray[np.float64]:
+        """Click probabilities [N] of pairs of stored vectors, with their statistics."""
+        self.model.eval()
+        dense_NF = torch.from_numpy(self.dense.transform(columns, length_NC, now_us_N))
+        logits_N = self.model.score(torch.from_numpy(user_NV), torch.from_numpy(item_NV), dense_NF)
+        probabilities: npt.NDArray[np.float64] = torch.sigmoid(logits_N.double()).numpy()
+        return probabilities
+
+
+def load(folder: Path | str) -> Artifact:
+    """Read an artifact. Raises BadInput when the folder is not one, or is damaged."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    folder = Path(folder)
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        item_ids = tuple(json.loads((folder / "item_ids.json").read_text()))
+        state = load_file(folder / "model.safetensors")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise BadInput(f"{folder} is not a model artifact ({error}); train again.") from None
+    if config.get("format") != FORMAT:
+        raise BadInput(
+            f"{folder} has artifact format {config.get('format')}, this bahe reads {FORMAT}; train again."
+        )
+    dense: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config["dense"].items()}
+    features = DenseFeatures(**dense)
+    model = BaheModel(
+        deep_from_config(config["deep"], config["deep_layers"]),
+        width=config["width"],
+        channels=len(features.channels),
+        items=len(item_ids),
+        dense_features=len(features.names),
+        config=ModelConfig(**config["model"]),
+    )
+    model.load_state_dict(state)
+    return Artifact(
+        model=model.eval(),
+        model_version=config["model_version"],
+        encoder_version=config["encoder_version"],
+        deep_config=config["deep"],
+        window=WindowConfig(**config["window"]),
+        dense=features,
+        item_ids=item_ids,
+        facts=config["facts"],
+    )

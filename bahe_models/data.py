@@ -1,0 +1,70 @@
+"""What the trainer reads: atom vectors, timelines and impressions, as arrays.
+
+Nothing here knows where the arrays come from. Shape letters: A atoms, D width, I items, N
+impressions, C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from bahe_core.errors import BadInput
+from bahe_models.features import needed_columns
+from bahe_models.timelines import Int64, Timelines
+
+
+@dataclass(frozen=True, kw_only=True)
+class Impressions:
+    """One split of a training frame, in time order. Users and items are rows, not ids."""
+
+    user_N: Int64
+    item_N: Int64
+    length_NC: Int64
+    """Behaviors strictly before the impression, per channel."""
+    time_us_N: Int64
+    clicked_N: npt.NDArray[np.float32]
+    columns: Mapping[str, npt.NDArray[np.float64]]
+    """Statistics, NaN where unknown; see `needed_columns`."""
+
+    def __len__(self) -> int:
+        return len(self.user_N)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingData:
+    """Everything one training run reads."""
+
+    atoms_AD: npt.NDArray[np.float32]
+    """Vectors of one encoder_version."""
+    timelines: Timelines
+    item_atom_I: Int64
+    """Row of each item's text in `atoms_AD`."""
+    item_ids: tuple[str | int, ...]
+    """The id of each item row."""
+    splits: Mapping[str, Impressions]
+    """`train`, `validation` and `test`."""
+
+    def check(self) -> None:
+        """Raises BadInput before any step is taken when the data cannot be trained on."""
+        if not np.isfinite(self.atoms_AD).all():
+            bad = int((~np.isfinite(self.atoms_AD).all(axis=1)).sum())
+            raise BadInput(f"{bad} atom vectors hold NaN or infinity; encode them again.")
+        for name in ("train", "validation", "test"):
+            split = self.splits[name]
+            missing = [c for c in needed_columns() if c not in split.columns]
+            if missing:
+                raise BadInput(f"the frame has no column {missing[0]}; pull it by ctr_training.")
+            if not np.isin(split.clicked_N, (0.0, 1.0)).all():
+                raise BadInput(f"clicked is not 0 or 1 everywhere in the {name} split.")
+            if len(np.unique(split.clicked_N)) < 2:
+                raise BadInput(f"the {name} split has only one class; move the cut-offs under `split`.")
+            held = self.timelines.lengths()[split.user_N]
+            if (split.length_NC > held).any():
+                raise BadInput(
+                    f"the {name} split points beyond a timeline's end; the frame is newer than the"
+                    " timelines, so pull it again."
+                )

@@ -1,0 +1,140 @@
+"""The atomic encoder: frozen shallow layers turn one behavior's text into one vector."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+
+from bahe_models.backbone import Backbone
+
+Pooling = Literal["mean", "last"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderConfig:
+    """How an atom's text becomes tokens, and its token states become one vector."""
+
+    pooling: Pooling = "mean"
+    """`mean`: over the tokens without the first, which is an attention sink; `last`: last token."""
+    template: str = "{text}"
+    """Text given to the model; `{channel}` and `{text}` are filled in."""
+    max_tokens: int = 128
+    """Longer texts are cut at this many tokens."""
+
+
+def encoder_version(backbone: Backbone, config: EncoderConfig, shallow_layers: int) -> str:
+    """Name of the vector space: equal versions give equal vectors, others must never meet."""
+    facts = {
+        "weights": backbone.fingerprint,
+        "shallow_layers": shallow_layers,
+        "pooling": config.pooling,
+        "template": config.template,
+        "max_tokens": config.max_tokens,
+    }
+    return "enc-" + hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
+
+
+class AtomicEncoder:
+    """Encodes texts in batches of nearly equal length, so that padding costs next to nothing."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        config: EncoderConfig,
+        *,
+        device: torch.device | None = None,
+        bfloat16: bool | None = None,
+        tokens_per_batch: int = 4096,
+    ) -> None:
+        self.config = config
+        self.tokenizer = backbone.tokenizer
+        self.width = backbone.width
+        self.device = device or torch.device("cpu")
+        self.shallow = backbone.shallow.to(self.device)
+        self.bfloat16 = hardware_has_bfloat16(self.device) if bfloat16 is None else bfloat16
+        self.tokens_per_batch = tokens_per_batch
+
+    def tokenize(self, channels: Sequence[str], texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, after the template, at most `max_tokens` long, never empty."""
+        filled = [
+            self.config.template.format(channel=channel, text=text)
+            for channel, text in zip(channels, texts, strict=True)
+        ]
+        ids: list[list[int]] = self.tokenizer(
+            filled, truncation=True, max_length=self.config.max_tokens, add_special_tokens=True
+        )["input_ids"]
+        start = self.tokenizer.bos_token_id
+        if start is None:
+            start = self.tokenizer.eos_token_id
+        # A start token in front takes the attention sink's place, so no word of a short text does.
+        return [row if row[:1] == [start] else [start, *row] for row in ids]
+
+    def batches(self, tokens: Sequence[Sequence[int]]) -> Iterator[np.ndarray]:
+        """Indices of the texts of each batch: sorted by length, within the token budget."""
+        order = np.argsort([len(row) for row in tokens], kind="stable")
+        start = 0
+        while start < len(order):
+            stop, longest = start, 0
+            while stop < len(order):
+                longest = max(longest, len(tokens[order[stop]]))
+                if stop > start and longest * (stop + 1 - start) > self.tokens_per_batch:
+                    break
+                stop += 1
+            yield order[start:stop]
+            start = stop
+
+    @torch.inference_mode()
+    def encode_tokens(self, tokens: Sequence[Sequence[int]]) -> np.ndarray:
+        """Vectors of one batch of token rows: float32, [texts, width]."""
+        longest = max(len(row) for row in tokens)
+        ids_BS = np.full((len(tokens), longest), self.tokenizer.pad_token_id or 0, dtype=np.int64)
+        mask_BS = np.zeros((len(tokens), longest), dtype=np.bool_)
+        for row, line in enumerate(tokens):
+            ids_BS[row, : len(line)] = line
+            mask_BS[row, : len(line)] = True
+        mask = torch.from_numpy(mask_BS).to(self.device)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
+            # Causal attention never looks to the right, so right padding needs no mask.
+            states_BSD = self.shallow(
+                input_ids=torch.from_numpy(ids_BS).to(self.device), use_cache=False
+            ).last_hidden_state.float()
+        if self.config.pooling == "last":
+            last_B = mask.sum(dim=1) - 1
+            pooled_BD = states_BSD[torch.arange(len(tokens), device=self.device), last_B]
+        else:
+            mask[:, 0] = mask.sum(dim=1) == 1  # only a lone token may stand for itself
+            weight_BS = mask.float()
+            pooled_BD = torch.einsum("bsd,bs->bd", states_BSD, weight_BS)
+            pooled_BD = pooled_BD / weight_BS.sum(dim=1, keepdim=True)
+        vectors: np.ndarray = pooled_BD.cpu().numpy()
+        return vectors
+
+    def encode(
+        self,
+        channels: Sequence[str],
+        texts: Sequence[str],
+        progress: Callable[[int], None] | None = None,
+    ) -> np.ndarray:
+        """Vectors of the texts, in their order: float32, [texts, width]."""
+        tokens = self.tokenize(channels, texts)
+        vectors = np.empty((len(texts), self.width), dtype=np.float32)
+        for batch in self.batches(tokens):
+            vectors[batch] = self.encode_tokens([tokens[i] for i in batch])
+            if progress is not None:
+                progress(len(batch))
+        return vectors
+
+
+def hardware_has_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 matrix products run in hardware on this device."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported())
+    if device.type == "cpu":
+        return bool(torch.cpu._is_avx512_bf16_supported())
+    return False

@@ -1,0 +1,121 @@
+"""Dense features: point-in-time statistics as numbers a network can use.
+
+One function serves training (a frame's columns) and serving (the online store's answer), so the two
+cannot drift apart. Shape letters: N impressions, F features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Float = npt.NDArray[np.float64]
+Columns = Mapping[str, Float]
+
+ENTITIES = ("user", "item")
+RATE_BOUND = 1e-3
+LARGEST = 4.0
+"""Features are cut at this many standard deviations: a request long after the log's end must not
+carry the network into a range it never saw."""
+
+
+def needed_columns() -> list[str]:
+    """Names of the columns `DenseFeatures` reads, beside the timeline lengths."""
+    kinds = ("impressions", "click_rate", "last_impression_us")
+    return [f"{entity}_{kind}" for entity in ENTITIES for kind in kinds]
+
+
+def logit(rate: Float) -> Float:
+    """Log-odds, bounded so that a rate of 0 or 1 stays finite."""
+    bounded = np.clip(rate, RATE_BOUND, 1 - RATE_BOUND)
+    odds: Float = np.log(bounded) - np.log1p(-bounded)
+    return odds
+
+
+@dataclass(frozen=True)
+class DenseFeatures:
+    """Standardised features; what was learned from the training rows travels in the artifact."""
+
+    channels: tuple[str, ...]
+    click_rate: float
+    """Click rate of the training rows: the rate of a user or item without statistics."""
+    mean: tuple[float, ...]
+    deviation: tuple[float, ...]
+
+    @classmethod
+    def fit(
+        cls,
+        columns: Columns,
+        lengths_NC: npt.NDArray[np.int64],
+        now_us: npt.NDArray[np.int64],
+        *,
+        channels: Sequence[str],
+        click_rate: float,
+    ) -> DenseFeatures:
+        """Learn the standardisation from the training rows."""
+        raw = _raw(columns, lengths_NC, now_us, click_rate)
+        mean, deviation = np.nanmean(raw, axis=0), np.nanstd(raw, axis=0)
+        return cls(
+            channels=tuple(channels),
+            click_rate=click_rate,
+            mean=tuple(np.nan_to_num(mean).tolist()),
+            deviation=tuple(np.where(deviation > 1e-6, deviation, 1.0).tolist()),
+        )
+
+    @property
+    def names(self) -> list[str]:
+        """Feature names, in the order of the columns of `transform`."""
+        return [
+            "floor_logit",
+            *(f"{e}_{k}" for e in ENTITIES for k in ("rate_logit", "log_impressions", "log_age")),
+            *(f"log_length_{channel}" for channel in self.channels),
+        ]
+
+    def floor(self, columns: Columns) -> Float:
+        """The floor's logits [N]: user log-odds plus item log-odds minus the log's own."""
+        return _floor(columns, self.click_rate)
+
+    def transform(
+        self,
+        columns: Columns,
+        lengths_NC: npt.NDArray[np.int64],
+        now_us: npt.NDArray[np.int64],
+    ) -> npt.NDArray[np.float32]:
+        """Standardised features [N, F]; what is unknown is 0, the training mean."""
+        raw = _raw(columns, lengths_NC, now_us, self.click_rate)
+        scaled = (raw - np.array(self.mean)) / np.array(self.deviation)
+        features: npt.NDArray[np.float32] = np.clip(np.nan_to_num(scaled), -LARGEST, LARGEST).astype(
+            np.float32
+        )
+        return features
+
+
+def _rate(columns: Columns, entity: str, click_rate: float) -> Float:
+    rate = np.asarray(columns[f"{entity}_click_rate"], dtype=np.float64)
+    return np.where(np.isnan(rate), click_rate, rate)
+
+
+def _floor(columns: Columns, click_rate: float) -> Float:
+    parts = [logit(_rate(columns, entity, click_rate)) for entity in ENTITIES]
+    total: Float = np.sum(parts, axis=0) - logit(np.array(click_rate))
+    return total
+
+
+def _raw(
+    columns: Columns,
+    lengths_NC: npt.NDArray[np.int64],
+    now_us: npt.NDArray[np.int64],
+    click_rate: float,
+) -> Float:
+    features = [_floor(columns, click_rate)]
+    for entity in ENTITIES:
+        features.append(logit(_rate(columns, entity, click_rate)))
+        features.append(np.log1p(np.nan_to_num(columns[f"{entity}_impressions"])))
+        # Ages stay unknown (NaN) without an earlier impression; the clock may run a little back.
+        age = (now_us - columns[f"{entity}_last_impression_us"]) / 1e6
+        features.append(np.log1p(np.maximum(age, 0.0)))
+    features.extend(np.log1p(lengths_NC).T)
+    return np.stack(features, axis=1)

@@ -1,0 +1,193 @@
+"""The BAHE model: user aggregator (deep layers), item tower and CTR head.
+
+A user vector has two parts. The *deep* part is the deep layers' state, as in the paper. The *profile*
+part is a running sum of projected atoms, each weighted by a learned gate; its inner product with the
+item's projected text says how alike the item is to what the user liked. The sum is causal, so both
+parts come from one pass, and neither sees the candidate item, so both can be stored (invariant 7).
+The profile is our own addition: on small logs the deep layers alone learn it poorly.
+
+Shape letters: N impressions, C channels, W windows, L positions, D backbone width, V deep part of a
+vector, K profile part, F dense features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from bahe_models.timelines import WindowBatch
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Widths and regularisation of what is trained on top of the atom vectors."""
+
+    deep_width: int = 64
+    """Width of the deep part of the stored user and item vectors."""
+    profile_width: int = 48
+    """Width of the profile part."""
+    head_width: int = 128
+    """Width of the head's hidden layer."""
+    dropout: float = 0.2
+    """Dropout on the user state and in the head."""
+    item_id_dropout: float = 0.3
+    """Share of items whose ID embedding is hidden in a training step, so that text is learned too."""
+
+    @property
+    def vector_width(self) -> int:
+        """Width of the stored vectors."""
+        return self.deep_width + self.profile_width
+
+
+class UserAggregator(nn.Module):
+    """Deep layers over sequences of atom vectors, causal, one pass per window."""
+
+    def __init__(self, deep: nn.Module, width: int) -> None:
+        super().__init__()
+        self.deep = deep
+        self.start_D = nn.Parameter(torch.randn(width) * 0.02)
+
+    def forward(self, atoms_WLD: torch.Tensor) -> torch.Tensor:
+        """States [W, L, D]: at position k, the state after k behaviors of the window.
+
+        Position 0 is replaced by a learned start. Padding lies on the right, where a causal layer's
+        earlier positions never see it.
+        """
+        start_W1D = self.start_D.expand(len(atoms_WLD), 1, -1)
+        inputs_WLD = torch.cat([start_W1D, atoms_WLD[:, 1:]], dim=1)
+        states: torch.Tensor = self.deep(inputs_embeds=inputs_WLD, use_cache=False).last_hidden_state
+        return states
+
+
+class Profile(nn.Module):
+    """Gated running sums of projected atoms, and the same projection for item texts."""
+
+    def __init__(self, width: int, channels: int, profile_width: int) -> None:
+        super().__init__()
+        self.projection = nn.Linear(width, profile_width, bias=False)
+        self.gate = nn.Linear(width, channels)
+        nn.init.zeros_(self.gate.weight)
+        nn.init.zeros_(self.gate.bias)
+        self.behavior_mean_D: torch.Tensor
+        self.behavior_deviation_D: torch.Tensor
+        self.item_mean_D: torch.Tensor
+        self.item_deviation_D: torch.Tensor
+        for kind in ("behavior", "item"):
+            self.register_buffer(f"{kind}_mean_D", torch.zeros(width))
+            self.register_buffer(f"{kind}_deviation_D", torch.ones(width))
+
+    @torch.no_grad()
+    def fit(self, behavior_AD: torch.Tensor, item_ID: torch.Tensor, lift_C: torch.Tensor) -> None:
+        """Start from the data: standardisation, the items' principal axes, and each channel's sign.
+
+        Language-model states have a few huge coordinates that say little; without standardisation
+        they drown the rest. `lift_C` is how much more often than average a channel's users click.
+        """
+        for kind, vectors in (("behavior", behavior_AD), ("item", item_ID)):
+            deviation_D, mean_D = torch.std_mean(vectors, dim=0, correction=0)
+            getattr(self, f"{kind}_mean_D").copy_(mean_D)
+            getattr(self, f"{kind}_deviation_D").copy_(deviation_D.clamp_min(1e-6))
+        standard_ID = self.standard_items(item_ID)
+        rank = self.projection.out_features
+        axes_RD = torch.linalg.svd(standard_ID, full_matrices=False).Vh[:rank]
+        scale = (standard_ID @ axes_RD.T).norm(dim=1).mean().clamp_min(1e-6)
+        self.projection.weight.zero_()
+        self.projection.weight[: len(axes_RD)] = axes_RD / scale
+        self.gate.bias.copy_(lift_C)
+
+    def standard_items(self, item_ND: torch.Tensor) -> torch.Tensor:
+        """Item atoms [N, D], standardised."""
+        return (item_ND - self.item_mean_D) / self.item_deviation_D
+
+    def items(self, standard_ND: torch.Tensor) -> torch.Tensor:
+        """Profile part of item vectors [N, K]."""
+        projected: torch.Tensor = self.projection(standard_ND)
+        return projected
+
+    def forward(
+        self, atoms_WLD: torch.Tensor, present_WL: torch.Tensor, channel_W: torch.Tensor
+    ) -> torch.Tensor:
+        """Running sums [W, L, K]; at position k, over the first k behaviors of the window."""
+        standard_WLD = (atoms_WLD - self.behavior_mean_D) / self.behavior_deviation_D
+        gates_WLC = self.gate(standard_WLD)
+        index_WL1 = channel_W[:, None, None].expand(-1, atoms_WLD.shape[1], 1)
+        gate_WL1 = gates_WLC.gather(2, index_WL1) * present_WL[..., None]
+        return torch.cumsum(self.projection(standard_WLD) * gate_WL1, dim=1)
+
+
+class BaheModel(nn.Module):
+    """User vectors from timelines, item vectors from text and ID, and the head on the pair."""
+
+    def __init__(
+        self,
+        deep: nn.Module,
+        *,
+        width: int,
+        channels: int,
+        items: int,
+        dense_features: int,
+        config: ModelConfig,
+    ) -> None:
+        super().__init__()
+        vector, profile = config.deep_width, config.profile_width
+        self.config = config
+        self.aggregator = UserAggregator(deep, width)
+        self.profile = Profile(width, channels, profile)
+        self.user_norm = nn.LayerNorm(channels * width)
+        self.user_projection = nn.Linear(channels * width, vector)
+        self.item_projection = nn.Sequential(nn.Linear(width, vector), nn.GELU(), nn.Linear(vector, vector))
+        # Row 0 stands for every item that training has not seen.
+        self.item_id = nn.Embedding(items + 1, vector, padding_idx=0)
+        nn.init.normal_(self.item_id.weight, std=0.01)
+        with torch.no_grad():
+            self.item_id.weight[0] = 0
+        self.dropout = nn.Dropout(config.dropout)
+        pair = 3 * vector + dense_features + 1
+        self.hidden = nn.Sequential(
+            nn.Linear(pair, config.head_width),
+            nn.GELU(),
+            nn.Dropout(config.dropout),
+            nn.Linear(config.head_width, 1),
+        )
+        self.wide = nn.Linear(dense_features + 1, 1)
+        nn.init.zeros_(self.wide.weight)
+
+    def user_vectors(self, atoms_AD: torch.Tensor, batch: WindowBatch) -> torch.Tensor:
+        """User vectors [N, V + K] of the impressions of a planned batch."""
+        device = self.user_projection.weight.device
+        states, sums = [], []
+        for block in batch.blocks:
+            rows_WL = torch.from_numpy(block.atoms_WL).to(device)
+            atoms_WLD = atoms_AD[rows_WL.clamp_min(0)]
+            channel_W = torch.from_numpy(block.channel_W).to(device)
+            states.append(self.aggregator(atoms_WLD).flatten(0, 1))
+            sums.append(self.profile(atoms_WLD, rows_WL >= 0, channel_W).flatten(0, 1))
+        state_NC = torch.from_numpy(batch.state_NC).to(device)
+        states_NCD = torch.cat(states)[state_NC].float()
+        deep_NV = self.user_projection(self.dropout(self.user_norm(states_NCD.flatten(1))))
+        total_NK = torch.cat(sums)[state_NC].float().sum(dim=1)
+        behaviors_N1 = torch.from_numpy(batch.position_NC).to(device).sum(dim=1, keepdim=True)
+        profile_NK = total_NK / (behaviors_N1 + 5).sqrt()
+        return torch.cat([deep_NV.float(), profile_NK], dim=1)
+
+    def item_vectors(self, atoms_ND: torch.Tensor, item_N: torch.Tensor) -> torch.Tensor:
+        """Item vectors [N, V + K] from the item texts' atoms and rows of the ID table (0: unseen)."""
+        if self.training and self.config.item_id_dropout:
+            hidden = torch.rand(len(item_N), device=item_N.device) < self.config.item_id_dropout
+            item_N = item_N.masked_fill(hidden, 0)
+        standard_ND = self.profile.standard_items(atoms_ND)
+        text_NV = self.item_projection(standard_ND)
+        deep_NV = text_NV + self.item_id(item_N)
+        return torch.cat([deep_NV, self.profile.items(standard_ND)], dim=1)
+
+    def score(self, user_NV: torch.Tensor, item_NV: torch.Tensor, dense_NF: torch.Tensor) -> torch.Tensor:
+        """Click logits [N] of pairs of stored vectors and dense features."""
+        width = self.config.deep_width
+        likeness_N1 = (user_NV[:, width:] * item_NV[:, width:]).sum(dim=1, keepdim=True)
+        facts = torch.cat([dense_NF, likeness_N1], dim=1)
+        user_NV, item_NV = user_NV[:, :width], item_NV[:, :width]
+        pair = torch.cat([user_NV, item_NV, user_NV * item_NV, facts], dim=1)
+        logits: torch.Tensor = self.hidden(pair) + self.wide(facts)
+        return logits.squeeze(-1)

@@ -1,0 +1,1 @@
+"""What is registered with Feast. `feast apply` imports every module here: only definitions."""

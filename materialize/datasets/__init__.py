@@ -1,0 +1,1 @@
+"""Mappings of public logs, for `bahe fetch`."""

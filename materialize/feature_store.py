@@ -1,0 +1,65 @@
+"""Opening a home's Feast store, and registering the definitions in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import yaml
+
+from bahe_core.errors import NotReady
+from bahe_core.home import Home
+
+if TYPE_CHECKING:
+    from feast import FeatureStore
+
+TEMPLATE = Path(__file__).resolve().parent.parent / "feature_repo" / "feature_store.yaml"
+
+
+def write_configuration(home: Home) -> Path:
+    """The settings of feature_repo/feature_store.yaml with this home's paths, written to the home."""
+    settings = yaml.safe_load(TEMPLATE.read_text())
+    settings["registry"]["path"] = str(home.registry)
+    settings["online_store"]["path"] = str(home.online_store)
+    settings["offline_store"]["home"] = str(home.root)
+    text = "# Written by `bahe apply`; settings come from feature_repo/feature_store.yaml.\n"
+    text += yaml.safe_dump(settings, sort_keys=False)
+    if not home.feature_store_yaml.is_file() or home.feature_store_yaml.read_text() != text:
+        home.feature_store_yaml.write_text(text)
+    return home.feature_store_yaml
+
+
+def open_store(home: Home) -> FeatureStore:
+    """The home's feature store. Raises NotReady before the first `bahe apply`."""
+    if not home.registry.is_file():
+        raise NotReady(f"{home.root} has no feature store yet; run `bahe apply` first.")
+    from feast import FeatureStore
+
+    # Written anew, since the home may have been moved since.
+    return FeatureStore(fs_yaml_file=write_configuration(home))
+
+
+def apply(home: Home) -> str:
+    """Register feature_repo's definitions in the home's registry; returns what is registered, in words.
+
+    Raises NotReady before the first ingest, since Feast infers types from the lake.
+    """
+    if not home.catalogue.is_file():
+        raise NotReady(f"{home.root} holds no data yet; run `bahe ingest dataset.yaml` first.")
+    from feast import Entity, FeatureService, FeatureStore, FeatureView
+
+    from feature_repo import definitions
+
+    with home.exclusive():
+        store = FeatureStore(fs_yaml_file=write_configuration(home))
+        found = [
+            thing
+            for thing in vars(definitions).values()
+            if isinstance(thing, Entity | FeatureView | FeatureService)
+        ]
+        store.apply(found)
+    count = {
+        kind: sum(isinstance(t, kind) for t in found) for kind in (Entity, FeatureView, FeatureService)
+    }
+    entities, views, services = count.values()
+    return f"{entities} entities, {views} feature views, {services} feature services"

@@ -1,0 +1,103 @@
+"""The gates between jobs: run the expectations, remember the verdict, refuse what failed."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import duckdb
+
+from bahe_core.errors import GateFailed, NotReady
+from bahe_core.home import Home
+from bahe_core.progress import say
+from materialize import runs
+from materialize.ingest import home_dataset
+from materialize.lake import commit, lake, quoted, scalar
+
+_ORDER = ("ingest", "encode", "frame", "embed")
+
+
+def gate(home: Home, job: str) -> None:
+    """Validate what the job's last run wrote; a verdict that stands already is not asked for again.
+
+    Data Docs go to reports/data_docs. Raises GateFailed, and every later job refuses to run, when an
+    expectation does not hold.
+    """
+    from validation import require, run_gate
+
+    dataset = home_dataset(home)
+    with home.exclusive(), lake(home) as connection:
+        last = runs.last(connection, job)
+        if last is None:
+            raise NotReady(f"the {job} gate has nothing to check yet; run `bahe {job}` first.")
+        verdict = runs.last(connection, _name(job))
+        docs = home.reports / "data_docs"
+        stamp = _stamp(last)
+        if verdict is not None and verdict.fingerprint == stamp and verdict.facts["passed"]:
+            say(f"  gate {job}: passed ({verdict.facts['checks']} checks, unchanged)")
+            return
+        tables, parameters = _scope(connection, job, last, dataset.channels, home)
+        result = run_gate(connection, job, tables=tables, parameters=parameters, docs=docs)
+        with runs.record(connection, _name(job), stamp) as run:
+            facts = {"passed": result.passed, "checks": result.checks, "failures": result.failures}
+            commit(connection, [run.statement(facts)])
+    if result.passed:
+        say(f"  gate {job}: passed ({result.checks} checks)")
+    require(result)
+
+
+def require_gates(connection: duckdb.DuckDBPyConnection, before: str) -> None:
+    """Raises GateFailed when an earlier job's output has not passed its gate."""
+    for job in _ORDER[: _ORDER.index(before)] if before in _ORDER else _ORDER:
+        last, verdict = runs.last(connection, job), runs.last(connection, _name(job))
+        if last is None:
+            continue  # the job itself says what is missing
+        if verdict is None or verdict.fingerprint != _stamp(last):
+            raise GateFailed(f"what `bahe {job}` wrote last has not been checked; run `bahe {job}` again.")
+        if not verdict.facts["passed"]:
+            first = verdict.facts["failures"][0]
+            raise GateFailed(f"the {job} gate failed ({first}); correct that and run it again.")
+
+
+def _name(job: str) -> str:
+    return f"gate {job}"
+
+
+def _stamp(last: runs.Run) -> str:
+    """One run of a job, so that a verdict is never taken for another run's."""
+    return f"{last.fingerprint} {last.finished.isoformat()}"
+
+
+def _scope(
+    connection: duckdb.DuckDBPyConnection,
+    job: str,
+    last: runs.Run,
+    channels: list[str],
+    home: Home,
+) -> tuple[dict[str, str], dict[str, Any]]:
+    """Tables and parameters of a gate, as `validation.run_gate` wants them."""
+
+    def of_lake(*names: str) -> dict[str, str]:
+        return {name: f"lake.main.{name}" for name in names}
+
+    if job == "ingest":
+        tables = of_lake(
+            "behaviors",
+            "impressions",
+            "items",
+            "atoms",
+            "user_timeline",
+            "user_stats",
+            "item_stats",
+        )
+        return tables, {"channels": channels, "latest": datetime.now(UTC) + timedelta(days=1)}
+    if job == "encode":
+        facts = {k: last.facts[k] for k in ("encoder_version", "width")}
+        return of_lake("atoms", "atomic_behavior_embedding"), facts
+    if job == "frame":
+        path = home.frames / last.fingerprint / "frame.parquet"
+        tables = of_lake("impressions", "user_timeline")
+        tables["frame"] = f"read_parquet({quoted(str(path))})"
+        rows = scalar(connection, "SELECT count(*) FROM impressions")
+        return tables, {"channels": channels, "rows": rows}
+    return of_lake("user_embedding", "item_embedding"), dict(last.facts)

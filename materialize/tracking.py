@@ -1,0 +1,82 @@
+"""Where a training run is logged: MLflow's local store, or nowhere."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+from bahe_core.home import Home
+from bahe_models.training import Epoch
+
+
+class Log:
+    """Logs nothing; the base of those that do."""
+
+    def parameters(self, values: Mapping[str, Any]) -> None:
+        """Settings of the run."""
+
+    def epoch(self, row: Epoch) -> None:
+        """One epoch of BAHE."""
+
+    def results(self, rows: list[dict[str, Any]]) -> None:
+        """The results table."""
+
+    def files(self, paths: list[Path]) -> None:
+        """Artifact folder and report."""
+
+
+class _MlflowLog(Log):
+    def parameters(self, values: Mapping[str, Any]) -> None:
+        import mlflow
+
+        mlflow.log_params(dict(values))
+
+    def epoch(self, row: Epoch) -> None:
+        import mlflow
+
+        values = {k: float(v) for k, v in asdict(row).items() if k != "epoch"}
+        mlflow.log_metrics(values, step=row.epoch)
+
+    def results(self, rows: list[dict[str, Any]]) -> None:
+        import mlflow
+
+        for row in rows:
+            for metric in ("auc", "gauc"):
+                mlflow.log_metric(f"{row['split']}_{metric}_{row['model']}", row[metric])
+            mlflow.log_metric(f"train_seconds_{row['model']}", row["train_seconds"])
+
+    def files(self, paths: list[Path]) -> None:
+        import mlflow
+
+        for path in paths:
+            if path.is_dir():
+                mlflow.log_artifacts(str(path), artifact_path=path.name)
+            else:
+                mlflow.log_artifact(str(path))
+
+
+@contextmanager
+def run(home: Home, tracker: Literal["mlflow", "none"], experiment: str, name: str) -> Iterator[Log]:
+    """A tracked run. MLFLOW_TRACKING_URI, when set, names another store than the home's own."""
+    if tracker == "none":
+        yield Log()
+        return
+    import os
+
+    import mlflow
+
+    for noisy in ("mlflow", "alembic"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+
+    if not os.environ.get("MLFLOW_TRACKING_URI"):
+        mlflow.set_tracking_uri(f"sqlite:///{home.tracking / 'mlflow.db'}")
+        if mlflow.get_experiment_by_name(experiment) is None:
+            where = (home.tracking / "artifacts").as_uri()
+            mlflow.create_experiment(experiment, artifact_location=where)
+    mlflow.set_experiment(experiment)
+    with mlflow.start_run(run_name=name, log_system_metrics=False):
+        yield _MlflowLog()

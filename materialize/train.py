@@ -1,0 +1,229 @@
+"""Train BAHE and its baselines on the latest frame; write artifact, results, report and MLflow run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from bahe_core.errors import NotReady
+from bahe_core.home import Home
+from bahe_core.machine import PeakMemory, device, threads
+from bahe_core.progress import progress
+from bahe_models import baselines
+from bahe_models.artifact import FORMAT, Artifact
+from bahe_models.backbone import load_backbone
+from bahe_models.data import TrainingData
+from bahe_models.features import DenseFeatures
+from bahe_models.metrics import auc, gauc
+from bahe_models.model import ModelConfig
+from bahe_models.options import build
+from bahe_models.timelines import WindowConfig
+from bahe_models.training import (
+    Batches,
+    Epoch,
+    Scores,
+    TrainingConfig,
+    build_model,
+    id_rows,
+    precision,
+    seeded,
+    train,
+)
+from materialize import runs, tracking
+from materialize.dataset import Dataset
+from materialize.encode import encoder_settings
+from materialize.frame import Frame, latest_frame
+from materialize.gates import require_gates
+from materialize.ingest import home_dataset
+from materialize.lake import commit, lake
+from materialize.report import write_report
+from materialize.training_data import read_training_data
+
+JOB = "train"
+EVALUATED = ("validation", "test")
+
+
+@dataclass(frozen=True)
+class TrainingOutcome:
+    """What a run of `train` left behind."""
+
+    model_version: str
+    artifact: Path
+    results: list[dict[str, Any]]
+    """Rows of the results table: model, split, auc, gauc, train_seconds, peak_memory_mb."""
+    report: Path
+    skipped: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Settings:
+    model: ModelConfig
+    window: WindowConfig
+    training: TrainingConfig
+
+    @classmethod
+    def of(cls, dataset: Dataset) -> _Settings:
+        return cls(
+            model=build(ModelConfig, dataset.model, "model"),
+            window=build(WindowConfig, dataset.window, "window"),
+            training=build(TrainingConfig, dataset.training, "training"),
+        )
+
+
+def train_models(
+    home: Home, *, device_name: str | None = None, tracker: Literal["mlflow", "none"] = "mlflow"
+) -> TrainingOutcome:
+    """Train on the latest frame; does nothing when frame, encoder and settings are unchanged."""
+    dataset = home_dataset(home)
+    settings = _Settings.of(dataset)
+    frame = latest_frame(home)
+    with home.exclusive(), lake(home) as connection:
+        encoded = runs.last(connection, "encode")
+        if encoded is None:
+            raise NotReady(f"{home.root} has no atom vectors yet; run `bahe encode` first.")
+        require_gates(connection, "embed")
+        encoder = str(encoded.facts["encoder_version"])
+        backbone, _ = encoder_settings(dataset)
+        identity = json.dumps(
+            [
+                FORMAT,
+                frame.frame_id,
+                encoder,
+                backbone.deep_layers,
+                *map(asdict, vars(settings).values()),
+            ]
+        )
+        version = "bahe-" + hashlib.sha256(identity.encode()).hexdigest()[:12]
+        artifact_path = home.models / version
+        report = home.reports / "training.html"
+        last = runs.last(connection, JOB)
+        if last is not None and last.fingerprint == version and artifact_path.is_dir():
+            return TrainingOutcome(version, artifact_path, last.facts["results"], report, skipped=True)
+
+        data = read_training_data(connection, frame, encoder, dataset.channels)
+        halves = load_backbone(backbone)
+        with runs.record(connection, JOB, version) as run:
+            with tracking.run(home, tracker, dataset.name, version) as log:
+                log.parameters(
+                    {"encoder_version": encoder, "frame_id": frame.frame_id, "threads": threads()}
+                )
+                log.parameters({k: v for part in vars(settings).values() for k, v in asdict(part).items()})
+                artifact, results, histories = _train_all(
+                    data, halves, settings, device_name, encoder, version, log
+                )
+                artifact.facts = _facts(dataset, frame, results)
+                if not artifact_path.is_dir():
+                    artifact.save(artifact_path)
+                write_report(report, dataset.name, version, results, histories)
+                log.results(results)
+                log.files([artifact_path, report])
+            commit(connection, [run.statement({"results": results, "encoder_version": encoder})])
+    return TrainingOutcome(version, artifact_path, results, report, skipped=False)
+
+
+def _train_all(
+    data: TrainingData,
+    halves: Any,
+    settings: _Settings,
+    device_name: str | None,
+    encoder: str,
+    version: str,
+    log: tracking.Log,
+) -> tuple[Artifact, list[dict[str, Any]], dict[str, list[Epoch]]]:
+    where = device(device_name)
+    split = data.splits["train"]
+    dense = DenseFeatures.fit(
+        split.columns,
+        split.length_NC,
+        split.time_us_N,
+        channels=data.timelines.channels,
+        click_rate=float(split.clicked_N.mean()),
+    )
+    results: list[dict[str, Any]] = []
+    with PeakMemory() as memory:
+        scores = {name: baselines.floor_scores(dense, data.splits[name]) for name in EVALUATED}
+    results += _rows(data, "floor", scores, 0.0, memory.mebibytes)
+
+    with progress("training ID-only", 20) as advance, PeakMemory() as memory:
+        score, id_only = baselines.train_id_only(
+            data,
+            settings.training,
+            on_epoch=lambda e: advance(1, note=f"validation AUC {e.validation_auc:.4f}"),
+        )
+    scores = {name: score(data.splits[name]) for name in EVALUATED}
+    results += _rows(data, "id_only", scores, id_only.seconds, memory.mebibytes)
+
+    config = settings.training
+    item_row_I = id_rows(split.item_N, len(data.item_ids))
+    with seeded(config.seed):
+        model = build_model(halves.deep, data, dense, settings.model, item_row_I).to(where)
+        batches = Batches(
+            model,
+            data,
+            dense,
+            settings.window,
+            item_row_I=item_row_I,
+            device=where,
+            bfloat16=precision(config, where),
+        )
+        total = len(split) * config.epochs
+        with progress("training BAHE", total) as advance, PeakMemory() as memory:
+            note = ""
+
+            def on_epoch(row: Epoch) -> None:
+                nonlocal note
+                note = f"epoch {row.epoch}: validation AUC {row.validation_auc:.4f}"
+                advance(0, note=note)
+                log.epoch(row)
+
+            trained = train(
+                batches,
+                config,
+                on_step=lambda n, loss: advance(n, note=f"loss {loss:.4f}  {note}"),
+                on_epoch=on_epoch,
+            )
+    scores = {name: batches.predict(data.splits[name]) for name in EVALUATED}
+    results += _rows(data, "bahe", scores, trained.seconds, memory.mebibytes)
+    seen = sorted(
+        ((row, item) for row, item in zip(item_row_I.tolist(), data.item_ids, strict=True) if row)
+    )
+    artifact = Artifact(
+        model=model.cpu(),
+        model_version=version,
+        encoder_version=encoder,
+        deep_config=halves.deep.config.to_dict(),
+        window=settings.window,
+        dense=dense,
+        item_ids=tuple(item for _, item in seen),
+        facts={},
+    )
+    return artifact, results, {"id_only": id_only.history, "bahe": trained.history}
+
+
+def _rows(
+    data: TrainingData, model: str, scores: dict[str, Scores], seconds: float, memory: float
+) -> list[dict[str, Any]]:
+    return [
+        {
+            "model": model,
+            "split": name,
+            "auc": auc(data.splits[name].clicked_N, scores[name]),
+            "gauc": gauc(data.splits[name].clicked_N, scores[name], data.splits[name].user_N),
+            "train_seconds": round(seconds, 2),
+            "peak_memory_mb": round(memory, 1),
+        }
+        for name in EVALUATED
+    ]
+
+
+def _facts(dataset: Dataset, frame: Frame, results: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "dataset": dataset.name,
+        "frame_id": frame.frame_id,
+        "trained_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "results": results,
+    }

@@ -1,0 +1,109 @@
+"""From lake and frame to the arrays that training and embedding read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from bahe_core.errors import NotReady
+from bahe_models.data import Impressions, TrainingData
+from bahe_models.features import needed_columns
+from bahe_models.timelines import Int64, Timelines
+from materialize.encode import vector_matrix
+from materialize.frame import SPLITS, Frame
+from materialize.lake import quoted
+
+
+@dataclass(frozen=True)
+class Atoms:
+    """The vectors of one encoder_version; a row number stands for an atom from here on."""
+
+    ids: Int64
+    """Sorted atom ids."""
+    vectors: np.ndarray
+    """float32 [atoms, width]."""
+
+    def rows(self, ids: pa.ChunkedArray | pa.Array) -> Int64:
+        """Row of each atom id. Raises NotReady when one has no vector."""
+        wanted = ids.to_numpy()
+        rows = np.searchsorted(self.ids, wanted)
+        if len(wanted) and (
+            not len(self.ids) or (self.ids[np.minimum(rows, len(self.ids) - 1)] != wanted).any()
+        ):
+            raise NotReady("some atoms have no vector yet; run `bahe encode` first.")
+        return np.asarray(rows, dtype=np.int64)
+
+
+def read_atoms(connection: duckdb.DuckDBPyConnection, version: str) -> Atoms:
+    """All vectors of an encoder_version."""
+    table = connection.execute(
+        "SELECT atom_id, embedding FROM atomic_behavior_embedding WHERE encoder_version = ?"
+        " ORDER BY atom_id",
+        [version],
+    ).to_arrow_table()
+    if not table.num_rows:
+        raise NotReady(f"no atom is encoded under {version} yet; run `bahe encode` first.")
+    return Atoms(table["atom_id"].to_numpy(), vector_matrix(table["embedding"]))
+
+
+def read_timelines(
+    connection: duckdb.DuckDBPyConnection, atoms: Atoms, users: pa.Array, channels: list[str]
+) -> Timelines:
+    """Timelines of these users, in their order; a user without behaviors has empty ones."""
+    connection.register("wanted_users", pa.table({"user_id": users, "u": np.arange(len(users))}))
+    offsets, rows = [], []
+    for channel in channels:
+        table = connection.execute(
+            "SELECT w.u, t.atom_id FROM user_timeline t JOIN wanted_users w USING (user_id)"
+            f" WHERE t.channel = {quoted(channel)} ORDER BY w.u, t.position"
+        ).to_arrow_table()
+        counts = np.bincount(table["u"].to_numpy(), minlength=len(users))
+        offsets.append(np.concatenate([[0], np.cumsum(counts)]).astype(np.int64))
+        rows.append(atoms.rows(table["atom_id"]))
+    connection.unregister("wanted_users")
+    return Timelines(tuple(channels), tuple(offsets), tuple(rows))
+
+
+def read_training_data(
+    connection: duckdb.DuckDBPyConnection, frame: Frame, version: str, channels: list[str]
+) -> TrainingData:
+    """Everything a training run reads, from the frame on disk and the lake."""
+    atoms = read_atoms(connection, version)
+    table = pq.read_table(frame.path)
+    users = table["user_id"].combine_chunks().dictionary_encode()
+    items = connection.execute("SELECT item_id, atom_id FROM items ORDER BY item_id").to_arrow_table()
+    item_index = pa.compute.index_in(table["item_id"], value_set=items["item_id"]).combine_chunks()
+    user_row = users.indices.to_numpy().astype(np.int64)
+    item_row = item_index.to_numpy().astype(np.int64)
+    lengths = np.stack(
+        [table[f"length_{c}"].fill_null(0).to_numpy().astype(np.int64) for c in channels], axis=1
+    )
+    time_us = table["event_timestamp"].cast(pa.int64()).to_numpy()
+    split = np.asarray(table["split"].to_pylist())
+    columns = {c: table[c].to_numpy(zero_copy_only=False).astype(np.float64) for c in needed_columns()}
+    clicked = table["clicked"].to_numpy().astype(np.float32)
+
+    def part(name: str) -> Impressions:
+        rows = np.flatnonzero(split == name)
+        return Impressions(
+            user_N=user_row[rows],
+            item_N=item_row[rows],
+            length_NC=lengths[rows],
+            time_us_N=time_us[rows],
+            clicked_N=clicked[rows],
+            columns={c: values[rows] for c, values in columns.items()},
+        )
+
+    data = TrainingData(
+        atoms_AD=atoms.vectors,
+        timelines=read_timelines(connection, atoms, users.dictionary, channels),
+        item_atom_I=atoms.rows(items["atom_id"]),
+        item_ids=tuple(items["item_id"].to_pylist()),
+        splits={name: part(name) for name in SPLITS},
+    )
+    data.check()
+    return data

@@ -1,0 +1,1 @@
+"""The online side: looking features up and scoring, from the online store and a model artifact."""

@@ -1,0 +1,113 @@
+"""The HTTP API: health, features, score, recommend."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated, Any
+
+from fastapi import FastAPI, Query, Request
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, Field
+
+from bahe_core.errors import BaheError, NotReady, UnknownEntity
+from bahe_core.home import Home
+from serving.lookup import Answer, Identifier, OnlineLookup
+
+
+class ScoreRequest(BaseModel):
+    """Which items to score for which user."""
+
+    user_id: Identifier
+    item_ids: Annotated[list[Identifier], Field(min_length=1, max_length=10_000)]
+    at: datetime | None = None
+    """Moment of the request; now when left out."""
+
+
+class ScoredItem(BaseModel):
+    """One item of an answer."""
+
+    item_id: Identifier
+    text: str
+    probability: float
+
+
+class ScoreAnswer(BaseModel):
+    """Scores, best first."""
+
+    user_id: Identifier
+    model_version: str
+    cold: bool
+    """The user has no history; the empty state answered."""
+    scores: list[ScoredItem]
+
+
+class FeaturesAnswer(BaseModel):
+    """What the online store holds of a user."""
+
+    user_id: Identifier
+    model_version: str
+    cold: bool
+    behaviors: int
+    statistics: dict[str, float | None]
+    embedding: list[float]
+
+
+def create_app(home: Home) -> FastAPI:
+    """The application for one home. Raises NotReady before the first publish."""
+    lookup = OnlineLookup(home)
+    lookup.artifact(lookup.live_version())
+    app = FastAPI(
+        title="bahe",
+        summary="Click predictions from long logs of what people do, in words.",
+    )
+
+    @app.exception_handler(BaheError)
+    def refused(request: Request, error: BaheError) -> JSONResponse:
+        status = 404 if isinstance(error, UnknownEntity) else 503 if isinstance(error, NotReady) else 400
+        return JSONResponse({"detail": str(error)}, status_code=status)
+
+    @app.get("/health")
+    def health() -> dict[str, Any]:
+        """Whether the store answers, and which model is live."""
+        version = lookup.live_version()
+        encoder = lookup.artifact(version).encoder_version
+        return {"status": "ok", "model_version": version, "encoder_version": encoder}
+
+    @app.get("/features")
+    def features(user_id: Identifier) -> FeaturesAnswer:
+        """A user's vector and statistics under the live model."""
+        user = lookup.user(user_id)
+        return FeaturesAnswer(
+            user_id=user.user_id,
+            model_version=user.model_version,
+            cold=user.cold,
+            behaviors=user.behaviors,
+            statistics=user.statistics,
+            embedding=user.vector.tolist(),
+        )
+
+    @app.post("/score")
+    def score(request: ScoreRequest) -> ScoreAnswer:
+        """Click probabilities of the items for the user."""
+        return _answer(lookup.score(request.user_id, request.item_ids, request.at))
+
+    @app.get("/recommend")
+    def recommend(
+        user_id: Identifier,
+        k: Annotated[int, Query(ge=1, le=1000)] = 10,
+        include_seen: bool = False,
+        at: datetime | None = None,
+    ) -> ScoreAnswer:
+        """The k items that the user will most likely click."""
+        return _answer(lookup.recommend(user_id, k, at, include_seen=include_seen))
+
+    return app
+
+
+def _answer(answer: Answer) -> ScoreAnswer:
+    return ScoreAnswer(
+        user_id=answer.user_id,
+        model_version=answer.model_version,
+        cold=answer.cold,
+        scores=[ScoredItem(**vars(score)) for score in answer.scores],
+    )

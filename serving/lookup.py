@@ -1,0 +1,246 @@
+"""Features and scores of the live model, read from the online store through Feast."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from bahe_core.errors import BadInput, NotReady, UnknownEntity
+from bahe_core.home import Home
+from bahe_models.artifact import Artifact, load
+from bahe_models.features import needed_columns
+from materialize.feature_store import open_store
+from materialize.publish import DEPLOYMENT
+
+Identifier = str | int
+VECTOR = "embedding"
+
+
+@dataclass(frozen=True)
+class UserFeatures:
+    """What the online store holds of one user under the live model."""
+
+    user_id: Identifier
+    model_version: str
+    cold: bool
+    """Without history: the vector is the empty state."""
+    behaviors: int
+    vector: np.ndarray
+    statistics: dict[str, float | None]
+    seen_items: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Score:
+    """One item for one user."""
+
+    item_id: Identifier
+    text: str
+    probability: float
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Scores of one user, best first."""
+
+    user_id: Identifier
+    model_version: str
+    cold: bool
+    scores: list[Score]
+
+
+class OnlineLookup:
+    """Reads the live pointer on every request, so that a publish takes effect at once."""
+
+    def __init__(self, home: Home) -> None:
+        self._home = home
+        self._store = open_store(home)
+        self._artifacts: dict[str, Artifact] = {}
+        self._items: dict[Identifier, str] = {}
+        self._items_changed = -1
+        self._lock = threading.Lock()
+
+    def live_version(self) -> str:
+        """The model_version that answers now. Raises NotReady before the first publish."""
+        found = self._read(["live_model:live_model_version"], [{"deployment": DEPLOYMENT}])
+        version = found["live_model_version"][0]
+        if version is None:
+            raise NotReady(f"{self._home.root} has nothing published; run `bahe publish` first.")
+        return str(version)
+
+    def artifact(self, version: str) -> Artifact:
+        """The artifact of a model_version, kept in memory."""
+        with self._lock:
+            if version not in self._artifacts:
+                self._artifacts[version] = load(self._home.models / version)
+            return self._artifacts[version]
+
+    def catalogue(self) -> dict[Identifier, str]:
+        """Text of every item that can be recommended, by id."""
+        path = self._home.catalogue_of_items
+        if not path.is_file():
+            raise NotReady(f"{self._home.root} has nothing published; run `bahe publish` first.")
+        changed = path.stat().st_mtime_ns
+        with self._lock:
+            if self._items_changed != changed:
+                table = pq.read_table(path)
+                ids, texts = table["item_id"].to_pylist(), table["text"].to_pylist()
+                self._items = dict(zip(ids, texts, strict=True))
+                self._items_changed = changed
+            return self._items
+
+    def user(self, user_id: Identifier) -> UserFeatures:
+        """A user's features. Raises UnknownEntity when the store has never heard of the user."""
+        version = self.live_version()
+        channels = self.artifact(version).dense.channels
+        user_id = self._as_stored("user_embedding", "user_id", user_id)
+        statistics = [f"user_stats:{c}" for c in needed_columns() if c.startswith("user_")]
+        lengths = [f"user_timeline:length_{channel}" for channel in channels]
+        found = self._read(
+            [
+                f"user_embedding:{VECTOR}",
+                "user_embedding:behaviors",
+                "user_embedding:seen_items",
+                *statistics,
+                *lengths,
+            ],
+            [{"user_id": user_id, "model_version": version}],
+        )
+        vector = found[VECTOR][0]
+        if vector is None:
+            raise UnknownEntity(
+                f"user {user_id} is not in the online store of {self._home.root}; check the id, or"
+                " ingest, embed and publish the user first."
+            )
+        behaviors = int(found["behaviors"][0] or 0)
+        named = [reference.split(":")[1] for reference in statistics + lengths]
+        return UserFeatures(
+            user_id=user_id,
+            model_version=version,
+            cold=behaviors == 0,
+            behaviors=behaviors,
+            vector=np.asarray(vector, dtype=np.float32),
+            statistics={name: found[name][0] for name in named},
+            seen_items=frozenset(found["seen_items"][0] or ()),
+        )
+
+    def score(
+        self, user_id: Identifier, item_ids: Sequence[Identifier], at: datetime | None = None
+    ) -> Answer:
+        """Click probabilities of some items for a user, best first.
+
+        `at` is the moment of the request (now): how long ago the last impressions were counts.
+        Raises UnknownEntity when the user or one of the items is not in the online store.
+        """
+        user = self.user(user_id)
+        wanted = [self._as_stored("item_embedding", "item_id", item) for item in item_ids]
+        vectors, statistics = self._item_features(wanted, user.model_version)
+        missing = [item for item, vector in zip(wanted, vectors, strict=True) if vector is None]
+        if missing:
+            more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+            raise UnknownEntity(
+                f"item {missing[0]}{more} is not in the online store of {self._home.root}; check"
+                " the id, or ingest, embed and publish the item first."
+            )
+        return self._answer(user, wanted, vectors, statistics, at)
+
+    def recommend(
+        self,
+        user_id: Identifier,
+        k: int = 10,
+        at: datetime | None = None,
+        *,
+        include_seen: bool = False,
+    ) -> Answer:
+        """The k items with the highest click probability; those the user acted on are left out."""
+        if k < 1:
+            raise BadInput(f"k is {k}; it must be at least 1.")
+        user = self.user(user_id)
+        wanted = [item for item in self.catalogue() if include_seen or str(item) not in user.seen_items]
+        vectors, statistics = self._item_features(wanted, user.model_version)
+        there = [index for index, vector in enumerate(vectors) if vector is not None]
+        answer = self._answer(
+            user,
+            [wanted[i] for i in there],
+            [vectors[i] for i in there],
+            {name: [values[i] for i in there] for name, values in statistics.items()},
+            at,
+        )
+        return Answer(answer.user_id, answer.model_version, answer.cold, answer.scores[:k])
+
+    def _answer(
+        self,
+        user: UserFeatures,
+        items: list[Identifier],
+        vectors: Sequence[Any],
+        statistics: dict[str, list[float | None]],
+        at: datetime | None,
+    ) -> Answer:
+        if not items:
+            return Answer(user.user_id, user.model_version, user.cold, [])
+        artifact = self.artifact(user.model_version)
+        count = len(items)
+        columns = {
+            name: np.array(
+                statistics[name] if name in statistics else [user.statistics[name]] * count,
+                dtype=np.float64,
+            )
+            for name in needed_columns()
+        }
+        lengths_C = [int(user.statistics[f"length_{c}"] or 0) for c in artifact.dense.channels]
+        now = at or datetime.now(UTC)
+        probability = artifact.score(
+            np.tile(user.vector, (count, 1)),
+            np.asarray(vectors, dtype=np.float32),
+            columns,
+            np.tile(np.array(lengths_C, dtype=np.int64), (count, 1)),
+            np.full(count, int(now.timestamp() * 1e6), dtype=np.int64),
+        )
+        texts = self.catalogue()
+        order = np.argsort(-probability, kind="stable")
+        scores = [Score(items[i], texts.get(items[i], ""), float(probability[i])) for i in order]
+        return Answer(user.user_id, user.model_version, user.cold, scores)
+
+    def _item_features(
+        self, items: Sequence[Identifier], version: str
+    ) -> tuple[list[Any], dict[str, list[float | None]]]:
+        if not items:
+            return [], {}
+        names = [c for c in needed_columns() if c.startswith("item_")]
+        found = self._read(
+            [f"item_embedding:{VECTOR}", *(f"item_stats:{name}" for name in names)],
+            [{"item_id": item, "model_version": version} for item in items],
+        )
+        return found[VECTOR], {name: found[name] for name in names}
+
+    def _read(self, features: list[str], rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
+        answer: dict[str, list[Any]] = self._store.get_online_features(features, entity_rows=rows).to_dict()
+        return answer
+
+    def _as_stored(self, view: str, key: str, value: Identifier) -> Identifier:
+        """The id in the type that the log has it in."""
+        types = self._key_types
+        if types[view, key] == "Int64":
+            try:
+                return int(value)
+            except ValueError:
+                kind = key.removesuffix("_id")
+                raise UnknownEntity(
+                    f"{kind} {value} is not an integer, as the {kind} ids of this log are."
+                ) from None
+        return str(value)
+
+    @cached_property
+    def _key_types(self) -> dict[tuple[str, str], str]:
+        return {
+            (view, column.name): str(column.dtype)
+            for view in ("user_embedding", "item_embedding")
+            for column in self._store.get_feature_view(view).entity_columns
+        }

@@ -1,0 +1,329 @@
+"""The main job on a small log with a small model: every real part, from files to scores."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+from fastapi.testclient import TestClient
+from typer.testing import CliRunner, Result
+
+import bahe
+from bahe_core.errors import BaheError, GateFailed, NotReady, UnknownEntity
+from bahe_core.home import Home
+from materialize.feature_store import open_store
+from materialize.lake import lake, scalar
+from serving.api import create_app
+from serving.lookup import OnlineLookup
+from tests.conftest import small_log, write_dataset
+
+REPOSITORY = Path(bahe.__file__).parent
+
+
+def call(*arguments: object, home: Path) -> Result:
+    return CliRunner().invoke(bahe.app, [str(arguments[0]), "--home", str(home), *map(str, arguments[1:])])
+
+
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> tuple[Home, Path]:
+    """A home after `bahe run`, and its dataset.yaml. Tests that change it work on a copy."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    dataset = write_dataset(folder / "log", small_log(), tiny_backbone)
+    result = call("run", dataset, "--tracker", "none", home=folder / "home")
+    assert result.exit_code == 0, result.output
+    return Home.at(folder / "home"), dataset
+
+
+def counts(home: Home) -> dict[str, int]:
+    with lake(home) as connection:
+        tables = ("runs", "atomic_behavior_embedding", "user_embedding", "item_embedding", "publications")
+        return {t: scalar(connection, f"SELECT count(*) FROM {t}") for t in tables}
+
+
+def test_every_part_left_what_it_should(filled: tuple[Home, Path]) -> None:
+    home, _ = filled
+    found = counts(home)
+    assert found["user_embedding"] == 31
+    assert found["item_embedding"] == 25
+    with lake(home) as connection:
+        assert found["atomic_behavior_embedding"] == scalar(connection, "SELECT count(*) FROM atoms")
+    (frame,) = home.frames.glob("*/frame.parquet")
+    columns = pq.read_schema(frame).names
+    assert {"length_liked", "length_disliked", "user_click_rate", "item_click_rate", "split"} <= set(
+        columns
+    )
+    assert "recent_atoms" not in columns  # by reference
+    (model,) = home.models.iterdir()
+    assert {p.name for p in model.iterdir()} == {"config.json", "item_ids.json", "model.safetensors"}
+    report = (home.reports / "training.html").read_text()
+    assert "<svg" in report
+    assert "ID-only network" in report
+    docs = (home.reports / "data_docs" / "index.html").read_text()
+    assert "ingest" in docs
+    assert "embed" in docs
+
+
+def test_a_second_run_does_nothing(filled: tuple[Home, Path]) -> None:
+    home, dataset = filled
+    before = counts(home)
+    result = call("run", dataset, "--tracker", "none", home=home.root)
+    assert result.exit_code == 0
+    assert "encoding atoms" not in result.output
+    assert counts(home) == before
+
+
+def test_new_rows_cost_what_is_new(filled: tuple[Home, Path], tmp_path: Path, tiny_backbone: Path) -> None:
+    home = Home.at(tmp_path / "home")
+    log = small_log()
+    early = {t: rows.head(895) if t in ("behaviors", "impressions") else rows for t, rows in log.items()}
+    dataset = write_dataset(tmp_path / "log", early, tiny_backbone)
+    assert call("run", dataset, "--tracker", "none", home=home.root).exit_code == 0
+    first = counts(home)
+    write_dataset(tmp_path / "log", log, tiny_backbone)
+    for arguments in (("ingest", dataset), ("encode",), ("embed",), ("publish",)):
+        result = call(*arguments, home=home.root)
+        assert result.exit_code == 0, (arguments, result.output, result.exception)
+    late = log["behaviors"].tail(5)["user_id"].nunique()
+    assert f"{late} of 31 users" in call_output(home, "embed", first)
+    assert counts(home)["user_embedding"] == first["user_embedding"]
+
+
+def call_output(home: Home, job: str, _: object) -> str:
+    with lake(home) as connection:
+        row = connection.execute(
+            "SELECT count(*) FROM (SELECT created_timestamp FROM user_embedding"
+            " QUALIFY created_timestamp = max(created_timestamp) OVER ())"
+        ).fetchone()
+    assert row is not None
+    return f"{row[0]} of 31 users"
+
+
+def test_answers_from_the_online_store(filled: tuple[Home, Path]) -> None:
+    home, _ = filled
+    lookup = OnlineLookup(home)
+    user = lookup.user("u1")
+    with lake(home) as connection:
+        stored = connection.execute(
+            "SELECT embedding, behaviors FROM user_embedding WHERE user_id = 'u1'"
+        ).fetchone()
+    assert stored is not None
+    np.testing.assert_array_equal(user.vector, np.array(stored[0], dtype=np.float32))
+    assert (user.behaviors, user.cold) == (stored[1], False)
+    scored = lookup.score("u1", ["3", 4, 5])
+    assert sorted(s.item_id for s in scored.scores) == [3, 4, 5]
+    assert scored.scores == sorted(scored.scores, key=lambda s: -s.probability)
+    best = lookup.recommend("u1", 3, include_seen=True)
+    assert len(best.scores) == 3
+    assert max(s.probability for s in lookup.score("u1", list(range(25))).scores) == pytest.approx(
+        best.scores[0].probability
+    )
+    fresh = lookup.recommend("u1", 25)
+    assert {str(s.item_id) for s in fresh.scores}.isdisjoint(user.seen_items)
+
+
+def test_what_serving_says_is_what_training_would_have_seen(filled: tuple[Home, Path]) -> None:
+    """Invariant 2: the same values online as a point-in-time frame gives for this moment."""
+    home, _ = filled
+    store = open_store(home)
+    rows = pd.DataFrame({"user_id": [f"u{i}" for i in range(30)], "item_id": [i % 25 for i in range(30)]})
+    service = store.get_feature_service("ctr_training")
+    offline = store.get_historical_features(
+        rows.assign(event_timestamp=pd.Timestamp.now("UTC")), service
+    ).to_df()
+    online = store.get_online_features(service, rows.to_dict("records")).to_df()
+    for column in online.columns:
+        np.testing.assert_array_equal(
+            offline[column].to_numpy(dtype=object), online[column].to_numpy(dtype=object), err_msg=column
+        )
+
+
+def test_a_user_without_history_gets_the_empty_state(filled: tuple[Home, Path]) -> None:
+    home, _ = filled
+    result = call("score", "--user", "u_cold", "--items", "1,2", home=home.root)
+    assert result.exit_code == 0
+    assert "cold" in result.output
+    answer = OnlineLookup(home).score("u_cold", [1, 2])
+    assert answer.cold
+    assert all(0 < s.probability < 1 for s in answer.scores)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("lookup", "--user", "nobody"), "user nobody is not in the online store"),
+        (("score", "--user", "u1", "--items", "1,777"), "item 777 is not in the online store"),
+        (("score", "--user", "u1", "--items", "one"), "item one is not an integer"),
+        (("recommend", "--user", "u1", "-k", "0"), "k is 0"),
+        (("frame", "--service", "nothing"), "feature service nothing is not registered"),
+    ],
+)
+def test_bad_requests_are_one_sentence(
+    arguments: tuple[str, ...], words: str, filled: tuple[Home, Path]
+) -> None:
+    home, _ = filled
+    before = counts(home)
+    result = call(*arguments, home=home.root)
+    assert isinstance(result.exception, BaheError)
+    assert words in str(result.exception)
+    assert result.exception.exit_code == 2
+    assert counts(home) == before
+
+
+def test_the_process_exits_with_two_and_one_line(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "bahe", "run", "missing.yaml", "--home", str(tmp_path / "home")],
+        capture_output=True,
+        text=True,
+        cwd=REPOSITORY,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1].startswith("bahe: missing.yaml does not exist")
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "home" / "lake" / "catalogue.sqlite").exists()
+
+
+@pytest.mark.parametrize(
+    "job", ["encode", "apply", "frame", "train", "embed", "publish", "lookup", "serve"]
+)
+def test_a_job_before_its_turn_says_what_to_run(job: str, tmp_path: Path) -> None:
+    more = ("--user", "u1") if job == "lookup" else ()
+    result = call(job, *more, home=tmp_path / "home")
+    assert isinstance(result.exception, NotReady)
+    assert "run `bahe" in str(result.exception)
+
+
+def test_the_http_api(filled: tuple[Home, Path]) -> None:
+    client = TestClient(create_app(filled[0]))
+    health = client.get("/health").json()
+    assert health["status"] == "ok"
+    assert health["model_version"].startswith("bahe-")
+    features = client.get("/features", params={"user_id": "u1"}).json()
+    assert len(features["embedding"]) == 16
+    answer = client.post("/score", json={"user_id": "u1", "item_ids": [1, 2, 3]}).json()
+    assert [s["probability"] for s in answer["scores"]] == sorted(
+        (s["probability"] for s in answer["scores"]), reverse=True
+    )
+    assert len(client.get("/recommend", params={"user_id": "u1", "k": 4}).json()["scores"]) <= 4
+    assert client.get("/features", params={"user_id": "nobody"}).status_code == 404
+    assert client.post("/score", json={"user_id": "u1", "item_ids": []}).status_code == 422
+    assert "nobody" in client.get("/recommend", params={"user_id": "nobody"}).json()["detail"]
+
+
+def feast(*arguments: str, home: Home) -> str:
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "feast.cli.cli",
+            "-c",
+            "feature_repo",
+            "-f",
+            str(home.feature_store_yaml),
+            *arguments,
+        ],
+        capture_output=True,
+        text=True,
+        cwd=REPOSITORY,
+        check=False,
+        env={**os.environ, "PYTHONWARNINGS": "ignore"},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def test_feast_works_as_its_users_expect(filled: tuple[Home, Path], tmp_path: Path) -> None:
+    home = Home.at(tmp_path / "home")
+    shutil.copytree(filled[0].root, home.root)
+    settings = home.feature_store_yaml.read_text().replace(str(filled[0].root), str(home.root))
+    home.feature_store_yaml.write_text(settings)
+    feast("apply", home=home)
+    views = feast("feature-views", "list", home=home)
+    for view in ("user_embedding", "item_embedding", "user_timeline", "user_stats", "item_stats"):
+        assert view in views
+    feast("materialize-incremental", "2030-01-01T00:00:00", "-v", "user_stats", home=home)
+    from feast import FeatureStore
+
+    store = FeatureStore(fs_yaml_file=home.feature_store_yaml)
+    online = store.get_online_features(
+        ["user_stats:user_impressions", "user_timeline:length_liked"], entity_rows=[{"user_id": "u1"}]
+    ).to_dict()
+    shown = small_log()["impressions"]
+    assert online["user_impressions"] == [(shown["user_id"] == "u1").sum()]
+
+
+def test_vectors_of_two_models_live_side_by_side(filled: tuple[Home, Path], tmp_path: Path) -> None:
+    home = Home.at(tmp_path / "home")
+    dataset = write_dataset(tmp_path / "log", small_log(), Path(str(yaml_backbone(filled[1]))))
+    assert call("run", dataset, "--tracker", "none", home=home.root).exit_code == 0
+    first = OnlineLookup(home).live_version()
+    content = dataset.read_text().replace("epochs: 2", "epochs: 1")
+    dataset.write_text(content)
+    (home.root / "dataset.yaml").write_text(content)
+    for job in ("train", "embed"):
+        extra = ("--tracker", "none") if job == "train" else ()
+        assert call(job, *extra, home=home.root).exit_code == 0
+    lookup = OnlineLookup(home)
+    assert lookup.live_version() == first  # embedded, and not yet published
+    assert call("publish", home=home.root).exit_code == 0
+    assert lookup.live_version() != first
+    store = open_store(home)
+    both = store.get_online_features(
+        ["user_embedding:embedding"],
+        entity_rows=[{"user_id": "u1", "model_version": v} for v in (first, lookup.live_version())],
+    ).to_dict()["embedding"]
+    assert None not in both
+    assert both[0] != both[1]
+
+
+def yaml_backbone(dataset: Path) -> str:
+    import yaml
+
+    return str(yaml.safe_load(dataset.read_text())["backbone"]["path"])
+
+
+def test_a_failed_gate_stops_what_follows(filled: tuple[Home, Path], tmp_path: Path) -> None:
+    home = Home.at(tmp_path / "home")
+    dataset = write_dataset(tmp_path / "log", small_log(), Path(yaml_backbone(filled[1])))
+    assert call("ingest", dataset, home=home.root).exit_code == 0
+    assert call("encode", home=home.root).exit_code == 0
+    with lake(home) as connection:
+        connection.execute(
+            "UPDATE atomic_behavior_embedding SET embedding = [1.0] WHERE atom_id IN"
+            " (SELECT min(atom_id) FROM atoms)"
+        )
+        connection.execute("UPDATE runs SET finished = now() WHERE job = 'encode'")
+    refused = call("encode", home=home.root)
+    assert isinstance(refused.exception, GateFailed)
+    assert "embedding" in str(refused.exception)
+    assert call("apply", home=home.root).exit_code == 0
+    stopped = call("frame", home=home.root)
+    assert isinstance(stopped.exception, GateFailed)
+    assert not list(home.frames.glob("*/frame.parquet"))
+
+
+def test_results_are_written_as_json(filled: tuple[Home, Path]) -> None:
+    with lake(filled[0]) as connection:
+        row = connection.execute("SELECT facts FROM runs WHERE job = 'train'").fetchone()
+    assert row is not None
+    results = json.loads(row[0])["results"]
+    assert {(r["model"], r["split"]) for r in results} == {
+        (m, s) for m in ("floor", "id_only", "bahe") for s in ("validation", "test")
+    }
+    assert all(0 <= r["auc"] <= 1 and r["peak_memory_mb"] > 0 for r in results)
+    # Users like the items of one half of the words: text tells, and the floor cannot know.
+    auc = {r["model"]: r["auc"] for r in results if r["split"] == "test"}
+    assert set(auc) == {"floor", "id_only", "bahe"}
+
+
+def test_unknown_entities_are_their_own_error(filled: tuple[Home, Path]) -> None:
+    with pytest.raises(UnknownEntity):
+        OnlineLookup(filled[0]).user("nobody")

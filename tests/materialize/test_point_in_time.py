@@ -1,0 +1,148 @@
+"""Invariant 1, by brute force: nothing at or after an impression's instant enters its row."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pandas as pd
+import pyarrow as pa
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from bahe_core.errors import BadInput
+from bahe_core.home import Home
+from materialize.derive import PRIOR_STRENGTH
+from materialize.feature_store import apply, open_store
+from materialize.ingest import ingest
+from tests.conftest import write_dataset
+
+START = pd.Timestamp("2024-01-01", tz="UTC")
+SECONDS = st.integers(0, 6)  # few distinct instants, so that ties are the rule
+
+impression = st.tuples(st.integers(0, 3), st.integers(0, 3), SECONDS, st.booleans())
+behavior = st.tuples(st.integers(0, 3), st.sampled_from(["liked", "disliked"]), st.integers(0, 2), SECONDS)
+
+
+def frames(impressions: list[tuple], behaviors: list[tuple]) -> dict[str, pd.DataFrame]:
+    def time(seconds: pd.Series) -> pd.Series:
+        return START + pd.to_timedelta(seconds, unit="s")
+
+    shown = pd.DataFrame(impressions, columns=["user_id", "item_id", "t", "clicked"])
+    done = pd.DataFrame(behaviors, columns=["user_id", "channel", "text", "t"])
+    return {
+        "impressions": shown.assign(
+            impression_id=range(len(shown)),
+            event_timestamp=time(shown["t"]),
+            clicked=shown["clicked"].astype(int),
+        ).drop(columns="t"),
+        "behaviors": done.assign(
+            event_timestamp=time(done["t"]), text="text " + done["text"].astype(str)
+        ).drop(columns="t"),
+        "items": pd.DataFrame(
+            {"item_id": range(4), "text": [f"item {i}" for i in range(4)], "event_timestamp": START}
+        ),
+    }
+
+
+@contextmanager
+def a_home(log: dict[str, pd.DataFrame]) -> Iterator[Home]:
+    with tempfile.TemporaryDirectory() as folder:
+        home = Home.at(Path(folder) / "home")
+        ingest(home, write_dataset(Path(folder) / "log", log))
+        apply(home)
+        yield home
+
+
+def brute_force(log: dict[str, pd.DataFrame], row: pd.Series) -> dict[str, float | None]:
+    shown, done = log["impressions"], log["behaviors"].drop_duplicates()
+    before = shown[shown["event_timestamp"] < row["event_timestamp"]]
+    past = done[(done["event_timestamp"] < row["event_timestamp"]) & (done["user_id"] == row["user_id"])]
+    expected: dict[str, float | None] = {}
+    for entity in ("user", "item"):
+        mine = before[before[f"{entity}_id"] == row[f"{entity}_id"]]
+        if mine.empty:
+            expected |= {f"{entity}_{k}": None for k in ("impressions", "clicks", "click_rate")}
+            continue
+        last = mine["event_timestamp"].max()
+        log_so_far = shown[shown["event_timestamp"] <= last]
+        prior = (log_so_far["clicked"].sum() + 1) / (len(log_so_far) + 2)
+        clicks = mine["clicked"].sum()
+        expected[f"{entity}_impressions"] = len(mine)
+        expected[f"{entity}_clicks"] = clicks
+        expected[f"{entity}_click_rate"] = (clicks + PRIOR_STRENGTH * prior) / (len(mine) + PRIOR_STRENGTH)
+    for channel in ("liked", "disliked"):
+        expected[f"length_{channel}"] = (past["channel"] == channel).sum() if len(past) else None
+    return expected
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    impressions=st.lists(impression, min_size=2, max_size=25).filter(lambda r: len({x[3] for x in r}) == 2),
+    behaviors=st.lists(behavior, min_size=1, max_size=25),
+)
+def test_the_frame_equals_brute_force(impressions: list[tuple], behaviors: list[tuple]) -> None:
+    log = frames(impressions, behaviors)
+    with a_home(log) as home:
+        store = open_store(home)
+        # In an order of its own, with a user and an item that the log has never seen.
+        entities = log["impressions"].sample(frac=1, random_state=0)
+        unseen = entities.head(1).assign(user_id=99, item_id=98)
+        entities = pd.concat([entities, unseen], ignore_index=True)
+        got = store.get_historical_features(entities, store.get_feature_service("ctr_training")).to_df()
+    assert got["impression_id"].tolist() == entities["impression_id"].tolist()
+    for index, row in entities.iterrows():
+        for column, expected in brute_force(log, row).items():
+            value = got.loc[index, column]
+            if expected is None:
+                assert pd.isna(value), (column, row.to_dict())
+            else:
+                assert value == pytest.approx(expected), (column, row.to_dict())
+
+
+def test_the_order_and_the_rows_of_the_entity_frame_are_kept() -> None:
+    log = frames([(0, 0, 1, True), (0, 1, 2, False), (1, 0, 3, True)], [(0, "liked", 0, 0)])
+    with a_home(log) as home:
+        store = open_store(home)
+        rows = pd.DataFrame(
+            {
+                "user_id": [1, 0, 0, 1],
+                "event_timestamp": [START + pd.Timedelta(s, "s") for s in (9, 1, 0, 9)],
+            }
+        )
+        got = store.get_historical_features(
+            rows, ["user_timeline:length_liked", "user_stats:user_impressions"]
+        )
+        table = got.to_arrow()
+        full = store.get_historical_features(
+            rows, ["user_timeline:length_liked"], full_feature_names=True
+        ).to_df()
+    assert table["user_id"].to_pylist() == [1, 0, 0, 1]
+    # The behavior at second 0 is history for second 1, and not for its own instant.
+    assert table["length_liked"].to_pylist() == [None, 1, None, None]
+    assert table["user_impressions"].to_pylist() == [1, None, None, 1]
+    assert "user_timeline__length_liked" in full.columns
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ({"user_id": [1]}, "event_timestamp"),
+        ({"event_timestamp": [START]}, "user_id"),
+        ({"user_id": [1], "event_timestamp": [None]}, "event_timestamp"),
+        ({"user_id": [1], "event_timestamp": ["yesterday"]}, "event_timestamp"),
+    ],
+)
+def test_a_bad_entity_frame_is_refused(rows: dict, words: str) -> None:
+    from materialize.feast_offline import _entity_table
+
+    if "event_timestamp" in words:
+        with pytest.raises(BadInput, match=words):
+            _entity_table(pa.Table.from_pydict(rows))
+        return
+    log = frames([(0, 0, 1, True), (0, 1, 2, False)], [(0, "liked", 0, 0)])
+    with a_home(log) as home, pytest.raises(Exception, match=words):
+        open_store(home).get_historical_features(pd.DataFrame(rows), ["user_stats:user_clicks"]).to_df()

@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from bahe_models import DenseFeatures, auc, gauc
+from bahe_models.features import logit, needed_columns
+
+
+def columns(rows: int, **known: list[float]) -> dict[str, np.ndarray]:
+    return {name: np.array(known.get(name, [np.nan] * rows)) for name in needed_columns()}
+
+
+def test_unknown_statistics_are_the_training_mean() -> None:
+    lengths, now = np.array([[1, 2], [3, 0], [0, 0]]), np.array([10, 20, 30]) * 10**6
+    known = {
+        "user_click_rate": [0.2, 0.6, 0.4],
+        "item_click_rate": [0.5, 0.5, 0.9],
+        "user_impressions": [1, 5, 9],
+        "item_impressions": [7, 7, 7],
+        "user_last_impression_us": [1e6, 2e6, 3e6],
+        "item_last_impression_us": [1e6, 2e6, 3e6],
+    }
+    dense = DenseFeatures.fit(columns(3, **known), lengths, now, channels=("a", "b"), click_rate=0.5)
+    scaled = dense.transform(columns(3, **known), lengths, now)
+    assert scaled.shape == (3, len(dense.names))
+    np.testing.assert_allclose(scaled.mean(axis=0), 0, atol=1e-5)
+    cold = dict(zip(dense.names, dense.transform(columns(1), np.array([[0, 0]]), now[:1])[0], strict=True))
+    assert cold["user_log_age"] == cold["item_log_age"] == 0
+    assert np.isfinite(list(cold.values())).all()
+    # Without statistics the floor is the log's own click rate.
+    np.testing.assert_allclose(dense.floor(columns(1)), logit(np.array([0.5])))
+
+
+def test_a_request_far_from_the_log_stays_in_range() -> None:
+    known = {name: [1.0, 2.0] for name in needed_columns()} | {"user_click_rate": [0.1, 0.9]}
+    known["item_click_rate"] = [0.4, 0.5]
+    lengths, now = np.array([[1], [2]]), np.array([5, 9]) * 10**6
+    dense = DenseFeatures.fit(columns(2, **known), lengths, now, channels=("a",), click_rate=0.5)
+    late = dense.transform(columns(2, **known), lengths, now + 10**15)
+    assert np.abs(late).max() <= 4
+
+
+def test_auc_counts_ties_half() -> None:
+    assert auc([0, 1], [0.1, 0.2]) == 1
+    assert auc([0, 1, 0, 1], [1, 1, 1, 1]) == 0.5
+    assert np.isnan(auc([1, 1], [0.1, 0.2]))
+
+
+def test_gauc_weighs_users_by_impressions_and_leaves_out_one_sided_ones() -> None:
+    user = np.array(["a", "a", "b", "b", "b", "b", "c", "c"])
+    clicked = np.array([0, 1, 0, 1, 1, 0, 1, 1])
+    score = np.array([0.1, 0.9, 0.9, 0.1, 0.2, 0.3, 0.5, 0.4])
+    assert gauc(clicked, score, user) == pytest.approx((2 * 1.0 + 4 * 0.0) / 6)
+    assert np.isnan(gauc(np.array([1, 1]), np.array([0.1, 0.2]), np.array([1, 1])))
