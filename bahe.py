@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 import warnings
@@ -333,6 +334,8 @@ def _print_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
 def main() -> None:
     """Entry point: errors that bahe raises on purpose become one sentence and exit code 2."""
     configure_threads()
+    # Libraries' own bars stay off: bahe shows one bar a step. Read by tqdm when it is imported.
+    os.environ.setdefault("TQDM_DISABLE", "1")
     # Feast and transformers announce future changes of their own; none is for a user to act on.
     warnings.filterwarnings("ignore")
     try:

@@ -64,9 +64,7 @@ def load_backbone(config: BackboneConfig) -> Backbone:
     Raises BadInput when the model has fewer layers than asked for, or its layers cannot be cut.
     """
     from transformers import AutoModel, AutoTokenizer
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()  # a few seconds, and not ours to time
     name, extra = _hub_arguments(config.path)
     tokenizer = AutoTokenizer.from_pretrained(name, **extra)
     model = AutoModel.from_pretrained(name, dtype=torch.float32, **extra)

@@ -114,9 +114,23 @@ def load_dataset(path: Path) -> Dataset:
     if not isinstance(raw, dict):
         raise BadInput(f"{path} must hold a mapping with `name`, `behaviors`, `impressions`, `items`.")
     try:
-        return Dataset.model_validate(raw)
+        dataset = Dataset.model_validate(raw)
     except ValidationError as error:
         raise BadInput(f"{path}: {_first_problem(error)}") from None
+    backbone = dataset.backbone.get("path")
+    if isinstance(backbone, str) and (path.parent / backbone).exists():
+        # A model beside dataset.yaml; anything else is an absolute path or a name on the hub.
+        dataset.backbone["path"] = str((path.parent / backbone).resolve())
+    return dataset
+
+
+def save_dataset(dataset: Dataset, path: Path) -> None:
+    """Write a dataset.yaml, whole or not at all."""
+    temporary = path.with_suffix(".part")
+    temporary.write_text(
+        yaml.safe_dump(dataset.model_dump(mode="json", exclude_defaults=True), sort_keys=False)
+    )
+    temporary.replace(path)
 
 
 def _first_problem(error: ValidationError) -> str:

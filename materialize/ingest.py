@@ -16,7 +16,7 @@ from bahe_core.errors import BadInput
 from bahe_core.home import Home
 from bahe_core.progress import say
 from materialize import derive, runs
-from materialize.dataset import ClickRule, Dataset, Table, load_dataset
+from materialize.dataset import ClickRule, Dataset, Table, load_dataset, save_dataset
 from materialize.lake import columns, commit, lake, name, quoted, scalar, tables
 
 JOB = "ingest"
@@ -62,6 +62,7 @@ def ingest(home: Home, dataset_path: Path) -> Ingested:
             fingerprint = _fingerprint(dataset, folder)
             last = runs.last(connection, JOB)
             if last is not None and last.fingerprint == fingerprint:
+                save_dataset(dataset, home.root / "dataset.yaml")  # model settings may have changed
                 return Ingested(True, {}, _totals(connection), {})
             connection.execute(f"SET file_search_path = {quoted(str(folder))}")
             sections = {"behaviors": dataset.behaviors, "impressions": dataset.impressions}
@@ -82,7 +83,7 @@ def ingest(home: Home, dataset_path: Path) -> Ingested:
                 commit(connection, statements)
             duplicates = _duplicates(connection, list(sections))
             totals = _totals(connection)
-        (home.root / "dataset.yaml").write_text(dataset_path.read_text())
+        save_dataset(dataset, home.root / "dataset.yaml")
     added = {table: count - before.get(table, 0) for table, count in totals.items()}
     return Ingested(False, added, totals, duplicates)
 

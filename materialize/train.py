@@ -60,13 +60,16 @@ class TrainingOutcome:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Settings:
+class Settings:
+    """What of a dataset.yaml moves a trained model."""
+
     model: ModelConfig
     window: WindowConfig
     training: TrainingConfig
 
     @classmethod
-    def of(cls, dataset: Dataset) -> _Settings:
+    def of(cls, dataset: Dataset) -> Settings:
+        """The dataset's settings, checked. Raises BadInput."""
         return cls(
             model=build(ModelConfig, dataset.model, "model"),
             window=build(WindowConfig, dataset.window, "window"),
@@ -79,7 +82,7 @@ def train_models(
 ) -> TrainingOutcome:
     """Train on the latest frame; does nothing when frame, encoder and settings are unchanged."""
     dataset = home_dataset(home)
-    settings = _Settings.of(dataset)
+    settings = Settings.of(dataset)
     frame = latest_frame(home)
     with home.exclusive(), lake(home) as connection:
         encoded = runs.last(connection, "encode")
@@ -112,7 +115,7 @@ def train_models(
                     {"encoder_version": encoder, "frame_id": frame.frame_id, "threads": threads()}
                 )
                 log.parameters({k: v for part in vars(settings).values() for k, v in asdict(part).items()})
-                artifact, results, histories = _train_all(
+                artifact, results, histories = train_all(
                     data, halves, settings, device_name, encoder, version, log
                 )
                 artifact.facts = _facts(dataset, frame, results)
@@ -125,15 +128,16 @@ def train_models(
     return TrainingOutcome(version, artifact_path, results, report, skipped=False)
 
 
-def _train_all(
+def train_all(
     data: TrainingData,
     halves: Any,
-    settings: _Settings,
+    settings: Settings,
     device_name: str | None,
     encoder: str,
     version: str,
     log: tracking.Log,
 ) -> tuple[Artifact, list[dict[str, Any]], dict[str, list[Epoch]]]:
+    """Floor, ID-only and BAHE on one data set: the BAHE artifact, the results table, the histories."""
     where = device(device_name)
     split = data.splits["train"]
     dense = DenseFeatures.fit(

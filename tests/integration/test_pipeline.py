@@ -265,12 +265,9 @@ def test_vectors_of_two_models_live_side_by_side(filled: tuple[Home, Path], tmp_
     dataset = write_dataset(tmp_path / "log", small_log(), Path(str(yaml_backbone(filled[1]))))
     assert call("run", dataset, "--tracker", "none", home=home.root).exit_code == 0
     first = OnlineLookup(home).live_version()
-    content = dataset.read_text().replace("epochs: 2", "epochs: 1")
-    dataset.write_text(content)
-    (home.root / "dataset.yaml").write_text(content)
-    for job in ("train", "embed"):
-        extra = ("--tracker", "none") if job == "train" else ()
-        assert call(job, *extra, home=home.root).exit_code == 0
+    dataset.write_text(dataset.read_text().replace("epochs: 2", "epochs: 1"))
+    for arguments in (("ingest", dataset), ("train", "--tracker", "none"), ("embed",)):
+        assert call(*arguments, home=home.root).exit_code == 0
     lookup = OnlineLookup(home)
     assert lookup.live_version() == first  # embedded, and not yet published
     assert call("publish", home=home.root).exit_code == 0

@@ -1,0 +1,1 @@
+"""Every figure the README quotes, one command each: `python -m benchmarks.NAME [--quick] [--json PATH]`."""

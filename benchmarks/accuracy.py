@@ -1,0 +1,59 @@
+"""How good BAHE's ranking is, over several seeds, against floor and ID-only on the same frame."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean
+
+from bahe_core.home import Home
+from benchmarks.harness import Row, main
+
+
+def measure(quick: bool, home_path: Path) -> Iterable[Row]:
+    """Train each network with one seed (quick) or three; same data, threads and run."""
+    from bahe_models.backbone import load_backbone
+    from materialize import runs, tracking
+    from materialize.encode import encoder_settings
+    from materialize.frame import latest_frame
+    from materialize.ingest import home_dataset
+    from materialize.lake import lake
+    from materialize.train import Settings, train_all
+    from materialize.training_data import read_training_data
+
+    home = Home.at(home_path)
+    dataset = home_dataset(home)
+    with lake(home) as connection:
+        encoded = runs.last(connection, "encode")
+        assert encoded is not None, "fill the home first: bahe demo"
+        encoder = encoded.facts["encoder_version"]
+        data = read_training_data(connection, latest_frame(home), encoder, dataset.channels)
+    settings = Settings.of(dataset)
+    backbone, _ = encoder_settings(dataset)
+    reached: dict[tuple[str, str, str], list[float]] = {}
+    for seed in range(1 if quick else 3):
+        seeded = replace(settings, training=replace(settings.training, seed=seed))
+        halves = load_backbone(backbone)
+        _, results, _ = train_all(data, halves, seeded, None, encoder, f"seed-{seed}", tracking.Log())
+        for row in results:
+            for metric in ("auc", "gauc"):
+                reached.setdefault((row["model"], row["split"], metric), []).append(row[metric])
+    for split in ("validation", "test"):
+        for metric in ("auc", "gauc"):
+            bahe = mean(reached["bahe", split, metric])
+            for peer in ("floor", "id_only"):
+                value = mean(reached[peer, split, metric])
+                yield Row(
+                    metric=f"{split} {metric.upper()} of BAHE",
+                    value=bahe,
+                    unit=f"mean of {len(reached['bahe', split, metric])} seeds",
+                    peer=peer,
+                    peer_value=value,
+                    goal=f"above {peer}",
+                    holds=bahe > value,
+                )
+
+
+if __name__ == "__main__":
+    main("accuracy", __doc__ or "", measure)

@@ -1,0 +1,77 @@
+"""What the benchmarks share: arguments, the machine's description, and the JSON they write."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+from bahe_core.machine import configure_threads, usable_cores
+
+LIBRARIES = ("torch", "transformers", "feast", "duckdb", "numpy")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One figure, with what it is measured against."""
+
+    metric: str
+    value: float
+    unit: str
+    peer: str | None = None
+    peer_value: float | None = None
+    goal: str | None = None
+    holds: bool | None = None
+
+
+def main(name: str, description: str, measure: Callable[[bool, Path], Iterable[Row]]) -> None:
+    """Run `measure(quick, home)`, print its rows, and write them as JSON when asked to."""
+    threads = configure_threads()
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=description)
+    parser.add_argument("--quick", action="store_true", help="measure less, never something else")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--home", type=Path, default=Path(".bahe"), help="a home that `bahe demo` filled")
+    arguments = parser.parse_args()
+    rows = list(measure(arguments.quick, arguments.home))
+    for row in rows:
+        against = f"  ({row.peer}: {row.peer_value:.4g})" if row.peer_value is not None else ""
+        goal = f"  goal {row.goal}: {'holds' if row.holds else 'MISSED'}" if row.goal else ""
+        print(f"{row.metric:<48} {row.value:>10.4g} {row.unit}{against}{goal}")
+    if arguments.json is not None:
+        arguments.json.write_text(
+            json.dumps(
+                {
+                    "name": name,
+                    "date": datetime.now(UTC).date().isoformat(),
+                    "commit": _commit(),
+                    "hardware": f"{_processor()}, {usable_cores()} cores",
+                    "threads": threads,
+                    "versions": {library: version(library) for library in LIBRARIES},
+                    "rows": [asdict(row) for row in rows],
+                },
+                indent=2,
+            )
+            + "\n"
+        )
+
+
+def _commit() -> str:
+    done = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+    )
+    return done.stdout.strip() or "unknown"
+
+
+def _processor() -> str:
+    information = Path("/proc/cpuinfo")
+    if information.is_file():
+        for line in information.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,131 @@
+"""Invariant 5: killed at any instant, the next run converges to what an undisturbed one writes."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import bahe
+from bahe_core.home import Home
+from materialize.lake import lake
+from serving.lookup import OnlineLookup
+from tests.conftest import small_log, write_dataset
+
+# A child process that kills itself with SIGKILL at the n-th call of a function.
+CHILD = """
+import functools, importlib, os, signal, sys
+import materialize.encode
+materialize.encode.ATOMS_PER_COMMIT = 16
+materialize.encode.AtomicEncoder = functools.partial(materialize.encode.AtomicEncoder, tokens_per_batch=120)
+module, function, nth, *arguments = sys.argv[1:]
+module, calls = importlib.import_module(module), 0
+original = getattr(module, function)
+def counting(*a, **k):
+    global calls
+    calls += 1
+    if calls == int(nth):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*a, **k)
+setattr(module, function, counting)
+import bahe
+bahe.app(arguments)
+"""
+
+TABLES = {
+    "atoms": "*",
+    "user_timeline": "user_id, channel || position, atom_id, event_timestamp",
+    "user_embedding": "user_id, model_version, behaviors, event_timestamp",
+}
+VECTORS = {
+    "atomic_behavior_embedding": "atom_id, encoder_version",
+    "user_embedding": "user_id, model_version",
+    "item_embedding": "item_id, model_version",
+}
+
+
+def run(dataset: Path, home: Home) -> None:
+    result = CliRunner().invoke(
+        bahe.app, ["run", str(dataset), "--home", str(home.root), "--tracker", "none"]
+    )
+    assert result.exit_code == 0, (result.exception, result.output)
+
+
+def contents(home: Home) -> dict[str, list[tuple[object, ...]]]:
+    with lake(home) as connection:
+        return {
+            t: connection.execute(f"SELECT {c} FROM {t} ORDER BY ALL").fetchall() for t, c in TABLES.items()
+        }
+
+
+def vectors(home: Home) -> dict[str, np.ndarray]:
+    """In the order of their keys; a batch of other size may move a vector's last bits."""
+    with lake(home) as connection:
+        return {
+            t: np.array(
+                [row[0] for row in connection.execute(f"SELECT embedding FROM {t} ORDER BY {k}").fetchall()]
+            )
+            for t, k in VECTORS.items()
+        }
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> tuple[Home, Path]:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    dataset = write_dataset(folder / "log", small_log(rows=400), tiny_backbone)
+    home = Home.at(folder / "home")
+    run(dataset, home)
+    return home, dataset
+
+
+@pytest.mark.parametrize(
+    ("module", "function", "nth"),
+    [
+        ("materialize.ingest", "commit", 1),
+        ("materialize.encode", "_store", 3),
+        ("materialize.frame", "_write", 1),
+        ("materialize.train", "write_report", 1),
+        ("materialize.embed", "_replace", 2),
+        ("materialize.publish", "_read_back", 1),
+    ],
+)
+def test_a_killed_run_is_finished_by_the_next(
+    module: str, function: str, nth: int, undisturbed: tuple[Home, Path], tmp_path: Path
+) -> None:
+    reference, dataset = undisturbed
+    home = Home.at(tmp_path / "home")
+    killed = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            CHILD,
+            module,
+            function,
+            str(nth),
+            "run",
+            str(dataset),
+            "--home",
+            str(home.root),
+            "--tracker",
+            "none",
+        ],
+        cwd=Path(bahe.__file__).parent,
+        capture_output=True,
+        check=False,
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    run(dataset, home)
+    assert contents(home) == contents(reference)
+    expected = vectors(reference)
+    for table, found in vectors(home).items():
+        np.testing.assert_allclose(found, expected[table], atol=1e-4, err_msg=table)
+    mine, theirs = (OnlineLookup(h).score("u1", list(range(25))) for h in (home, reference))
+    assert [(s.item_id, pytest.approx(s.probability, abs=1e-5)) for s in mine.scores] == [
+        (s.item_id, s.probability) for s in theirs.scores
+    ]
+    assert not list(home.root.rglob("*.part"))
