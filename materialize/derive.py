@@ -22,7 +22,7 @@ RECENT_ATOMS = 20
 def statements(channels: list[str]) -> list[str]:
     """SQL that rebuilds every derived table from behaviors and impressions."""
     return [
-        _timeline(channels),
+        _timeline(),
         _lengths(channels),
         _click_prior(),
         _statistics("user"),
@@ -31,7 +31,7 @@ def statements(channels: list[str]) -> list[str]:
     ]
 
 
-def _timeline(channels: list[str]) -> str:
+def _timeline() -> str:
     # Events of one instant have no order of their own; the atom id makes the order reproducible.
     return (
         "CREATE OR REPLACE TABLE user_timeline AS SELECT user_id, channel,"
@@ -42,23 +42,19 @@ def _timeline(channels: list[str]) -> str:
 
 
 def _lengths(channels: list[str]) -> str:
-    counted = ", ".join(f"count(*) FILTER (channel = {quoted(c)}) AS {name('n_' + c)}" for c in channels)
-    summed = ", ".join(
-        f"sum({name('n_' + c)}) OVER past::BIGINT AS {name('length_' + c)}" for c in channels
-    )
+    now = [f"count(*) FILTER (channel = {quoted(c)}) AS {name('now_' + c)}" for c in channels]
+    so_far = [f"(sum({name('now_' + c)}) OVER past)::BIGINT AS {name('length_' + c)}" for c in channels]
     return (
-        f"CREATE OR REPLACE TABLE timeline_length AS SELECT user_id, event_timestamp, {summed},"
-        f" flatten(list(atoms) OVER past)[-{RECENT_ATOMS}:] AS recent_atoms,"
+        f"CREATE OR REPLACE TABLE timeline_length AS SELECT user_id, event_timestamp, {', '.join(so_far)},"
+        # Each instant has at least one behavior, so this many instants are enough.
+        f" flatten(list(atoms) OVER (past ROWS {RECENT_ATOMS - 1} PRECEDING))[-{RECENT_ATOMS}:]"
+        " AS recent_atoms,"
         " now() AS created_timestamp"
-        f" FROM (SELECT user_id, event_timestamp, {counted},"
+        f" FROM (SELECT user_id, event_timestamp, {', '.join(now)},"
         " list(atom_id ORDER BY channel, atom_id) AS atoms"
         " FROM behaviors GROUP BY user_id, event_timestamp)"
-        " WINDOW past AS (PARTITION BY user_id ORDER BY event_timestamp"
-        f" ROWS BETWEEN {RECENT_ATOMS - 1} PRECEDING AND CURRENT ROW)"
-    ).replace(
-        # Lengths count from the beginning; only the inline atoms have a bounded window.
-        "OVER past::BIGINT",
-        "OVER (PARTITION BY user_id ORDER BY event_timestamp)::BIGINT",
+        " WINDOW past AS (PARTITION BY user_id ORDER BY event_timestamp)"
+        " ORDER BY user_id, event_timestamp"
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
+import duckdb
 import numpy as np
 import pyarrow as pa
 
@@ -91,16 +92,13 @@ def encoder_settings(dataset: Dataset) -> tuple[BackboneConfig, EncoderConfig]:
 
 
 def _store(
-    connection: object,
+    connection: duckdb.DuckDBPyConnection,
     atoms: pa.Table,
     batches: list[tuple[np.ndarray, np.ndarray]],
     version: str,
 ) -> None:
     if not batches:
         return
-    import duckdb
-
-    assert isinstance(connection, duckdb.DuckDBPyConnection)
     rows = np.concatenate([rows for rows, _ in batches])
     vectors = np.concatenate([vectors for _, vectors in batches])
     picked = atoms.take(pa.array(rows))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import duckdb
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 from feast.data_source import DataSource
@@ -310,7 +311,7 @@ class DuckLakeOfflineStore(OfflineStore):
                     f"entity frame has no column {missing[0]}, a join key of {context.name}; it has"
                     f" {', '.join(entities.column_names)}."
                 )
-        row_ids = pa.array(range(entities.num_rows), pa.int64())
+        row_ids = pa.array(np.arange(entities.num_rows))
         store = config.offline_store
         assert isinstance(store, DuckLakeOfflineStoreConfig)
         on_demand = OnDemandFeatureView.get_requested_odfvs(feature_refs, project, registry)

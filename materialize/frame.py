@@ -26,7 +26,7 @@ from materialize.ingest import home_dataset
 from materialize.lake import commit, lake, quoted, snapshot
 
 if TYPE_CHECKING:
-    from feast import FeatureService
+    from feast import FeatureService, FeatureStore
 
 JOB = "frame"
 SPLITS = ("train", "validation", "test")
@@ -79,7 +79,7 @@ def frame(home: Home, *, service: str = "ctr_training") -> Frame:
                 entity_df=entities.to_pandas(), features=features
             ).to_arrow()
             table = table.append_column("split", split)
-            rows = {name: split.to_pylist().count(name) for name in SPLITS}
+            rows = {row["values"]: row["counts"] for row in split.value_counts().to_pylist()}
             _write(table, path, {"snapshot": snapshot(connection), "service": service})
             commit(connection, [run.statement({"rows": rows, "service": service})])
     return Frame(path, frame_id, rows, skipped=False)
@@ -96,11 +96,9 @@ def latest_frame(home: Home) -> Frame:
     raise NotReady(f"{home.root} has no training frame yet; run `bahe frame` first.")
 
 
-def _service(store: object, name: str) -> FeatureService:
-    from feast import FeatureStore
+def _service(store: FeatureStore, name: str) -> FeatureService:
     from feast.errors import FeatureServiceNotFoundException
 
-    assert isinstance(store, FeatureStore)
     try:
         return store.get_feature_service(name)
     except FeatureServiceNotFoundException:

@@ -10,6 +10,7 @@ import contextlib
 import io
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
 
 import pandas as pd
 import pyarrow.parquet as pq
@@ -21,6 +22,9 @@ from materialize import runs
 from materialize.feature_store import open_store
 from materialize.gates import require_gates
 from materialize.lake import commit, lake, quoted
+
+if TYPE_CHECKING:
+    from feast import FeatureStore
 
 JOB = "publish"
 DEPLOYMENT = "default"
@@ -114,10 +118,7 @@ def publish(home: Home) -> Published:
     return Published(version, skipped=False)
 
 
-def _read_back(store: object, sample: dict[str, list[object]], version: str) -> None:
-    from feast import FeatureStore
-
-    assert isinstance(store, FeatureStore)
+def _read_back(store: FeatureStore, sample: dict[str, list[object]], version: str) -> None:
     rows = [{"user_id": user, "model_version": version} for user in sample["user_id"]]
     answer = store.get_online_features(["user_embedding:embedding"], entity_rows=rows).to_dict()
     for user, wanted, got in zip(sample["user_id"], sample["embedding"], answer["embedding"], strict=True):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import duckdb
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from bahe_core.errors import NotReady
@@ -76,19 +77,18 @@ def read_training_data(
     table = pq.read_table(frame.path)
     users = table["user_id"].combine_chunks().dictionary_encode()
     items = connection.execute("SELECT item_id, atom_id FROM items ORDER BY item_id").to_arrow_table()
-    item_index = pa.compute.index_in(table["item_id"], value_set=items["item_id"]).combine_chunks()
+    item_index = pc.index_in(table["item_id"], value_set=items["item_id"]).combine_chunks()
     user_row = users.indices.to_numpy().astype(np.int64)
     item_row = item_index.to_numpy().astype(np.int64)
     lengths = np.stack(
         [table[f"length_{c}"].fill_null(0).to_numpy().astype(np.int64) for c in channels], axis=1
     )
     time_us = table["event_timestamp"].cast(pa.int64()).to_numpy()
-    split = np.asarray(table["split"].to_pylist())
     columns = {c: table[c].to_numpy(zero_copy_only=False).astype(np.float64) for c in needed_columns()}
     clicked = table["clicked"].to_numpy().astype(np.float32)
 
     def part(name: str) -> Impressions:
-        rows = np.flatnonzero(split == name)
+        rows = np.flatnonzero(pc.equal(table["split"], name).to_numpy())
         return Impressions(
             user_N=user_row[rows],
             item_N=item_row[rows],
