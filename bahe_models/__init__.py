@@ -8,6 +8,7 @@ from bahe_models.backbone import Backbone, BackboneConfig, load_backbone
 from bahe_models.data import Impressions, TrainingData
 from bahe_models.encoder import AtomicEncoder, EncoderConfig, encoder_version
 from bahe_models.features import DenseFeatures
+from bahe_models.incremental import UserState
 from bahe_models.metrics import auc, gauc
 from bahe_models.model import BaheModel, ModelConfig
 from bahe_models.timelines import Timelines, WindowConfig, window_batch
@@ -27,6 +28,7 @@ __all__ = [
     "Timelines",
     "TrainingConfig",
     "TrainingData",
+    "UserState",
     "WindowConfig",
     "auc",
     "encoder_version",

@@ -56,7 +56,6 @@ class Artifact:
             "model_version": self.model_version,
             "encoder_version": self.encoder_version,
             "deep": self.deep_config,
-            "deep_layers": self.deep_config["num_hidden_layers"],
             "width": self.model.aggregator.start_D.numel(),
             "model": asdict(self.model.config),
             "window": asdict(self.window),
@@ -131,7 +130,7 @@ def load(folder: Path | str) -> Artifact:
     dense: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config["dense"].items()}
     features = DenseFeatures(**dense)
     model = BaheModel(
-        deep_from_config(config["deep"], config["deep_layers"]),
+        deep_from_config(config["deep"]),
         width=config["width"],
         channels=len(features.channels),
         items=len(item_ids),

@@ -3,6 +3,13 @@
 The cut is the heart of BAHE (arXiv 2403.19347, section 3): the shallow layers read the tokens of one
 atomic behavior, the deep layers read a sequence of behaviors. The paper does not say where it cuts;
 here that is configuration.
+
+Both halves are models of the original's own class with fewer layers, so whatever a family does around
+its layers (masks, rotary angles, Gemma's scaled token embeddings) stays Hugging Face's. The deep half
+of the uncut rest, applied to the shallow half's states, is the whole model again. The exception is
+GPT-2, which adds learned positions to whatever goes in: its deep half adds the positions of the
+*behaviors*, as the rotary families' deep halves do by their angles, on top of the tokens' positions
+that the shallow half has added already.
 """
 
 from __future__ import annotations
@@ -17,6 +24,38 @@ import torch
 from torch import nn
 
 from bahe_core.errors import BadInput
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where the models of one family keep what the cut moves."""
+
+    layers: str
+    embedding: str
+    norm: str
+    positions: str | None = None
+    """The table of learned positions, where there is one; both halves keep it."""
+
+
+_LLAMA = Family("layers", "embed_tokens", "norm")
+FAMILIES = {
+    "gemma": _LLAMA,
+    "gemma2": _LLAMA,
+    "gemma3_text": _LLAMA,
+    "gpt2": Family("h", "wte", "ln_f", positions="wpe"),
+    "gpt_neox": Family("layers", "embed_in", "final_layer_norm"),
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "olmo2": _LLAMA,
+    "phi3": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "smollm3": _LLAMA,
+}
+"""The families that can be cut, by Hugging Face's `model_type`."""
+
+_PER_LAYER = ("layer_types", "no_rope_layers")
+"""Settings of a Hugging Face configuration that hold one entry a layer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,75 +100,131 @@ def _hub_arguments(path: str) -> tuple[str, dict[str, Any]]:
 def load_backbone(config: BackboneConfig) -> Backbone:
     """Load, cut and freeze. The shallow half has no gradients; both halves are fp32 on the CPU.
 
-    Raises BadInput when the model has fewer layers than asked for, or its layers cannot be cut.
+    Layers that neither half needs are never read. Raises BadInput when the model has fewer layers than
+    asked for, or is of no family that can be cut.
     """
-    from transformers import AutoModel, AutoTokenizer
+    from transformers import AutoConfig, AutoModel, AutoTokenizer
 
     name, extra = _hub_arguments(config.path)
+    try:
+        hf_config = AutoConfig.from_pretrained(name, **extra)
+    except ValueError as error:  # an architecture that transformers does not know
+        raise BadInput(f"{_cannot_be_cut(config.path)} ({str(error).splitlines()[0]}).") from None
+    needed = _check(hf_config, config)
     tokenizer = AutoTokenizer.from_pretrained(name, **extra)
-    model = AutoModel.from_pretrained(name, dtype=torch.float32, **extra)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    _keep_layers(hf_config, 0, needed)
+    model = AutoModel.from_pretrained(name, config=hf_config, dtype=torch.float32, **extra)
     return cut(model, tokenizer, config)
 
 
 def cut(model: nn.Module, tokenizer: Any, config: BackboneConfig) -> Backbone:
-    """Cut a base model (no language-model head) into its two halves; see `load_backbone`."""
-    hf_model: Any = model  # Hugging Face's attributes are set at run time
-    layers = getattr(model, "layers", None)
-    if not isinstance(layers, nn.ModuleList) or not isinstance(getattr(model, "norm", None), nn.Module):
-        raise BadInput(
-            f"backbone {type(model).__name__} cannot be cut: bahe needs a decoder with `layers` and"
-            " `norm`, as Llama, Qwen2, Qwen3, Mistral and SmolLM have."
-        )
-    shallow, deep = config.shallow_layers, config.deep_layers
-    if shallow + deep > len(layers):
-        raise BadInput(
-            f"backbone.shallow_layers + backbone.deep_layers is {shallow + deep}, but"
-            f" {config.path} has {len(layers)} layers; lower one of them."
-        )
-    shallow_half = _with_layers(model, layers[:shallow], keep_embedding=True, keep_norm=False)
-    deep_half = _with_layers(model, layers[shallow : shallow + deep], keep_embedding=False, keep_norm=True)
-    shallow_half.requires_grad_(False).eval()
+    """Take a base model (no language-model head) apart into its two halves; see `load_backbone`.
+
+    The layers move into the halves and those of neither half are freed: the model is used up.
+    """
+    hf_config: Any = model.config
+    needed = _check(hf_config, config)
+    family = FAMILIES[hf_config.model_type]
+    layers = getattr(model, family.layers)
+    embedding, norm = getattr(model, family.embedding), getattr(model, family.norm)
+    for name in (family.layers, family.embedding, family.norm):
+        setattr(model, name, None)
+    shallow = _half(model, layers, 0, config.shallow_layers, embedding=embedding, norm=nn.Identity())
+    deep = _half(model, layers, config.shallow_layers, needed, embedding=None, norm=norm)
+    shallow.requires_grad_(False).eval()
     return Backbone(
-        shallow=shallow_half,
-        deep=deep_half,
+        shallow=shallow,
+        deep=deep,
         tokenizer=tokenizer,
-        width=int(hf_model.config.hidden_size),
-        fingerprint=_fingerprint(shallow_half),
+        width=int(hf_config.hidden_size),
+        fingerprint=_fingerprint(shallow),
     )
 
 
-def deep_from_config(config: dict[str, Any], deep_layers: int) -> nn.Module:
-    """Deep half with random weights from a saved Hugging Face configuration, ready for loading."""
+def deep_from_config(config: dict[str, Any]) -> nn.Module:
+    """Deep half with random weights from its own saved configuration, ready for loading weights."""
     from transformers import AutoConfig, AutoModel
 
     settings = dict(config)
     hf_config = AutoConfig.for_model(settings.pop("model_type"), **settings)
-    hf_config.num_hidden_layers = deep_layers
     # The deep half never sees a token; without this, a table of random embeddings would be made first.
     hf_config.vocab_size, hf_config.pad_token_id = 1, None
-    model = AutoModel.from_config(hf_config)
-    return _with_layers(model, model.layers, keep_embedding=False, keep_norm=True)
+    model: nn.Module = AutoModel.from_config(hf_config)
+    setattr(model, FAMILIES[hf_config.model_type].embedding, None)
+    return model
 
 
-def _with_layers(
-    model: nn.Module, layers: nn.ModuleList, *, keep_embedding: bool, keep_norm: bool
+def longest_input(half: nn.Module) -> int | None:
+    """How many positions a half can read: rows of its table of learned positions, None without one."""
+    hf_half: Any = half
+    positions = FAMILIES[hf_half.config.model_type].positions
+    return None if positions is None else int(getattr(hf_half, positions).num_embeddings)
+
+
+def _check(hf_config: Any, config: BackboneConfig) -> int:
+    """How many layers both halves need. Raises BadInput where the model cannot be cut so."""
+    if hf_config.model_type not in FAMILIES:
+        raise BadInput(f"{_cannot_be_cut(config.path)}; this one is {hf_config.model_type}.")
+    causal = getattr(hf_config, "is_causal", True)
+    if not causal or getattr(hf_config, "use_bidirectional_attention", False):
+        raise BadInput(
+            f"backbone.path {config.path} attends in both directions, so one pass cannot serve every"
+            " impression of a user; choose a causal language model."
+        )
+    if getattr(hf_config, "scale_attn_by_inverse_layer_idx", False):
+        raise BadInput(
+            f"backbone.path {config.path} scales attention by the layer's number, which a cut changes;"
+            " choose a model without scale_attn_by_inverse_layer_idx."
+        )
+    needed = config.shallow_layers + config.deep_layers
+    if needed > hf_config.num_hidden_layers:
+        raise BadInput(
+            f"backbone.shallow_layers + backbone.deep_layers is {needed}, but"
+            f" {config.path} has {hf_config.num_hidden_layers} layers; lower one of them."
+        )
+    return needed
+
+
+def _cannot_be_cut(path: str) -> str:
+    return f"backbone.path {path} cannot be cut: bahe knows the model types {', '.join(FAMILIES)}"
+
+
+def _keep_layers(hf_config: Any, start: int, stop: int) -> None:
+    """Narrow a configuration to some of its layers."""
+    for name in _PER_LAYER:
+        if getattr(hf_config, name, None) is not None:
+            setattr(hf_config, name, list(getattr(hf_config, name)[start:stop]))
+    hf_config.num_hidden_layers = stop - start
+
+
+def _half(
+    frame: nn.Module,
+    layers: nn.ModuleList,
+    start: int,
+    stop: int,
+    *,
+    embedding: nn.Module | None,
+    norm: nn.Module,
 ) -> nn.Module:
-    """A copy of the model with only these layers, so that memory holds only what is used."""
-    outer = {name: model._modules.pop(name) for name in ("layers", "embed_tokens", "norm")}
-    try:
-        half: Any = copy.deepcopy(model)
-    finally:
-        model._modules.update(outer)
-    half.layers = copy.deepcopy(layers)
-    half.embed_tokens = copy.deepcopy(outer["embed_tokens"]) if keep_embedding else None
-    half.norm = copy.deepcopy(outer["norm"]) if keep_norm else nn.Identity()
-    half.config.num_hidden_layers = len(layers)
-    for index, layer in enumerate(half.layers):
-        # The key-value cache is indexed by this number; a half starts counting at nought again.
-        if hasattr(layer, "self_attn") and hasattr(layer.self_attn, "layer_idx"):
-            layer.self_attn.layer_idx = index
+    """A copy of the model's frame (what is left of it without layers) around some of its layers."""
+    half: Any = copy.deepcopy(frame)
+    family = FAMILIES[half.config.model_type]
+    _keep_layers(half.config, start, stop)
+    setattr(half, family.layers, nn.ModuleList(layers[start:stop]))
+    setattr(half, family.embedding, embedding)
+    setattr(half, family.norm, norm)
+    if hasattr(half, "has_sliding_layers"):
+        half.has_sliding_layers = "sliding_attention" in half.config.layer_types
+    for index, layer in enumerate(getattr(half, family.layers)):
+        for module in layer.modules():
+            # The key-value cache is indexed by this number; a half starts counting at nought again.
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = index
+            # The attention asks its configuration which implementation to use: the half's, not the whole's.
+            if hasattr(module, "config"):
+                module.config = half.config
     result: nn.Module = half
     return result
 

@@ -11,7 +11,8 @@ from typing import Literal
 import numpy as np
 import torch
 
-from bahe_models.backbone import Backbone
+from bahe_core.errors import BadInput
+from bahe_models.backbone import Backbone, longest_input
 
 Pooling = Literal["mean", "last"]
 
@@ -41,7 +42,10 @@ def encoder_version(backbone: Backbone, config: EncoderConfig, shallow_layers: i
 
 
 class AtomicEncoder:
-    """Encodes texts in batches of nearly equal length, so that padding costs next to nothing."""
+    """Encodes texts in batches of nearly equal length, so that padding costs next to nothing.
+
+    Raises BadInput when `max_tokens` is more than the backbone has positions for.
+    """
 
     def __init__(
         self,
@@ -52,6 +56,12 @@ class AtomicEncoder:
         bfloat16: bool | None = None,
         tokens_per_batch: int = 4096,
     ) -> None:
+        limit = longest_input(backbone.shallow)
+        if limit is not None and config.max_tokens >= limit:
+            raise BadInput(
+                f"encoder.max_tokens is {config.max_tokens}, but the backbone reads at most {limit - 1}"
+                " tokens after the start token; lower it."
+            )
         self.config = config
         self.tokenizer = backbone.tokenizer
         self.width = backbone.width

@@ -166,10 +166,16 @@ class BaheModel(nn.Module):
             sums.append(self.profile(atoms_WLD, rows_WL >= 0, channel_W).flatten(0, 1))
         state_NC = torch.from_numpy(batch.state_NC).to(device)
         states_NCD = torch.cat(states)[state_NC].float()
+        sum_NK = torch.cat(sums)[state_NC].float().sum(dim=1)
+        behaviors_N = torch.from_numpy(batch.position_NC).to(device).sum(dim=1)
+        return self.join_channels(states_NCD, sum_NK, behaviors_N)
+
+    def join_channels(
+        self, states_NCD: torch.Tensor, sum_NK: torch.Tensor, behaviors_N: torch.Tensor
+    ) -> torch.Tensor:
+        """User vectors [N, V + K] from the channels' states, profile sums and counts of behaviors."""
         deep_NV = self.user_projection(self.dropout(self.user_norm(states_NCD.flatten(1))))
-        total_NK = torch.cat(sums)[state_NC].float().sum(dim=1)
-        behaviors_N1 = torch.from_numpy(batch.position_NC).to(device).sum(dim=1, keepdim=True)
-        profile_NK = total_NK / (behaviors_N1 + 5).sqrt()
+        profile_NK = sum_NK / (behaviors_N[:, None] + 5).sqrt()
         return torch.cat([deep_NV.float(), profile_NK], dim=1)
 
     def item_vectors(self, atoms_ND: torch.Tensor, item_N: torch.Tensor) -> torch.Tensor:

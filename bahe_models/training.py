@@ -12,6 +12,8 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from bahe_core.errors import BadInput
+from bahe_models.backbone import longest_input
 from bahe_models.data import Impressions, TrainingData
 from bahe_models.encoder import hardware_has_bfloat16
 from bahe_models.features import DenseFeatures
@@ -78,7 +80,10 @@ def id_rows(seen: Int64, count: int) -> Int64:
 
 
 class Batches:
-    """Feeds a model with planned batches of one data set."""
+    """Feeds a model with planned batches of one data set.
+
+    Raises BadInput when a window is longer than the backbone has positions for.
+    """
 
     def __init__(
         self,
@@ -91,6 +96,12 @@ class Batches:
         device: torch.device,
         bfloat16: bool,
     ) -> None:
+        limit = longest_input(model.aggregator.deep)
+        if limit is not None and window.size >= limit:
+            raise BadInput(
+                f"window.size is {window.size}, but the backbone reads at most {limit - 1} behaviors"
+                " after the start position; lower it."
+            )
         self.model, self.data, self.dense, self.window = model, data, dense, window
         self.device, self.bfloat16 = device, bfloat16
         self.atoms_AD = torch.from_numpy(data.atoms_AD).to(device)

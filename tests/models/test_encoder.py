@@ -98,13 +98,3 @@ def test_the_version_names_everything_that_moves_vectors(tiny_backbone: Path, ba
 def test_a_wrong_backbone_is_refused(settings: dict[str, object], words: str, tiny_backbone: Path) -> None:
     with pytest.raises(BadInput, match=words):
         load_backbone(build(BackboneConfig, {"path": str(tiny_backbone), **settings}, "backbone"))
-
-
-def test_an_unsupported_architecture_is_named() -> None:
-    from transformers import GPT2Config, GPT2Model
-
-    from bahe_models.backbone import cut
-
-    model = GPT2Model(GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=10))
-    with pytest.raises(BadInput, match="GPT2Model cannot be cut"):
-        cut(model, None, BackboneConfig(path="gpt2", shallow_layers=1, deep_layers=1))
