@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -63,7 +65,7 @@ class BackboneConfig:
     """Which language model, and where it is cut."""
 
     path: str
-    """A hub name, a local folder, or a local .gguf file."""
+    """A hub name, a local folder, or a local .gguf file, of a family in `FAMILIES`."""
     shallow_layers: int = 8
     """The first layers, frozen: they encode atoms."""
     deep_layers: int = 2
@@ -100,22 +102,32 @@ def _hub_arguments(path: str) -> tuple[str, dict[str, Any]]:
 def load_backbone(config: BackboneConfig) -> Backbone:
     """Load, cut and freeze. The shallow half has no gradients; both halves are fp32 on the CPU.
 
-    Layers that neither half needs are never read. Raises BadInput when the model has fewer layers than
-    asked for, or is of no family that can be cut.
+    Layers that neither half needs are not loaded. Raises BadInput when there is no such model, when
+    weights or layers are missing, or when it is of no family that can be cut.
     """
     from transformers import AutoConfig, AutoModel, AutoTokenizer
 
     name, extra = _hub_arguments(config.path)
     try:
         hf_config = AutoConfig.from_pretrained(name, **extra)
+        needed = _check(hf_config, config)
+        _keep_layers(hf_config, 0, needed)
+        tokenizer = AutoTokenizer.from_pretrained(name, **extra)
+        with _without_load_report():
+            model, loaded = AutoModel.from_pretrained(
+                name, config=hf_config, dtype=torch.float32, output_loading_info=True, **extra
+            )
+    except OSError as error:
+        raise BadInput(f"backbone.path {config.path} cannot be read ({_first_line(error)}).") from None
     except ValueError as error:  # an architecture that transformers does not know
-        raise BadInput(f"{_cannot_be_cut(config.path)} ({str(error).splitlines()[0]}).") from None
-    needed = _check(hf_config, config)
-    tokenizer = AutoTokenizer.from_pretrained(name, **extra)
+        raise BadInput(f"{_cannot_be_cut(config.path)} ({_first_line(error)}).") from None
+    if loaded["missing_keys"]:
+        raise BadInput(
+            f"backbone.path {config.path} lacks {len(loaded['missing_keys'])} weights"
+            f" ({min(loaded['missing_keys'])} among them); fetch it again."
+        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    _keep_layers(hf_config, 0, needed)
-    model = AutoModel.from_pretrained(name, config=hf_config, dtype=torch.float32, **extra)
     return cut(model, tokenizer, config)
 
 
@@ -187,6 +199,23 @@ def _check(hf_config: Any, config: BackboneConfig) -> int:
     return needed
 
 
+@contextmanager
+def _without_load_report() -> Iterator[None]:
+    """Keep Hugging Face from listing every weight past the cut as unexpected."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
 def _cannot_be_cut(path: str) -> str:
     return f"backbone.path {path} cannot be cut: bahe knows the model types {', '.join(FAMILIES)}"
 
@@ -215,8 +244,6 @@ def _half(
     setattr(half, family.layers, nn.ModuleList(layers[start:stop]))
     setattr(half, family.embedding, embedding)
     setattr(half, family.norm, norm)
-    if hasattr(half, "has_sliding_layers"):
-        half.has_sliding_layers = "sliding_attention" in half.config.layer_types
     for index, layer in enumerate(getattr(half, family.layers)):
         for module in layer.modules():
             # The key-value cache is indexed by this number; a half starts counting at nought again.

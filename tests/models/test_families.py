@@ -16,20 +16,25 @@ import transformers
 
 from bahe_core.errors import BadInput
 from bahe_models import (
+    Artifact,
     AtomicEncoder,
     Backbone,
     BackboneConfig,
     BaheModel,
+    Batches,
+    DenseFeatures,
     EncoderConfig,
     ModelConfig,
     Timelines,
     WindowConfig,
+    load,
     load_backbone,
     window_batch,
 )
 from bahe_models.backbone import FAMILIES, cut, deep_from_config, longest_input
 from tests.families import SETTINGS, tiny_model
 
+CPU = torch.device("cpu")
 CUT = BackboneConfig(path="tiny", shallow_layers=1, deep_layers=2)
 TO_THE_END = BackboneConfig(path="tiny", shallow_layers=2, deep_layers=2)
 IDS = torch.tensor([[0, 7, 9, 12, 30, 31, 32, 5, 6, 41], [0, 60, 3, 3, 3, 8, 69, 1, 2, 50]])
@@ -200,9 +205,59 @@ def test_an_architecture_that_nobody_knows_is_refused(tmp_path: Path) -> None:
         load_backbone(BackboneConfig(path=str(tmp_path)))
 
 
+def test_a_model_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="cannot be read"):
+        load_backbone(BackboneConfig(path=str(tmp_path / "nothing")))
+
+
+def test_a_model_with_missing_weights_is_refused(tiny_backbone: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    path = folder_of(tiny_model("qwen3"), tiny_backbone, tmp_path / "model")
+    weights = load_file(path / "model.safetensors")
+    for place, words in ((3, None), (1, r"lacks 1 weights \(layers\.1\.mlp")):
+        del weights[f"layers.{place}.mlp.up_proj.weight"]
+        save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+        config = BackboneConfig(path=str(path), shallow_layers=1, deep_layers=2)
+        if words is None:
+            load_backbone(config)  # what lies past the cut is not missed
+        else:
+            with pytest.raises(BadInput, match=words):
+                load_backbone(config)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "gemma3_text"])
+def test_an_artifact_of_any_family_gives_the_same_users(family: str, tmp_path: Path) -> None:
+    halves = halves_of(family)
+    dense = DenseFeatures(channels=("a", "b"), click_rate=0.5, mean=(0.0,) * 9, deviation=(1.0,) * 9)
+    model = BaheModel(
+        halves.deep, width=32, channels=2, items=1, dense_features=len(dense.names), config=ModelConfig()
+    )
+    artifact = Artifact(
+        model=model,
+        model_version="m",
+        encoder_version="e",
+        deep_config=halves.deep.config.to_dict(),
+        window=WindowConfig(size=20, overlap=10),
+        dense=dense,
+        item_ids=(1,),
+        facts={},
+    )
+    artifact.save(tmp_path / "m")
+    timelines = Timelines(("a", "b"), (np.array([0, 30]),) * 2, (np.arange(30),) * 2)
+    request = torch.randn(30, 32), timelines, np.array([0, 0]), np.array([[30, 12], [0, 3]])
+    np.testing.assert_allclose(
+        load(tmp_path / "m").user_vectors(*request), artifact.user_vectors(*request), atol=1e-5
+    )
+
+
 def test_inputs_beyond_a_table_of_positions_are_refused() -> None:
     halves = halves_of("gpt2")
     assert longest_input(halves.shallow) == longest_input(halves.deep) == 64
     assert longest_input(halves_of("llama").deep) is None
     with pytest.raises(BadInput, match=r"encoder\.max_tokens is 64, .* at most 63"):
         AtomicEncoder(halves, EncoderConfig(max_tokens=64))
+    window = WindowConfig(size=64, overlap=32)
+    data: Any = None
+    with pytest.raises(BadInput, match=r"window\.size is 64, .* at most 63"):
+        Batches(build(halves), data, data, window, item_row_I=data, device=CPU, bfloat16=False)

@@ -11,12 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bahe_models import (
+    AtomicEncoder,
     BackboneConfig,
     BaheModel,
+    EncoderConfig,
     ModelConfig,
     Timelines,
     UserState,
     WindowConfig,
+    load_backbone,
     window_batch,
 )
 from bahe_models.backbone import cut
@@ -36,7 +39,9 @@ def build(family: str) -> BaheModel:
     return model.eval()
 
 
-def full_pass(model: BaheModel, window: WindowConfig, timelines: list[list[int]]) -> torch.Tensor:
+def full_pass(
+    model: BaheModel, window: WindowConfig, timelines: list[list[int]], atoms: torch.Tensor = ATOMS
+) -> torch.Tensor:
     one_user = Timelines(
         ("a", "b"),
         tuple(np.array([0, len(rows)]) for rows in timelines),
@@ -44,7 +49,7 @@ def full_pass(model: BaheModel, window: WindowConfig, timelines: list[list[int]]
     )
     length = np.array([[len(rows) for rows in timelines]])
     with torch.inference_mode():
-        return model.user_vectors(ATOMS, window_batch(one_user, np.array([0]), length, window))[0]
+        return model.user_vectors(atoms, window_batch(one_user, np.array([0]), length, window))[0]
 
 
 class Counted:
@@ -104,6 +109,34 @@ def test_where_a_state_begins_changes_nothing(data: st.DataObject, size: int) ->
         state.append(channel, reused)
         reused.zero_()  # the caller's memory is the caller's
     torch.testing.assert_close(state.vector(), full_pass(MODEL, window, late), atol=1e-4, rtol=0)
+
+
+@pytest.mark.slow
+def test_an_append_equals_a_full_pass_on_the_real_model() -> None:
+    """With real atoms, whose few huge coordinates are the hard case for rounding."""
+    from materialize.fetch import DOWNLOADS, fetch
+
+    path = fetch("smollm2-135m") / DOWNLOADS["smollm2-135m"].names[0]
+    halves = load_backbone(BackboneConfig(path=str(path), shallow_layers=8, deep_layers=2))
+    texts = [f"liked the film number {n}, from {1950 + n}" for n in range(40)]
+    atoms = torch.from_numpy(
+        AtomicEncoder(halves, EncoderConfig(), bfloat16=False).encode(["a"] * 40, texts)
+    )
+    torch.manual_seed(1)
+    model = BaheModel(
+        halves.deep, width=halves.width, channels=2, items=5, dense_features=3, config=ModelConfig()
+    )
+    model.profile.fit(atoms, atoms, torch.tensor([1.0, -1.0]))
+    window = WindowConfig(size=24, overlap=12)
+    state = UserState.empty(model, window)
+    timelines: list[list[int]] = [[], []]
+    rng = np.random.default_rng(4)
+    for _ in range(60):
+        channel, row = int(rng.integers(2)), int(rng.integers(40))
+        state.append(channel, atoms[row])
+        timelines[channel].append(row)
+        expected = full_pass(model, window, timelines, atoms)
+        torch.testing.assert_close(state.vector(), expected, atol=1e-4, rtol=0)
 
 
 def test_what_does_not_fit_the_model_is_refused() -> None:
