@@ -131,13 +131,13 @@ def train(home: HomeOption = None, device: DeviceOption = None, tracker: Tracker
 
 
 @app.command()
-def embed(home: HomeOption = None) -> None:
+def embed(home: HomeOption = None, device: DeviceOption = None) -> None:
     """Compute user and item vectors of the trained model where they changed. Then the embed gate."""
     from materialize.embed import embed as job
     from materialize.gates import gate
 
     where = Home.at(home)
-    done = job(where)
+    done = job(where, device_name=device)
     say(
         f"  {done.model_version}: {done.users_added:,} of {done.users:,} users and"
         f" {done.items_added:,} of {done.items:,} items embedded"
@@ -168,7 +168,7 @@ def run(
         ("apply", lambda: apply(home)),
         ("frame", lambda: frame_quietly(home)),
         ("train", lambda: train(home, device, tracker)),
-        ("embed", lambda: embed(home)),
+        ("embed", lambda: embed(home, device)),
         ("publish", lambda: publish(home)),
     ]
     for name, step in steps:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,7 +49,10 @@ def apply(home: Home) -> str:
         raise NotReady(f"{home.root} holds no data yet; run `bahe ingest dataset.yaml` first.")
     from feast import Entity, FeatureService, FeatureStore, FeatureView
 
-    from feature_repo import definitions
+    with warnings.catch_warnings():
+        # Feast wants entities to name their type; ours is the log's, so Feast infers it.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        from feature_repo import definitions
 
     with home.exclusive():
         store = FeatureStore(fs_yaml_file=write_configuration(home))
