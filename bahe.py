@@ -205,7 +205,7 @@ def demo(
     say("[bold]Results[/bold]")
     _print_results(results)
     say(f"  report: {where.reports / 'training.html'}")
-    say(f"  Data Docs: {where.reports / 'data_docs' / 'index.html'}")
+    say(f"  gates: {where.reports / 'data_docs' / 'gates.html'}")
     say(f"[bold]done in {time.perf_counter() - start:.0f} s[/bold]; next: bahe serve, bahe --help")
 
 

@@ -66,7 +66,7 @@ def test_every_part_left_what_it_should(filled: tuple[Home, Path]) -> None:
     report = (home.reports / "training.html").read_text()
     assert "<svg" in report
     assert "ID-only network" in report
-    docs = (home.reports / "data_docs" / "index.html").read_text()
+    docs = (home.reports / "data_docs" / "gates.html").read_text()
     assert "ingest" in docs
     assert "embed" in docs
 
