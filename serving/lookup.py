@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from bahe_core.errors import BadInput, NotReady, UnknownEntity
+from bahe_core.errors import BadInput, Damaged, NotReady, UnknownEntity
 from bahe_core.home import Home
 from bahe_models.artifact import Artifact, load
 from bahe_models.features import needed_columns
@@ -221,7 +222,14 @@ class OnlineLookup:
         return found[VECTOR], {name: found[name] for name in names}
 
     def _read(self, features: list[str], rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
-        answer: dict[str, list[Any]] = self._store.get_online_features(features, entity_rows=rows).to_dict()
+        try:
+            response = self._store.get_online_features(features, entity_rows=rows)
+        except sqlite3.DatabaseError as error:
+            raise Damaged(
+                f"the online store {self._home.online_store} cannot be read ({error}); delete it and run"
+                " `bahe publish`."
+            ) from None
+        answer: dict[str, list[Any]] = response.to_dict()
         return answer
 
     def _as_stored(self, view: str, key: str, value: Identifier) -> Identifier:
