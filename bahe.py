@@ -7,7 +7,7 @@ import os
 import sys
 import time
 import warnings
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -242,7 +242,7 @@ def score(
     from serving.lookup import OnlineLookup
 
     wanted = [part.strip() for given in items for part in given.split(",") if part.strip()]
-    _print_answer(OnlineLookup(Home.at(home)).score(user, wanted, _utc(at)), as_json)
+    _print_answer(OnlineLookup(Home.at(home)).score(user, wanted, at), as_json)
 
 
 @app.command()
@@ -257,7 +257,7 @@ def recommend(
     """The k items that the user will most likely click."""
     from serving.lookup import OnlineLookup
 
-    answer = OnlineLookup(Home.at(home)).recommend(user, k, _utc(at), include_seen=include_seen)
+    answer = OnlineLookup(Home.at(home)).recommend(user, k, at, include_seen=include_seen)
     _print_answer(answer, as_json)
 
 
@@ -284,10 +284,6 @@ def frame_quietly(home: Path | None) -> None:
 
     with contextlib.redirect_stdout(io.StringIO()):
         frame(home)
-
-
-def _utc(at: datetime | None) -> datetime | None:
-    return at if at is None or at.tzinfo is not None else at.replace(tzinfo=UTC)
 
 
 def _print_results(results: list[dict[str, Any]]) -> None:

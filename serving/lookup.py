@@ -137,7 +137,8 @@ class OnlineLookup:
     ) -> Answer:
         """Click probabilities of some items for a user, best first.
 
-        `at` is the moment of the request (now): how long ago the last impressions were counts.
+        `at` is the moment of the request (now; UTC unless it says otherwise): how long ago the last
+        impressions were counts.
         Raises UnknownEntity when the user or one of the items is not in the online store.
         """
         user = self.user(user_id)
@@ -197,6 +198,8 @@ class OnlineLookup:
         }
         lengths_C = [int(user.statistics[f"length_{c}"] or 0) for c in artifact.dense.channels]
         now = at or datetime.now(UTC)
+        if now.tzinfo is None:
+            now = now.replace(tzinfo=UTC)
         probability = artifact.score(
             np.tile(user.vector, (count, 1)),
             np.asarray(vectors, dtype=np.float32),

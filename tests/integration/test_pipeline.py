@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -120,6 +121,8 @@ def test_answers_from_the_online_store(filled: tuple[Home, Path]) -> None:
     assert max(s.probability for s in lookup.score("u1", list(range(25))).scores) == pytest.approx(
         best.scores[0].probability
     )
+    moment = datetime(2024, 4, 2)
+    assert lookup.score("u1", [3], moment) == lookup.score("u1", [3], moment.replace(tzinfo=UTC))
     fresh = lookup.recommend("u1", 25)
     assert {str(s.item_id) for s in fresh.scores}.isdisjoint(user.seen_items)
 
