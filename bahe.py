@@ -7,7 +7,7 @@ import os
 import sys
 import time
 import warnings
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -131,13 +131,13 @@ def train(home: HomeOption = None, device: DeviceOption = None, tracker: Tracker
 
 
 @app.command()
-def embed(home: HomeOption = None) -> None:
+def embed(home: HomeOption = None, device: DeviceOption = None) -> None:
     """Compute user and item vectors of the trained model where they changed. Then the embed gate."""
     from materialize.embed import embed as job
     from materialize.gates import gate
 
     where = Home.at(home)
-    done = job(where)
+    done = job(where, device_name=device)
     say(
         f"  {done.model_version}: {done.users_added:,} of {done.users:,} users and"
         f" {done.items_added:,} of {done.items:,} items embedded"
@@ -168,7 +168,7 @@ def run(
         ("apply", lambda: apply(home)),
         ("frame", lambda: frame_quietly(home)),
         ("train", lambda: train(home, device, tracker)),
-        ("embed", lambda: embed(home)),
+        ("embed", lambda: embed(home, device)),
         ("publish", lambda: publish(home)),
     ]
     for name, step in steps:
@@ -205,7 +205,7 @@ def demo(
     say("[bold]Results[/bold]")
     _print_results(results)
     say(f"  report: {where.reports / 'training.html'}")
-    say(f"  Data Docs: {where.reports / 'data_docs' / 'index.html'}")
+    say(f"  gates: {where.reports / 'data_docs' / 'gates.html'}")
     say(f"[bold]done in {time.perf_counter() - start:.0f} s[/bold]; next: bahe serve, bahe --help")
 
 
@@ -242,7 +242,7 @@ def score(
     from serving.lookup import OnlineLookup
 
     wanted = [part.strip() for given in items for part in given.split(",") if part.strip()]
-    _print_answer(OnlineLookup(Home.at(home)).score(user, wanted, _utc(at)), as_json)
+    _print_answer(OnlineLookup(Home.at(home)).score(user, wanted, at), as_json)
 
 
 @app.command()
@@ -257,7 +257,7 @@ def recommend(
     """The k items that the user will most likely click."""
     from serving.lookup import OnlineLookup
 
-    answer = OnlineLookup(Home.at(home)).recommend(user, k, _utc(at), include_seen=include_seen)
+    answer = OnlineLookup(Home.at(home)).recommend(user, k, at, include_seen=include_seen)
     _print_answer(answer, as_json)
 
 
@@ -284,10 +284,6 @@ def frame_quietly(home: Path | None) -> None:
 
     with contextlib.redirect_stdout(io.StringIO()):
         frame(home)
-
-
-def _utc(at: datetime | None) -> datetime | None:
-    return at if at is None or at.tzinfo is not None else at.replace(tzinfo=UTC)
 
 
 def _print_results(results: list[dict[str, Any]]) -> None:

@@ -25,5 +25,9 @@ class GateFailed(BaheError):
     """A Great Expectations gate refused a hand-over; what it guards was not passed on."""
 
 
+class Damaged(BaheError):
+    """A file of the home cannot be read any more."""
+
+
 class Busy(BaheError):
     """Another process holds this home folder; nothing was done."""

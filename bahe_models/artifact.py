@@ -74,13 +74,13 @@ class Artifact:
     ) -> npt.NDArray[np.float32]:
         """User vectors [N, width] after the first `length_NC` behaviors of each user's timelines.
 
-        `atoms_AD` must be of this artifact's encoder_version.
+        `atoms_AD` must be of this artifact's encoder_version, and on the model's device.
         """
         self.model.eval()
         vectors = np.empty((len(user_N), self.vector_width), dtype=np.float32)
         for rows in plan_steps(user_N, length_NC, impressions_per_step=256, rng=None):
             batch = window_batch(timelines, user_N[rows], length_NC[rows], self.window)
-            vectors[rows] = self.model.user_vectors(atoms_AD, batch).numpy()
+            vectors[rows] = self.model.user_vectors(atoms_AD, batch).cpu().numpy()
         return vectors
 
     @torch.inference_mode()
@@ -90,8 +90,9 @@ class Artifact:
         """Item vectors [N, width] from the vectors of the items' texts, in the order of the ids."""
         self.model.eval()
         row = {item_id: index for index, item_id in enumerate(self.item_ids, start=1)}
-        rows_N = torch.tensor([row.get(item_id, 0) for item_id in item_ids], dtype=torch.long)
-        vectors: npt.NDArray[np.float32] = self.model.item_vectors(atoms_ND, rows_N).numpy()
+        known = [row.get(item_id, 0) for item_id in item_ids]
+        rows_N = torch.tensor(known, dtype=torch.long, device=atoms_ND.device)
+        vectors: npt.NDArray[np.float32] = self.model.item_vectors(atoms_ND, rows_N).cpu().numpy()
         return vectors
 
     @torch.inference_mode()

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from bahe_models.heads import Head, HeadName
 from bahe_models.timelines import WindowBatch
 
 
@@ -28,10 +29,16 @@ class ModelConfig:
     """Width of the deep part of the stored user and item vectors."""
     profile_width: int = 48
     """Width of the profile part."""
+    head: HeadName = "dnn"
+    """`dnn`, or `dcn`: cross layers (DCN-V2) before the DNN."""
     head_width: int = 128
     """Width of the head's hidden layer."""
+    cross_layers: int = 2
+    """Cross layers of the `dcn` head."""
     dropout: float = 0.2
     """Dropout on the user state and in the head."""
+    item_ids: bool = True
+    """Whether items have an ID embedding beside their text."""
     item_id_dropout: float = 0.3
     """Share of items whose ID embedding is hidden in a training step, so that text is learned too."""
 
@@ -144,15 +151,14 @@ class BaheModel(nn.Module):
         with torch.no_grad():
             self.item_id.weight[0] = 0
         self.dropout = nn.Dropout(config.dropout)
-        pair = 3 * vector + dense_features + 1
-        self.hidden = nn.Sequential(
-            nn.Linear(pair, config.head_width),
-            nn.GELU(),
-            nn.Dropout(config.dropout),
-            nn.Linear(config.head_width, 1),
+        self.head = Head(
+            config.head,
+            vector=vector,
+            facts=dense_features + 1,
+            hidden=config.head_width,
+            dropout=config.dropout,
+            crosses=config.cross_layers,
         )
-        self.wide = nn.Linear(dense_features + 1, 1)
-        nn.init.zeros_(self.wide.weight)
 
     def user_vectors(self, atoms_AD: torch.Tensor, batch: WindowBatch) -> torch.Tensor:
         """User vectors [N, V + K] of the impressions of a planned batch."""
@@ -180,7 +186,9 @@ class BaheModel(nn.Module):
 
     def item_vectors(self, atoms_ND: torch.Tensor, item_N: torch.Tensor) -> torch.Tensor:
         """Item vectors [N, V + K] from the item texts' atoms and rows of the ID table (0: unseen)."""
-        if self.training and self.config.item_id_dropout:
+        if not self.config.item_ids:
+            item_N = torch.zeros_like(item_N)
+        elif self.training and self.config.item_id_dropout:
             hidden = torch.rand(len(item_N), device=item_N.device) < self.config.item_id_dropout
             item_N = item_N.masked_fill(hidden, 0)
         standard_ND = self.profile.standard_items(atoms_ND)
@@ -193,7 +201,5 @@ class BaheModel(nn.Module):
         width = self.config.deep_width
         likeness_N1 = (user_NV[:, width:] * item_NV[:, width:]).sum(dim=1, keepdim=True)
         facts = torch.cat([dense_NF, likeness_N1], dim=1)
-        user_NV, item_NV = user_NV[:, :width], item_NV[:, :width]
-        pair = torch.cat([user_NV, item_NV, user_NV * item_NV, facts], dim=1)
-        logits: torch.Tensor = self.hidden(pair) + self.wide(facts)
-        return logits.squeeze(-1)
+        logits: torch.Tensor = self.head(user_NV[:, :width], item_NV[:, :width], facts)
+        return logits

@@ -166,11 +166,10 @@ def build_model(
     behaviors = torch.from_numpy(data.atoms_AD[np.unique(np.concatenate(used))])
     items = torch.from_numpy(data.atoms_AD[data.item_atom_I])
     model.profile.fit(behaviors, items, _channel_lift(train))
-    with torch.no_grad():
-        # The first prediction is the floor itself; training learns what is left to know.
-        model.wide.weight[0, 0] = dense.deviation[0]
-        model.wide.weight[0, -1] = 0.1
-        model.wide.bias[0] = dense.mean[0]
+    # The first prediction is close to the floor itself; training learns what is left to know.
+    weights_F = torch.zeros(len(dense.names) + 1)
+    weights_F[0], weights_F[-1] = dense.deviation[0], 0.1
+    model.head.start_from(weights_F, dense.mean[0])
     return model
 
 

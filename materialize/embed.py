@@ -12,6 +12,7 @@ import torch
 
 from bahe_core.errors import NotReady
 from bahe_core.home import Home
+from bahe_core.machine import device
 from bahe_core.progress import progress
 from bahe_models.artifact import Artifact, load
 from materialize import runs
@@ -57,7 +58,7 @@ class Embedded:
     items: int
 
 
-def embed(home: Home, *, model_version: str | None = None) -> Embedded:
+def embed(home: Home, *, model_version: str | None = None, device_name: str | None = None) -> Embedded:
     """Compute the vectors that the model_version (the last trained one) does not have yet."""
     dataset = home_dataset(home)
     with home.exclusive(), lake(home) as connection:
@@ -91,6 +92,7 @@ def embed(home: Home, *, model_version: str | None = None) -> Embedded:
         if not users.num_rows and not items.num_rows and known:
             return Embedded(version, 0, 0, **counts)
         artifact = load(home.models / version)
+        artifact.model.to(device(device_name))
         atoms = read_atoms(connection, artifact.encoder_version)
         with runs.record(connection, JOB, version) as run:
             _embed_users(connection, artifact, atoms, users, dataset.channels)
@@ -115,7 +117,7 @@ def _embed_users(
     channels: list[str],
 ) -> None:
     """Batch by batch, each committed: a killed run goes on where it stopped."""
-    atoms_AD = torch.from_numpy(atoms.vectors)
+    atoms_AD = torch.from_numpy(atoms.vectors).to(_device_of(artifact))
     with progress("embedding users", users.num_rows) as advance:
         for start in range(0, users.num_rows, USERS_PER_BATCH):
             part = users.slice(start, USERS_PER_BATCH)
@@ -132,10 +134,14 @@ def _embed_items(
 ) -> None:
     if not items.num_rows:
         return
-    atoms_ND = torch.from_numpy(atoms.vectors[atoms.rows(items["atom_id"])])
+    atoms_ND = torch.from_numpy(atoms.vectors[atoms.rows(items["atom_id"])]).to(_device_of(artifact))
     vectors = artifact.item_vectors(atoms_ND, items["item_id"].to_pylist())
     rows = items.drop_columns(["atom_id"])
     _replace(connection, "item_embedding", "item_id", rows, vectors, artifact)
+
+
+def _device_of(artifact: Artifact) -> torch.device:
+    return next(artifact.model.parameters()).device
 
 
 def _replace(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import yaml
 
-from bahe_core.errors import NotReady
+from bahe_core.errors import Damaged, NotReady
 from bahe_core.home import Home
 
 if TYPE_CHECKING:
@@ -34,9 +35,18 @@ def open_store(home: Home) -> FeatureStore:
     if not home.registry.is_file():
         raise NotReady(f"{home.root} has no feature store yet; run `bahe apply` first.")
     from feast import FeatureStore
+    from google.protobuf.message import DecodeError
 
-    # Written anew, since the home may have been moved since.
-    return FeatureStore(fs_yaml_file=write_configuration(home))
+    try:
+        # Written anew, since the home may have been moved since.
+        store = FeatureStore(fs_yaml_file=write_configuration(home))
+        store.list_projects()
+    except DecodeError:
+        raise Damaged(
+            f"the registry {home.registry} cannot be read; delete it and run `bahe apply` and"
+            " `bahe publish`."
+        ) from None
+    return store
 
 
 def apply(home: Home) -> str:
@@ -48,7 +58,10 @@ def apply(home: Home) -> str:
         raise NotReady(f"{home.root} holds no data yet; run `bahe ingest dataset.yaml` first.")
     from feast import Entity, FeatureService, FeatureStore, FeatureView
 
-    from feature_repo import definitions
+    with warnings.catch_warnings():
+        # Feast wants entities to name their type; ours is the log's, so Feast infers it.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        from feature_repo import definitions
 
     with home.exclusive():
         store = FeatureStore(fs_yaml_file=write_configuration(home))

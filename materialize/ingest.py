@@ -17,7 +17,7 @@ from bahe_core.home import Home
 from bahe_core.progress import say
 from materialize import derive, runs
 from materialize.dataset import ClickRule, Dataset, Table, load_dataset, save_dataset
-from materialize.lake import columns, commit, lake, name, quoted, scalar, tables
+from materialize.lake import columns, commit, lake, name, one_line, quoted, scalar, tables
 
 JOB = "ingest"
 REQUIRED = {
@@ -166,7 +166,7 @@ def _read(connection: duckdb.DuckDBPyConnection, table: str, section: Table) -> 
     try:
         found = columns(connection, source)
     except duckdb.Error as error:
-        raise BadInput(f"{table}: {what} cannot be read: {_one_line(error)}") from None
+        raise BadInput(f"{table}: {what} cannot be read: {one_line(error)}.") from None
     mapping = dict(section.columns)
     if table == "behaviors" and section.channel is not None:
         if "channel" in mapping:
@@ -205,7 +205,7 @@ def _read(connection: duckdb.DuckDBPyConnection, table: str, section: Table) -> 
             f" row_number() OVER () AS _row, {name(raw_time)}::VARCHAR AS _time FROM {source}"
         )
     except duckdb.Error as error:
-        raise BadInput(f"{table}: {what} cannot be read: {_one_line(error)}") from None
+        raise BadInput(f"{table}: {what} cannot be read: {one_line(error)}.") from None
 
 
 def _expression(table: str, target: str, rule: str | ClickRule, kind: str, section: Table) -> str:
@@ -398,7 +398,3 @@ def _totals(connection: duckdb.DuckDBPyConnection) -> dict[str, int]:
     known = tables(connection)
     wanted = ("behaviors", "impressions", "items", "users", "atoms")
     return {t: scalar(connection, f"SELECT count(*) FROM {t}") for t in wanted if t in known}
-
-
-def _one_line(error: duckdb.Error) -> str:
-    return " ".join(str(error).split("\n", 1)[0].split()).rstrip(".") + "."

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import duckdb
 
-from bahe_core.errors import NotReady
+from bahe_core.errors import Damaged, NotReady
 from bahe_core.home import Home
 from bahe_core.machine import threads
 
@@ -56,17 +56,30 @@ def connect(home: Home, *, create: bool = False) -> duckdb.DuckDBPyConnection:
     attach = f"ATTACH {quoted(f'ducklake:sqlite:{home.catalogue}')} AS {LAKE}"
     # The data always lies beside the catalogue, wherever the home was moved or copied to.
     where = quoted(f"{home.lake_data}/")
-    connection.execute(f"{attach} (DATA_PATH {where}, OVERRIDE_DATA_PATH true)")
+    try:
+        connection.execute(f"{attach} (DATA_PATH {where}, OVERRIDE_DATA_PATH true)")
+    except duckdb.Error as error:
+        raise Damaged(
+            f"the lake's catalogue {home.catalogue} cannot be read ({one_line(error)}); restore it from a"
+            " copy, or delete the home and run again."
+        ) from None
     connection.execute(f"USE {LAKE}")
     return connection
 
 
 @contextmanager
 def lake(home: Home, *, create: bool = False) -> Iterator[duckdb.DuckDBPyConnection]:
-    """`connect`, closed at the end."""
+    """`connect`, closed at the end. Raises Damaged when a file of the lake cannot be read."""
     connection = connect(home, create=create)
     try:
         yield connection
+    except duckdb.Error as error:
+        if str(home.lake_data) not in str(error):
+            raise
+        raise Damaged(
+            f"a file of the lake cannot be read ({one_line(error)}); restore it from a copy, or delete the"
+            " home and run again."
+        ) from None
     finally:
         connection.close()
 
@@ -87,6 +100,11 @@ def commit(connection: duckdb.DuckDBPyConnection, statements: list[str]) -> None
             if not locked or attempt == COMMIT_ATTEMPTS - 1:
                 raise
             time.sleep(0.05 * 2**attempt)
+
+
+def one_line(error: Exception) -> str:
+    """The first line of an error's message, without a full stop."""
+    return " ".join(str(error).split("\n", 1)[0].split()).rstrip(".")
 
 
 def tables(connection: duckdb.DuckDBPyConnection) -> set[str]:

@@ -9,7 +9,7 @@ from fastapi import FastAPI, Query, Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 
-from bahe_core.errors import BaheError, NotReady, UnknownEntity
+from bahe_core.errors import BaheError, Damaged, NotReady, UnknownEntity
 from bahe_core.home import Home
 from serving.lookup import Answer, Identifier, OnlineLookup
 
@@ -63,7 +63,13 @@ def create_app(home: Home) -> FastAPI:
 
     @app.exception_handler(BaheError)
     def refused(request: Request, error: BaheError) -> JSONResponse:
-        status = 404 if isinstance(error, UnknownEntity) else 503 if isinstance(error, NotReady) else 400
+        status = (
+            404
+            if isinstance(error, UnknownEntity)
+            else 503
+            if isinstance(error, NotReady | Damaged)
+            else 400
+        )
         return JSONResponse({"detail": str(error)}, status_code=status)
 
     @app.get("/health")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from bahe_core.errors import BadInput, NotReady, UnknownEntity
+from bahe_core.errors import BadInput, Damaged, NotReady, UnknownEntity
 from bahe_core.home import Home
 from bahe_models.artifact import Artifact, load
 from bahe_models.features import needed_columns
@@ -136,7 +137,8 @@ class OnlineLookup:
     ) -> Answer:
         """Click probabilities of some items for a user, best first.
 
-        `at` is the moment of the request (now): how long ago the last impressions were counts.
+        `at` is the moment of the request (now; UTC unless it says otherwise): how long ago the last
+        impressions were counts.
         Raises UnknownEntity when the user or one of the items is not in the online store.
         """
         user = self.user(user_id)
@@ -196,6 +198,8 @@ class OnlineLookup:
         }
         lengths_C = [int(user.statistics[f"length_{c}"] or 0) for c in artifact.dense.channels]
         now = at or datetime.now(UTC)
+        if now.tzinfo is None:
+            now = now.replace(tzinfo=UTC)
         probability = artifact.score(
             np.tile(user.vector, (count, 1)),
             np.asarray(vectors, dtype=np.float32),
@@ -221,7 +225,14 @@ class OnlineLookup:
         return found[VECTOR], {name: found[name] for name in names}
 
     def _read(self, features: list[str], rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
-        answer: dict[str, list[Any]] = self._store.get_online_features(features, entity_rows=rows).to_dict()
+        try:
+            response = self._store.get_online_features(features, entity_rows=rows)
+        except sqlite3.DatabaseError as error:
+            raise Damaged(
+                f"the online store {self._home.online_store} cannot be read ({error}); delete it and run"
+                " `bahe publish`."
+            ) from None
+        answer: dict[str, list[Any]] = response.to_dict()
         return answer
 
     def _as_stored(self, view: str, key: str, value: Identifier) -> Identifier:

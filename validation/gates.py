@@ -13,6 +13,7 @@ import duckdb
 
 from bahe_core.errors import GateFailed
 from validation.measure import Finding, measure
+from validation.summary import write_summary
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class GateResult:
     failures: tuple[str, ...]
     """One sentence for each expectation that failed: the column, the rule, how many rows."""
     docs: Path | None
-    """The index page of the Data Docs."""
+    """A page with every check; Data Docs lie beside it."""
 
 
 def run_gate(
@@ -52,7 +53,8 @@ def run_gate(
     failures = tuple(
         finding.sentence for finding, passed in zip(findings, verdicts, strict=True) if not passed
     )
-    return GateResult(gate, not failures, len(findings), failures, docs / "index.html")
+    page = write_summary(gate, findings, verdicts, docs)
+    return GateResult(gate, not failures, len(findings), failures, page)
 
 
 def require(result: GateResult) -> None:

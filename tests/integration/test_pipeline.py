@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from fastapi.testclient import TestClient
 from typer.testing import CliRunner, Result
 
 import bahe
-from bahe_core.errors import BaheError, GateFailed, NotReady, UnknownEntity
+from bahe_core.errors import BaheError, Damaged, GateFailed, NotReady, UnknownEntity
 from bahe_core.home import Home
 from materialize.feature_store import open_store
 from materialize.lake import lake, scalar
@@ -66,7 +67,7 @@ def test_every_part_left_what_it_should(filled: tuple[Home, Path]) -> None:
     report = (home.reports / "training.html").read_text()
     assert "<svg" in report
     assert "ID-only network" in report
-    docs = (home.reports / "data_docs" / "index.html").read_text()
+    docs = (home.reports / "data_docs" / "gates.html").read_text()
     assert "ingest" in docs
     assert "embed" in docs
 
@@ -120,6 +121,8 @@ def test_answers_from_the_online_store(filled: tuple[Home, Path]) -> None:
     assert max(s.probability for s in lookup.score("u1", list(range(25))).scores) == pytest.approx(
         best.scores[0].probability
     )
+    moment = datetime(2024, 4, 2)
+    assert lookup.score("u1", [3], moment) == lookup.score("u1", [3], moment.replace(tzinfo=UTC))
     fresh = lookup.recommend("u1", 25)
     assert {str(s.item_id) for s in fresh.scores}.isdisjoint(user.seen_items)
 
@@ -319,3 +322,28 @@ def test_results_are_written_as_json(filled: tuple[Home, Path]) -> None:
 def test_unknown_entities_are_their_own_error(filled: tuple[Home, Path]) -> None:
     with pytest.raises(UnknownEntity):
         OnlineLookup(filled[0]).user("nobody")
+
+
+@pytest.mark.parametrize(
+    ("file", "arguments", "way_out"),
+    [
+        ("lake/catalogue.sqlite", ("encode",), "restore it from a copy"),
+        ("online.db", ("lookup", "--user", "u1"), "delete it and run `bahe publish`"),
+        ("registry.db", ("lookup", "--user", "u1"), "delete it and run `bahe apply`"),
+        ("lake/data/**/user_timeline/**/*.parquet", ("embed",), "restore it from a copy"),
+    ],
+)
+def test_a_damaged_home_says_what_to_do(
+    file: str, arguments: tuple[str, ...], way_out: str, filled: tuple[Home, Path], tmp_path: Path
+) -> None:
+    shutil.copytree(filled[0].root, tmp_path / "home")
+    home = Home.at(tmp_path / "home")
+    if arguments == ("embed",):  # so that there is something to embed
+        with lake(home) as connection:
+            connection.execute("DELETE FROM user_embedding")
+    for path in home.root.glob(file):
+        path.write_bytes(b"this is not what it was" * 100)
+    result = call(*arguments, home=home.root)
+    assert isinstance(result.exception, Damaged), result.exception
+    assert way_out in str(result.exception)
+    assert "\n" not in str(result.exception)

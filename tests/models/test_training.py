@@ -30,6 +30,7 @@ from bahe_models.features import needed_columns
 from bahe_models.training import build_model, id_rows, seeded
 
 CPU = torch.device("cpu")
+SHAPE = ModelConfig(deep_width=8, profile_width=8, head_width=16)
 
 
 def toy_data(seed: int = 0, users: int = 40, items: int = 20, rows: int = 1500) -> TrainingData:
@@ -73,7 +74,7 @@ def toy_data(seed: int = 0, users: int = 40, items: int = 20, rows: int = 1500) 
 
 
 def fit_toy(
-    data: TrainingData, backbone: Path, **settings: object
+    data: TrainingData, backbone: Path, shape: ModelConfig = SHAPE, **settings: object
 ) -> tuple[Batches, list[float], Artifact]:
     config = TrainingConfig(
         impressions_per_step=100, bfloat16=False, **{"epochs": 3, "learning_rate": 1e-2, **settings}
@@ -85,9 +86,7 @@ def fit_toy(
     halves = load_backbone(BackboneConfig(path=str(backbone), shallow_layers=2, deep_layers=2))
     rows = id_rows(split.item_N, 20)
     with seeded(config.seed):
-        model = build_model(
-            halves.deep, data, dense, ModelConfig(deep_width=8, profile_width=8, head_width=16), rows
-        )
+        model = build_model(halves.deep, data, dense, shape, rows)
         batches = Batches(model, data, dense, WindowConfig(), item_row_I=rows, device=CPU, bfloat16=False)
         trained = train(batches, config)
     artifact = Artifact(
@@ -202,3 +201,16 @@ def test_data_that_cannot_be_trained_on_is_refused() -> None:
     for words, bad in cases.items():
         with pytest.raises(BadInput, match=words):
             bad.check()
+
+
+def test_cross_layers_and_models_without_item_ids(tiny_backbone: Path, tmp_path: Path) -> None:
+    data = toy_data()
+    test = data.splits["test"]
+    crossed, _, artifact = fit_toy(data, tiny_backbone, replace(SHAPE, head="dcn"))
+    assert auc(test.clicked_N, crossed.predict(test)) > 0.75
+    artifact.save(tmp_path / "dcn")
+    assert len(load(tmp_path / "dcn").model.head.crosses) == 2
+    _, _, by_text = fit_toy(data, tiny_backbone, replace(SHAPE, item_ids=False))
+    atoms = torch.from_numpy(data.atoms_AD[:1])
+    known, unseen = (by_text.item_vectors(atoms, [item]) for item in (0, "never seen"))
+    np.testing.assert_array_equal(known, unseen)

@@ -379,7 +379,7 @@ def test_data_docs_keep_the_latest_result_of_each_gate(
     run(connection, "encode", tmp_path)
     connection.execute("UPDATE impressions SET clicked = 5, impression_id = '<b>$x</b>' WHERE clicked = 1")
     failed = run(connection, "ingest", tmp_path)
-    assert failed.docs == tmp_path / "index.html"
+    assert failed.docs == tmp_path / "gates.html"
 
     def page(name: str) -> str:
         (only,) = (tmp_path / "validations" / name).rglob("*.html")
@@ -411,11 +411,11 @@ def test_a_frame_is_read_from_parquet(connection: duckdb.DuckDBPyConnection, tmp
 
 
 def test_require_counts_the_rest(tmp_path: Path) -> None:
-    result = GateResult("frame", False, 3, ("a.b must c.", "d.", "e."), tmp_path / "index.html")
+    result = GateResult("frame", False, 3, ("a.b must c.", "d.", "e."), tmp_path / "gates.html")
     with pytest.raises(BaheError) as caught:
         require(result)
     assert str(caught.value) == (
-        f"The frame gate refused the hand-over: a.b must c (and 2 more); see {tmp_path}/index.html."
+        f"The frame gate refused the hand-over: a.b must c (and 2 more); see {tmp_path}/gates.html."
     )
 
 
@@ -445,3 +445,22 @@ def test_a_caller_who_forgets_something_is_told(
         )
     with pytest.raises(ValueError, match="no gate is called 'dream'"):
         run_gate(connection, "dream", tables=TABLES, parameters={}, docs=tmp_path)
+
+
+def test_one_page_shows_every_check_of_every_gate_without_a_network(
+    tmp_path: Path,
+) -> None:
+    from validation.checks import Check
+    from validation.measure import Finding
+    from validation.summary import write_summary
+
+    def finding(rule: str, count: int) -> Finding:
+        check = Check(table="t", column="c", rule=rule, source="t", counted="true", why="because")
+        return Finding(check=check, count=count, outcome="1 row did, for example <b>")
+
+    write_summary("ingest", [finding("must hold", 0)], [True], tmp_path)
+    page = write_summary("embed", [finding("must not fail", 1)], [False], tmp_path).read_text()
+    assert "passed, 1 checks" in page
+    assert "1 of 1 checks failed" in page
+    assert "1 row did, for example &lt;b&gt;" in page
+    assert "http" not in page

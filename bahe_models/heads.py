@@ -1,0 +1,58 @@
+"""CTR heads: click logits from a user vector, an item vector and dense facts.
+
+Every head adds a linear part on the facts, which starts as the floor: the network learns what the
+statistics do not say. Shape letters: N impressions, V vector width, F facts, X input width.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import nn
+
+HeadName = Literal["dnn", "dcn"]
+
+
+class Cross(nn.Module):
+    """One cross layer of DCN-V2 (Wang et al., WWW 2021, eq. 1): x0 * (W x + b) + x."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+
+    def forward(self, first_NX: torch.Tensor, x_NX: torch.Tensor) -> torch.Tensor:
+        """The next layer's input [N, X]."""
+        crossed: torch.Tensor = first_NX * self.linear(x_NX) + x_NX
+        return crossed
+
+
+class Head(nn.Module):
+    """A DNN on user, item, their product and the facts (`dnn`), or on their crosses (`dcn`)."""
+
+    def __init__(
+        self, name: HeadName, *, vector: int, facts: int, hidden: int, dropout: float, crosses: int
+    ) -> None:
+        super().__init__()
+        width = 3 * vector + facts
+        self.crosses = nn.ModuleList(Cross(width) for _ in range(crosses if name == "dcn" else 0))
+        self.hidden = nn.Sequential(
+            nn.Linear(width, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, 1)
+        )
+        self.wide = nn.Linear(facts, 1)
+        nn.init.zeros_(self.wide.weight)
+
+    @torch.no_grad()
+    def start_from(self, weights_F: torch.Tensor, bias: float) -> None:
+        """Set the linear part; the first prediction is then mostly its own."""
+        self.wide.weight[0] = weights_F
+        self.wide.bias.fill_(bias)
+
+    def forward(self, user_NV: torch.Tensor, item_NV: torch.Tensor, facts_NF: torch.Tensor) -> torch.Tensor:
+        """Click logits [N]."""
+        first_NX = torch.cat([user_NV, item_NV, user_NV * item_NV, facts_NF], dim=1)
+        x_NX = first_NX
+        for cross in self.crosses:
+            x_NX = cross(first_NX, x_NX)
+        logits: torch.Tensor = self.hidden(x_NX) + self.wide(facts_NF)
+        return logits.squeeze(-1)
