@@ -11,96 +11,26 @@ import torch
 from bahe_core.errors import BadInput
 from bahe_models import (
     Artifact,
-    BackboneConfig,
     Batches,
-    DenseFeatures,
-    Impressions,
-    ModelConfig,
-    Timelines,
     TrainingConfig,
     TrainingData,
-    WindowConfig,
     auc,
     load,
-    load_backbone,
     train,
 )
 from bahe_models.baselines import train_id_only
-from bahe_models.features import needed_columns
-from bahe_models.training import build_model, id_rows, seeded
-
-CPU = torch.device("cpu")
-
-
-def toy_data(seed: int = 0, users: int = 40, items: int = 20, rows: int = 1500) -> TrainingData:
-    """Two kinds of item; a user clicks on the kind that fills their `liked` channel."""
-    rng = np.random.default_rng(seed)
-    kind = np.arange(items) % 2
-    atoms = (rng.normal(size=(items, 32)) + 2 * kind[:, None]).astype(np.float32)
-    atoms[:, 0] = 100  # the huge coordinate that language models have
-    taste = rng.integers(2, size=users)
-    timelines = []
-    for channel in range(2):
-        pool = [np.flatnonzero(kind == (taste[u] ^ channel)) for u in range(users)]
-        timelines.append([rng.choice(pool[u], 12) for u in range(users)])
-    offsets = tuple(np.arange(0, 12 * users + 1, 12, dtype=np.int64) for _ in range(2))
-    user, item = rng.integers(users, size=rows), rng.integers(items, size=rows)
-    clicked = (rng.random(rows) < np.where(taste[user] == kind[item], 0.8, 0.2)).astype(np.float32)
-    length = rng.integers(2, 13, (rows, 2))
-
-    def part(begin: int, end: int) -> Impressions:
-        nothing = {name: np.full(end - begin, np.nan) for name in needed_columns()}
-        nothing |= {
-            "user_click_rate": np.full(end - begin, 0.5),
-            "item_click_rate": rng.uniform(0.4, 0.6, end - begin),
-        }
-        return Impressions(
-            user_N=user[begin:end],
-            item_N=item[begin:end],
-            length_NC=length[begin:end],
-            time_us_N=np.arange(begin, end) * 10**6,
-            clicked_N=clicked[begin:end],
-            columns=nothing,
-        )
-
-    return TrainingData(
-        atoms_AD=atoms,
-        timelines=Timelines(("liked", "disliked"), offsets, tuple(np.concatenate(t) for t in timelines)),
-        item_atom_I=np.arange(items),
-        item_ids=tuple(range(items)),
-        splits={"train": part(0, 1000), "validation": part(1000, 1250), "test": part(1250, rows)},
-    )
+from bahe_models.loop import seeded
+from tests.models.toy import toy_artifact, toy_batches, toy_config, toy_data
 
 
 def fit_toy(
     data: TrainingData, backbone: Path, **settings: object
 ) -> tuple[Batches, list[float], Artifact]:
-    config = TrainingConfig(
-        impressions_per_step=100, bfloat16=False, **{"epochs": 3, "learning_rate": 1e-2, **settings}
-    )  # type: ignore[arg-type]
-    split = data.splits["train"]
-    dense = DenseFeatures.fit(
-        split.columns, split.length_NC, split.time_us_N, channels=("liked", "disliked"), click_rate=0.5
-    )
-    halves = load_backbone(BackboneConfig(path=str(backbone), shallow_layers=2, deep_layers=2))
-    rows = id_rows(split.item_N, 20)
+    config = toy_config(**settings)
     with seeded(config.seed):
-        model = build_model(
-            halves.deep, data, dense, ModelConfig(deep_width=8, profile_width=8, head_width=16), rows
-        )
-        batches = Batches(model, data, dense, WindowConfig(), item_row_I=rows, device=CPU, bfloat16=False)
+        batches = toy_batches(data, backbone)
         trained = train(batches, config)
-    artifact = Artifact(
-        model=model,
-        model_version="bahe-toy",
-        encoder_version="enc-toy",
-        deep_config=halves.deep.config.to_dict(),
-        window=WindowConfig(),
-        dense=dense,
-        item_ids=tuple(np.flatnonzero(rows).tolist()),
-        facts={},
-    )
-    return batches, [row.train_loss for row in trained.history], artifact
+    return batches, [row.train_loss for row in trained.history], toy_artifact(batches)
 
 
 # What the toy run came to when it was written. A change that moves it has to say so.
