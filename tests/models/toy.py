@@ -29,7 +29,9 @@ from bahe_models.training import build_model, id_rows, table_ids
 CPU = torch.device("cpu")
 
 
-def toy_data(seed: int = 0, users: int = 40, items: int = 20, rows: int = 1500) -> TrainingData:
+def toy_data(
+    seed: int = 0, users: int = 40, items: int = 20, rows: int = 1500, train: int = 1000
+) -> TrainingData:
     """Two kinds of item; a user clicks on the kind that fills their `liked` channel."""
     rng = np.random.default_rng(seed)
     kind = np.arange(items) % 2
@@ -65,7 +67,11 @@ def toy_data(seed: int = 0, users: int = 40, items: int = 20, rows: int = 1500) 
         timelines=Timelines(("liked", "disliked"), offsets, tuple(np.concatenate(t) for t in timelines)),
         item_atom_I=np.arange(items),
         item_ids=tuple(range(items)),
-        splits={"train": part(0, 1000), "validation": part(1000, 1250), "test": part(1250, rows)},
+        splits={
+            "train": part(0, train),
+            "validation": part(train, (train + rows) // 2),
+            "test": part((train + rows) // 2, rows),
+        },
     )
 
 
