@@ -45,7 +45,9 @@ DatasetArgument = Annotated[Path, typer.Argument(help="dataset.yaml: see the REA
 DeviceOption = Annotated[
     str | None, typer.Option("--device", help="cpu, cuda, cuda:1, mps; chosen when left out.")
 ]
-TrackerOption = Annotated[Literal["mlflow", "none"], typer.Option(help="Where to log training.")]
+TrackerOption = Annotated[
+    Literal["mlflow", "tensorboard", "none"], typer.Option(help="Where to log training.")
+]
 UserOption = Annotated[str, typer.Option("--user", help="A user_id of the log.")]
 AtOption = Annotated[
     datetime | None,
@@ -120,11 +122,23 @@ def frame(
 
 
 @app.command()
-def train(home: HomeOption = None, device: DeviceOption = None, tracker: TrackerOption = "mlflow") -> None:
-    """Train BAHE, the ID-only network and the floor on the last frame; print the results table."""
+def train(
+    home: HomeOption = None,
+    device: DeviceOption = None,
+    tracker: TrackerOption = "mlflow",
+    warm_start: Annotated[
+        str | None, typer.Option(help="A model_version to start from, as yesterday's.", metavar="VERSION")
+    ] = None,
+) -> None:
+    """Train BAHE, the ID-only network and the floor on the last frame; print the results table.
+
+    A killed run goes on where it stopped. Several processes: torchrun --no-python bahe train.
+    """
     from materialize.train import train_models as job
 
-    done = job(Home.at(home), device_name=device, tracker=tracker)
+    done = job(Home.at(home), device_name=device, tracker=tracker, warm_start=warm_start)
+    if int(os.environ.get("RANK", "0")):
+        return  # of torchrun's processes, the first one speaks
     say(f"  {done.model_version}" + (" (unchanged)" if done.skipped else ""))
     _print_results(done.results)
     say(f"  report: {done.report}")

@@ -60,10 +60,19 @@ class Home:
         """Model artifacts, a folder for each model_version."""
         return self.root / "models"
 
+    def checkpoint(self, model_version: str) -> Path:
+        """State of the unfinished training of a model_version; gone when the artifact is written."""
+        return self.models / f"{model_version}.checkpoint"
+
     @property
     def tracking(self) -> Path:
         """MLflow's local store."""
         return self.root / "mlflow"
+
+    @property
+    def tensorboard(self) -> Path:
+        """TensorBoard's event files, a folder for each run."""
+        return self.root / "tensorboard"
 
     @property
     def catalogue_of_items(self) -> Path:

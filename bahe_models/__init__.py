@@ -5,14 +5,16 @@ Knows torch and transformers, and nothing of Feast, DuckDB or any file beyond it
 
 from bahe_models.artifact import Artifact, load
 from bahe_models.backbone import Backbone, BackboneConfig, load_backbone
+from bahe_models.checkpoint import Checkpoint
 from bahe_models.data import Impressions, TrainingData
 from bahe_models.encoder import AtomicEncoder, EncoderConfig, encoder_version
 from bahe_models.features import DenseFeatures
 from bahe_models.incremental import UserState
+from bahe_models.loop import TrainingConfig
 from bahe_models.metrics import auc, gauc
 from bahe_models.model import BaheModel, ModelConfig
 from bahe_models.timelines import Timelines, WindowConfig, window_batch
-from bahe_models.training import Batches, TrainingConfig, train
+from bahe_models.training import Batches, train
 
 __all__ = [
     "Artifact",
@@ -21,6 +23,7 @@ __all__ = [
     "BackboneConfig",
     "BaheModel",
     "Batches",
+    "Checkpoint",
     "DenseFeatures",
     "EncoderConfig",
     "Impressions",

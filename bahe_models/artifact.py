@@ -39,6 +39,8 @@ class Artifact:
     """Items of the ID table, in the order of its rows 1, 2, ..."""
     facts: dict[str, Any]
     """Where it comes from and how good it is: frame, dataset, configuration, metrics."""
+    logit_shift: float = 0.0
+    """Added to the model's logits: the correction for sampling and weights in training."""
 
     @property
     def vector_width(self) -> int:
@@ -60,6 +62,7 @@ class Artifact:
             "model": asdict(self.model.config),
             "window": asdict(self.window),
             "dense": asdict(self.dense),
+            "logit_shift": self.logit_shift,
             "facts": self.facts,
         }
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -108,7 +111,8 @@ class Artifact:
         self.model.eval()
         dense_NF = torch.from_numpy(self.dense.transform(columns, length_NC, now_us_N))
         logits_N = self.model.score(torch.from_numpy(user_NV), torch.from_numpy(item_NV), dense_NF)
-        probabilities: npt.NDArray[np.float64] = torch.sigmoid(logits_N.double()).numpy()
+        corrected_N = logits_N.double() + self.logit_shift
+        probabilities: npt.NDArray[np.float64] = torch.sigmoid(corrected_N).numpy()
         return probabilities
 
 
@@ -148,4 +152,5 @@ def load(folder: Path | str) -> Artifact:
         dense=features,
         item_ids=item_ids,
         facts=config["facts"],
+        logit_shift=config.get("logit_shift", 0.0),  # artifacts of before sampling have none
     )

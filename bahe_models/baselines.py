@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -10,9 +10,10 @@ from torch import nn
 
 from bahe_models.data import Impressions, TrainingData
 from bahe_models.features import DenseFeatures
+from bahe_models.loop import Epoch, Task, Trained, TrainingConfig, fit, seeded
 from bahe_models.metrics import auc
 from bahe_models.timelines import Int64
-from bahe_models.training import Epoch, Scores, Trained, TrainingConfig, fit, id_rows, seeded
+from bahe_models.training import Scores, id_rows
 
 
 def floor_scores(dense: DenseFeatures, split: Impressions) -> Scores:
@@ -62,7 +63,6 @@ def train_id_only(
     split = data.splits["train"]
     users = id_rows(split.user_N, data.timelines.users)
     items = id_rows(split.item_N, len(data.item_atom_I))
-    rng = np.random.default_rng(config.seed)
     with seeded(config.seed):
         model = IdOnly(int(users.max()), int(items.max()))
 
@@ -75,11 +75,10 @@ def train_id_only(
             result: torch.Tensor = model(user_N, item_N)
             return result
 
-        def steps() -> Iterator[tuple[Int64, torch.Tensor]]:
-            for rows in np.array_split(
+        def plan(rng: np.random.Generator) -> list[Int64]:
+            return np.array_split(
                 rng.permutation(len(split)), max(1, len(split) // config.impressions_per_step)
-            ):
-                yield rows, logits(split, rows, hide=True)
+            )
 
         @torch.inference_mode()
         def score(part: Impressions) -> Scores:
@@ -89,13 +88,14 @@ def train_id_only(
         def validate() -> float:
             return auc(data.splits["validation"].clicked_N, score(data.splits["validation"]))
 
-        trained = fit(
-            model,
-            [(list(model.parameters()), config.learning_rate)],
-            steps,
-            torch.from_numpy(split.clicked_N),
-            validate,
-            config,
-            on_epoch=on_epoch,
+        task = Task(
+            model=model,
+            groups=[(list(model.parameters()), config.learning_rate)],
+            plan=plan,
+            logits=lambda rows: logits(split, rows, hide=True),
+            user_N=split.user_N,
+            clicked_N=torch.from_numpy(split.clicked_N),
+            validate=validate,
         )
+        trained = fit(task, config, on_epoch=on_epoch)
     return score, trained

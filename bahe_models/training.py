@@ -1,11 +1,8 @@
-"""The trainer: one pass per user timeline, AdamW, early stopping on validation AUC."""
+"""The trainer of BAHE: one pass per user timeline, and the model and batches it starts from."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -14,61 +11,18 @@ from torch import nn
 
 from bahe_core.errors import BadInput
 from bahe_models.backbone import longest_input
+from bahe_models.checkpoint import Checkpoint
 from bahe_models.data import Impressions, TrainingData
+from bahe_models.distributed import Processes
 from bahe_models.encoder import hardware_has_bfloat16
 from bahe_models.features import DenseFeatures
+from bahe_models.loop import Epoch, Task, Trained, TrainingConfig, fit
 from bahe_models.metrics import auc
 from bahe_models.model import BaheModel, ModelConfig
+from bahe_models.sampling import sampled_rows
 from bahe_models.timelines import Int64, WindowConfig, plan_steps, window_batch
 
 Scores = npt.NDArray[np.float64]
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingConfig:
-    """How the model is trained."""
-
-    epochs: int = 4
-    """Most passes over the training impressions."""
-    patience: int = 1
-    """Epochs without a better validation AUC before training stops."""
-    impressions_per_step: int = 1000
-    learning_rate: float = 1e-3
-    """Peak rate of everything but the deep layers."""
-    deep_learning_rate: float = 1e-4
-    """Peak rate of the deep layers."""
-    weight_decay: float = 0.01
-    warm_up: float = 0.1
-    """Share of the steps in which the rates rise; they fall as a cosine afterwards."""
-    gradient_norm: float = 1.0
-    """Gradients are clipped to this norm."""
-    bfloat16: bool | None = None
-    """Mixed precision; by default where the hardware multiplies bfloat16 matrices itself."""
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.epochs < 1 or self.impressions_per_step < 1:
-            raise ValueError("`epochs` and `impressions_per_step` must be at least 1")
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """What one pass over the training impressions came to."""
-
-    epoch: int
-    train_loss: float
-    validation_auc: float
-    seconds: float
-    """Training alone, without evaluation."""
-
-
-@dataclass
-class Trained:
-    """A trained network with its history; the weights are those of the best epoch."""
-
-    history: list[Epoch] = field(default_factory=list)
-    seconds: float = 0.0
-    """Training, without evaluation, over all epochs."""
 
 
 def id_rows(seen: Int64, count: int) -> Int64:
@@ -77,6 +31,12 @@ def id_rows(seen: Int64, count: int) -> Int64:
     rows = np.zeros(count, dtype=np.int64)
     rows[distinct] = np.arange(1, len(distinct) + 1)
     return rows
+
+
+def table_ids(item_row_I: Int64, item_ids: Sequence[str | int]) -> tuple[str | int, ...]:
+    """The ids of an ID table's rows 1, 2, ...; `item_row_I` is each item's row."""
+    seen = sorted((row, item) for row, item in zip(item_row_I.tolist(), item_ids, strict=True) if row)
+    return tuple(item for _, item in seen)
 
 
 class Batches:
@@ -104,6 +64,8 @@ class Batches:
             )
         self.model, self.data, self.dense, self.window = model, data, dense, window
         self.device, self.bfloat16 = device, bfloat16
+        self.logit_shift = 0.0
+        """What the model's logits lack to speak of the whole log; `train` sets it."""
         self.atoms_AD = torch.from_numpy(data.atoms_AD).to(device)
         self.item_row_I = torch.from_numpy(item_row_I).to(device)
         self.item_atom_I = torch.from_numpy(data.item_atom_I).to(device)
@@ -116,7 +78,7 @@ class Batches:
     def logits(
         self, split: Impressions, dense_NF: torch.Tensor, rows: Int64, *, share: bool = True
     ) -> torch.Tensor:
-        """Click logits of some impressions, by one pass over their users' timelines."""
+        """The model's own logits of some impressions, by one pass over their users' timelines."""
         batch = window_batch(
             self.data.timelines, split.user_N[rows], split.length_NC[rows], self.window, share=share
         )
@@ -134,15 +96,23 @@ class Batches:
 
     @torch.inference_mode()
     def predict(self, split: Impressions, impressions_per_step: int = 4000) -> Scores:
-        """Click logits [N] of a split, in its order."""
+        """Click logits [N] of a split, in its order, corrected for sampling and weights.
+
+        Of several processes each computes some steps, and all of them get all scores.
+        """
         self.model.eval()
+        processes = Processes.here()
         dense_NF = self.dense_features(split)
-        scores = np.empty(len(split), dtype=np.float64)
-        for rows in plan_steps(
+        scores = np.zeros(len(split), dtype=np.float64)
+        steps = plan_steps(
             split.user_N, split.length_NC, impressions_per_step=impressions_per_step, rng=None
-        ):
-            scores[rows] = self.logits(split, dense_NF, rows).cpu().numpy()
-        return scores
+        )
+        for index, rows in enumerate(steps):
+            if index % processes.size == processes.rank:
+                scores[rows] = self.logits(split, dense_NF, rows).cpu().numpy()
+        if processes.size > 1:
+            scores = processes.sum(torch.from_numpy(scores).to(self.device)).cpu().numpy()
+        return scores + self.logit_shift
 
 
 def build_model(
@@ -194,109 +164,50 @@ def train(
     batches: Batches,
     config: TrainingConfig,
     *,
+    checkpoint: Checkpoint | None = None,
     on_step: Callable[[int, float], None] = lambda impressions, loss: None,
     on_epoch: Callable[[Epoch], None] = lambda epoch: None,
 ) -> Trained:
-    """Train the model of `batches` in place and leave it with the weights of its best epoch."""
+    """Train the model of `batches` in place and leave it with the weights of its best epoch.
+
+    Under torchrun every process calls this with the same arguments; see `bahe_models.distributed`.
+    `checkpoint`, `on_step` and `on_epoch` are those of `fit`.
+    """
     model, data = batches.model, batches.data
     split = data.splits["train"]
     dense_NF = batches.dense_features(split)
-    rng = np.random.default_rng(config.seed)
+    with torch.no_grad():
+        # The first predictions stay what they are: what `predict` adds from now on is taken off here.
+        model.head.wide.bias.add_(batches.logit_shift - config.logit_shift)
+    batches.logit_shift = config.logit_shift
 
-    def steps() -> Iterator[tuple[Int64, torch.Tensor]]:
+    def plan(rng: np.random.Generator) -> Iterator[Int64]:
+        kept = sampled_rows(split.clicked_N, config.negative_rate, rng)
         for rows in plan_steps(
-            split.user_N, split.length_NC, impressions_per_step=config.impressions_per_step, rng=rng
+            split.user_N[kept],
+            split.length_NC[kept],
+            impressions_per_step=config.impressions_per_step,
+            rng=rng,
         ):
-            yield rows, batches.logits(split, dense_NF, rows)
+            yield kept[rows]
 
     deep = list(model.aggregator.deep.parameters())
     in_deep = {id(parameter) for parameter in deep}
     rest = [p for p in model.parameters() if id(p) not in in_deep]
-    groups = [(deep, config.deep_learning_rate), (rest, config.learning_rate)]
-
-    def validate() -> float:
-        return auc(data.splits["validation"].clicked_N, batches.predict(data.splits["validation"]))
-
-    return fit(
-        model,
-        groups,
-        steps,
-        torch.from_numpy(split.clicked_N).to(batches.device),
-        validate,
-        config,
-        on_step=on_step,
-        on_epoch=on_epoch,
+    task = Task(
+        model=model,
+        groups=[(deep, config.deep_learning_rate), (rest, config.learning_rate)],
+        plan=plan,
+        logits=lambda rows: batches.logits(split, dense_NF, rows),
+        user_N=split.user_N,
+        clicked_N=torch.from_numpy(split.clicked_N).to(batches.device),
+        validate=lambda: auc(
+            data.splits["validation"].clicked_N, batches.predict(data.splits["validation"])
+        ),
     )
-
-
-def fit(
-    model: nn.Module,
-    groups: list[tuple[list[nn.Parameter], float]],
-    steps: Callable[[], Iterator[tuple[Int64, torch.Tensor]]],
-    clicked_N: torch.Tensor,
-    validate: Callable[[], float],
-    config: TrainingConfig,
-    *,
-    on_step: Callable[[int, float], None] = lambda impressions, loss: None,
-    on_epoch: Callable[[Epoch], None] = lambda epoch: None,
-) -> Trained:
-    """The loop that BAHE and the baselines share; `steps()` yields (rows, logits) for one epoch.
-
-    Every network gets the same optimiser, schedule, clipping and early stopping.
-    """
-    optimizer = torch.optim.AdamW(
-        [{"params": parameters, "lr": rate} for parameters, rate in groups if parameters],
-        weight_decay=config.weight_decay,
-    )
-    per_epoch = -(-len(clicked_N) // config.impressions_per_step)
-    # Users are not split evenly, so an epoch has a few steps more or less than this.
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer,
-        [rate for parameters, rate in groups if parameters],
-        total_steps=int(per_epoch * config.epochs * 1.5) + 10,
-        pct_start=config.warm_up,
-    )
-    result, best, waited = Trained(), -np.inf, 0
-    weights: dict[str, torch.Tensor] = {}
-    for epoch in range(1, config.epochs + 1):
-        model.train()
-        losses, seen, start = 0.0, 0, time.perf_counter()
-        for rows, logits_N in steps():
-            target_N = clicked_N[torch.from_numpy(rows).to(clicked_N.device)]
-            loss = nn.functional.binary_cross_entropy_with_logits(logits_N, target_N)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            nn.utils.clip_grad_norm_(model.parameters(), config.gradient_norm)
-            optimizer.step()
-            schedule.step()
-            losses += loss.item() * len(rows)
-            seen += len(rows)
-            on_step(len(rows), losses / seen)
-        seconds = time.perf_counter() - start
-        row = Epoch(epoch, losses / seen, validate(), seconds)
-        result.history.append(row)
-        result.seconds += seconds
-        on_epoch(row)
-        if row.validation_auc > best:
-            best, waited = row.validation_auc, 0
-            weights = {name: value.clone() for name, value in model.state_dict().items()}
-        else:
-            waited += 1
-            if waited >= config.patience:
-                break
-    model.load_state_dict(weights)
-    model.eval()
-    return result
+    return fit(task, config, checkpoint=checkpoint, on_step=on_step, on_epoch=on_epoch)
 
 
 def precision(config: TrainingConfig, device: torch.device) -> bool:
     """Whether to compute in bfloat16 on this device."""
     return hardware_has_bfloat16(device) if config.bfloat16 is None else config.bfloat16
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Torch's random state set for a block, and put back after it."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        yield

@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from bahe_models.training import Epoch
+from bahe_models.loop import Epoch
 
 NAMES = {"floor": "Floor", "id_only": "ID-only network", "bahe": "BAHE"}
 

@@ -1,4 +1,4 @@
-"""Where a training run is logged: MLflow's local store, or nowhere."""
+"""Where a training run is logged: MLflow's local store, TensorBoard's files, or nowhere."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
+from bahe_core.errors import NotReady
 from bahe_core.home import Home
-from bahe_models.training import Epoch
+from bahe_models.loop import Epoch
+
+Tracker = Literal["mlflow", "tensorboard", "none"]
 
 
 class Log:
@@ -59,11 +62,47 @@ class _MlflowLog(Log):
                 mlflow.log_artifact(str(path))
 
 
+class _TensorboardLog(Log):
+    def __init__(self, folder: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise NotReady(
+                "--tracker tensorboard needs the package tensorboard; install it with"
+                " `pip install 'bahe[tensorboard]'`."
+            ) from None
+        self.writer: Any = SummaryWriter(str(folder))
+
+    def parameters(self, values: Mapping[str, Any]) -> None:
+        lines = "\n".join(f"| {name} | {value} |" for name, value in values.items())
+        self.writer.add_text("settings", f"| setting | value |\n|---|---|\n{lines}")
+
+    def epoch(self, row: Epoch) -> None:
+        for name, value in asdict(row).items():
+            if name != "epoch":
+                self.writer.add_scalar(name, value, row.epoch)
+
+    def results(self, rows: list[dict[str, Any]]) -> None:
+        for row in rows:
+            for metric in ("auc", "gauc"):
+                self.writer.add_scalar(f"{row['split']}_{metric}/{row['model']}", row[metric])
+
+
 @contextmanager
-def run(home: Home, tracker: Literal["mlflow", "none"], experiment: str, name: str) -> Iterator[Log]:
-    """A tracked run. MLFLOW_TRACKING_URI, when set, names another store than the home's own."""
+def run(home: Home, tracker: Tracker, experiment: str, name: str) -> Iterator[Log]:
+    """A tracked run. MLFLOW_TRACKING_URI, when set, names another store than the home's own.
+
+    Raises NotReady when the tracker's package is not installed.
+    """
     if tracker == "none":
         yield Log()
+        return
+    if tracker == "tensorboard":
+        log = _TensorboardLog(home.tensorboard / name)
+        try:
+            yield log
+        finally:
+            log.writer.close()
         return
     import os
 

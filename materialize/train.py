@@ -4,35 +4,40 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from bahe_core.errors import NotReady
+import numpy as np
+
+from bahe_core.errors import BadInput, NotReady
 from bahe_core.home import Home
 from bahe_core.machine import PeakMemory, device, threads
 from bahe_core.progress import progress
 from bahe_models import baselines
-from bahe_models.artifact import FORMAT, Artifact
+from bahe_models.artifact import FORMAT, Artifact, load
 from bahe_models.backbone import load_backbone
+from bahe_models.checkpoint import Checkpoint
 from bahe_models.data import TrainingData
+from bahe_models.distributed import own_device, processes
 from bahe_models.features import DenseFeatures
+from bahe_models.loop import Epoch, TrainingConfig, seeded
 from bahe_models.metrics import auc, gauc
 from bahe_models.model import ModelConfig
 from bahe_models.options import build
 from bahe_models.timelines import WindowConfig
 from bahe_models.training import (
     Batches,
-    Epoch,
     Scores,
-    TrainingConfig,
     build_model,
     id_rows,
     precision,
-    seeded,
+    table_ids,
     train,
 )
+from bahe_models.warm_start import known_items, start_from
 from materialize import runs, tracking
 from materialize.dataset import Dataset
 from materialize.encode import encoder_settings
@@ -76,15 +81,32 @@ class Settings:
             training=build(TrainingConfig, dataset.training, "training"),
         )
 
+    def of_the_weights(self) -> list[dict[str, Any]]:
+        """What a model_version is made from; how often a checkpoint is written is not in it."""
+        return [asdict(self.model), asdict(self.window), self.training.of_the_weights()]
+
 
 def train_models(
-    home: Home, *, device_name: str | None = None, tracker: Literal["mlflow", "none"] = "mlflow"
+    home: Home,
+    *,
+    device_name: str | None = None,
+    tracker: tracking.Tracker = "mlflow",
+    warm_start: str | None = None,
 ) -> TrainingOutcome:
-    """Train on the latest frame; does nothing when frame, encoder and settings are unchanged."""
+    """Train on the latest frame; does nothing when frame, encoder and settings are unchanged.
+
+    A killed run goes on from its checkpoint. `warm_start` names the model_version to start from. Under
+    torchrun all processes train, and the first one alone writes.
+    """
     dataset = home_dataset(home)
     settings = Settings.of(dataset)
     frame = latest_frame(home)
-    with home.exclusive(), lake(home) as connection:
+    where = own_device(device(device_name))
+    with (
+        processes(where) as here,
+        nullcontext() if here.rank else home.exclusive(),
+        lake(home) as connection,
+    ):
         encoded = runs.last(connection, "encode")
         if encoded is None:
             raise NotReady(f"{home.root} has no atom vectors yet; run `bahe encode` first.")
@@ -97,7 +119,8 @@ def train_models(
                 frame.frame_id,
                 encoder,
                 backbone.deep_layers,
-                *map(asdict, vars(settings).values()),
+                *settings.of_the_weights(),
+                warm_start,
             ]
         )
         version = "bahe-" + hashlib.sha256(identity.encode()).hexdigest()[:12]
@@ -107,8 +130,23 @@ def train_models(
         if last is not None and last.fingerprint == version and artifact_path.is_dir():
             return TrainingOutcome(version, artifact_path, last.facts["results"], report, skipped=True)
 
+        earlier = None if warm_start is None else _earlier_model(home, warm_start)
         data = read_training_data(connection, frame, encoder, dataset.channels)
         halves = load_backbone(backbone)
+        checkpoint = Checkpoint(home.checkpoint(version), version)
+        if here.rank:
+            _, results, _ = train_all(
+                data,
+                halves,
+                settings,
+                str(where),
+                encoder,
+                version,
+                tracking.Log(),
+                checkpoint=checkpoint,
+                warm_start=earlier,
+            )
+            return TrainingOutcome(version, artifact_path, results, report, skipped=False)
         with runs.record(connection, JOB, version) as run:
             with tracking.run(home, tracker, dataset.name, version) as log:
                 log.parameters(
@@ -116,11 +154,20 @@ def train_models(
                 )
                 log.parameters({k: v for part in vars(settings).values() for k, v in asdict(part).items()})
                 artifact, results, histories = train_all(
-                    data, halves, settings, device_name, encoder, version, log
+                    data,
+                    halves,
+                    settings,
+                    str(where),
+                    encoder,
+                    version,
+                    log,
+                    checkpoint=checkpoint,
+                    warm_start=earlier,
                 )
                 artifact.facts = _facts(dataset, frame, results)
                 if not artifact_path.is_dir():
                     artifact.save(artifact_path)
+                checkpoint.delete()  # not before: a kill between the two would cost the whole training
                 write_report(report, dataset.name, version, results, histories)
                 log.results(results)
                 log.files([artifact_path, report])
@@ -136,6 +183,9 @@ def train_all(
     encoder: str,
     version: str,
     log: tracking.Log,
+    *,
+    checkpoint: Checkpoint | None = None,
+    warm_start: Artifact | None = None,
 ) -> tuple[Artifact, list[dict[str, Any]], dict[str, list[Epoch]]]:
     """Floor, ID-only and BAHE on one data set: the BAHE artifact, the results table, the histories."""
     where = device(device_name)
@@ -162,7 +212,10 @@ def train_all(
     results += _rows(data, "id_only", scores, id_only.seconds, memory.mebibytes)
 
     config = settings.training
-    item_row_I = id_rows(split.item_N, len(data.item_ids))
+    seen = split.item_N
+    if warm_start is not None:
+        seen = np.union1d(seen, known_items(warm_start, data.item_ids))
+    item_row_I = id_rows(seen, len(data.item_ids))
     with seeded(config.seed):
         model = build_model(halves.deep, data, dense, settings.model, item_row_I).to(where)
         batches = Batches(
@@ -174,6 +227,8 @@ def train_all(
             device=where,
             bfloat16=precision(config, where),
         )
+        if warm_start is not None:
+            start_from(warm_start, batches, encoder_version=encoder)
         total = len(split) * config.epochs
         with progress("training BAHE", total) as advance, PeakMemory() as memory:
             note = ""
@@ -187,25 +242,36 @@ def train_all(
             trained = train(
                 batches,
                 config,
+                checkpoint=checkpoint,
                 on_step=lambda n, loss: advance(n, note=f"loss {loss:.4f}  {note}"),
                 on_epoch=on_epoch,
             )
     scores = {name: batches.predict(data.splits[name]) for name in EVALUATED}
     results += _rows(data, "bahe", scores, trained.seconds, memory.mebibytes)
-    seen = sorted(
-        ((row, item) for row, item in zip(item_row_I.tolist(), data.item_ids, strict=True) if row)
-    )
     artifact = Artifact(
         model=model.cpu(),
         model_version=version,
         encoder_version=encoder,
         deep_config=halves.deep.config.to_dict(),
         window=settings.window,
-        dense=dense,
-        item_ids=tuple(item for _, item in seen),
+        dense=batches.dense,
+        item_ids=table_ids(item_row_I, data.item_ids),
         facts={},
+        logit_shift=batches.logit_shift,
     )
     return artifact, results, {"id_only": id_only.history, "bahe": trained.history}
+
+
+def _earlier_model(home: Home, version: str) -> Artifact:
+    """The artifact to start from. Raises BadInput when the home has no such model."""
+    folder = home.models / version
+    if not folder.is_dir():
+        known = sorted(path.name for path in home.models.glob("bahe-*") if path.is_dir())
+        raise BadInput(
+            f"--warm-start {version} is no model of {home.root}; choose from"
+            f" {', '.join(known) or 'none: train one first'}."
+        )
+    return load(folder)
 
 
 def _rows(

@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,95 +12,26 @@ import torch
 from bahe_core.errors import BadInput
 from bahe_models import (
     Artifact,
-    BackboneConfig,
     Batches,
-    DenseFeatures,
-    Impressions,
-    ModelConfig,
-    Timelines,
     TrainingConfig,
     TrainingData,
-    WindowConfig,
     auc,
     load,
-    load_backbone,
     train,
 )
 from bahe_models.baselines import train_id_only
-from bahe_models.features import needed_columns
-from bahe_models.training import build_model, id_rows, seeded
-
-CPU = torch.device("cpu")
-SHAPE = ModelConfig(deep_width=8, profile_width=8, head_width=16)
-
-
-def toy_data(seed: int = 0, users: int = 40, items: int = 20, rows: int = 1500) -> TrainingData:
-    """Two kinds of item; a user clicks on the kind that fills their `liked` channel."""
-    rng = np.random.default_rng(seed)
-    kind = np.arange(items) % 2
-    atoms = (rng.normal(size=(items, 32)) + 2 * kind[:, None]).astype(np.float32)
-    atoms[:, 0] = 100  # the huge coordinate that language models have
-    taste = rng.integers(2, size=users)
-    timelines = []
-    for channel in range(2):
-        pool = [np.flatnonzero(kind == (taste[u] ^ channel)) for u in range(users)]
-        timelines.append([rng.choice(pool[u], 12) for u in range(users)])
-    offsets = tuple(np.arange(0, 12 * users + 1, 12, dtype=np.int64) for _ in range(2))
-    user, item = rng.integers(users, size=rows), rng.integers(items, size=rows)
-    clicked = (rng.random(rows) < np.where(taste[user] == kind[item], 0.8, 0.2)).astype(np.float32)
-    length = rng.integers(2, 13, (rows, 2))
-
-    def part(begin: int, end: int) -> Impressions:
-        nothing = {name: np.full(end - begin, np.nan) for name in needed_columns()}
-        nothing |= {
-            "user_click_rate": np.full(end - begin, 0.5),
-            "item_click_rate": rng.uniform(0.4, 0.6, end - begin),
-        }
-        return Impressions(
-            user_N=user[begin:end],
-            item_N=item[begin:end],
-            length_NC=length[begin:end],
-            time_us_N=np.arange(begin, end) * 10**6,
-            clicked_N=clicked[begin:end],
-            columns=nothing,
-        )
-
-    return TrainingData(
-        atoms_AD=atoms,
-        timelines=Timelines(("liked", "disliked"), offsets, tuple(np.concatenate(t) for t in timelines)),
-        item_atom_I=np.arange(items),
-        item_ids=tuple(range(items)),
-        splits={"train": part(0, 1000), "validation": part(1000, 1250), "test": part(1250, rows)},
-    )
+from bahe_models.loop import seeded
+from tests.models.toy import toy_artifact, toy_batches, toy_config, toy_data
 
 
 def fit_toy(
-    data: TrainingData, backbone: Path, shape: ModelConfig = SHAPE, **settings: object
+    data: TrainingData, backbone: Path, shape: dict[str, Any] | None = None, **settings: Any
 ) -> tuple[Batches, list[float], Artifact]:
-    config = TrainingConfig(
-        impressions_per_step=100, bfloat16=False, **{"epochs": 3, "learning_rate": 1e-2, **settings}
-    )  # type: ignore[arg-type]
-    split = data.splits["train"]
-    dense = DenseFeatures.fit(
-        split.columns, split.length_NC, split.time_us_N, channels=("liked", "disliked"), click_rate=0.5
-    )
-    halves = load_backbone(BackboneConfig(path=str(backbone), shallow_layers=2, deep_layers=2))
-    rows = id_rows(split.item_N, 20)
+    config = toy_config(**settings)
     with seeded(config.seed):
-        model = build_model(halves.deep, data, dense, shape, rows)
-        batches = Batches(model, data, dense, WindowConfig(), item_row_I=rows, device=CPU, bfloat16=False)
+        batches = toy_batches(data, backbone, **(shape or {}))
         trained = train(batches, config)
-    artifact = Artifact(
-        model=model,
-        model_version="bahe-toy",
-        encoder_version="enc-toy",
-        deep_config=halves.deep.config.to_dict(),
-        window=WindowConfig(),
-        dense=dense,
-        item_ids=tuple(np.flatnonzero(rows).tolist()),
-        facts={},
-    )
-    return batches, [row.train_loss for row in trained.history], artifact
+    return batches, [row.train_loss for row in trained.history], toy_artifact(batches)
 
 
 # What the toy run came to when it was written. A change that moves it has to say so.
@@ -206,11 +138,11 @@ def test_data_that_cannot_be_trained_on_is_refused() -> None:
 def test_cross_layers_and_models_without_item_ids(tiny_backbone: Path, tmp_path: Path) -> None:
     data = toy_data()
     test = data.splits["test"]
-    crossed, _, artifact = fit_toy(data, tiny_backbone, replace(SHAPE, head="dcn"))
+    crossed, _, artifact = fit_toy(data, tiny_backbone, {"head": "dcn"})
     assert auc(test.clicked_N, crossed.predict(test)) > 0.75
     artifact.save(tmp_path / "dcn")
     assert len(load(tmp_path / "dcn").model.head.crosses) == 2
-    _, _, by_text = fit_toy(data, tiny_backbone, replace(SHAPE, item_ids=False))
+    _, _, by_text = fit_toy(data, tiny_backbone, {"item_ids": False})
     atoms = torch.from_numpy(data.atoms_AD[:1])
     known, unseen = (by_text.item_vectors(atoms, [item]) for item in (0, "never seen"))
     np.testing.assert_array_equal(known, unseen)

@@ -1,0 +1,81 @@
+"""A half-finished training run as one file, from which it goes on bit for bit."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bahe_core.errors import BadInput
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where a run's state is kept, and which run it belongs to."""
+
+    path: Path
+    identity: str
+    """Names data and settings, as a model_version does; another run's state is never continued."""
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Replace the file by this state (tensors and plain values); a kill leaves the old or the new."""
+        _write(self.path, {"identity": self.identity, "state": state})
+
+    def load(self) -> dict[str, Any] | None:
+        """The state on the CPU, or None without a file.
+
+        Raises BadInput when the file is damaged or belongs to another run.
+        """
+        if not self.path.is_file():
+            return None
+        try:
+            # Only tensors and plain values are unpickled: a file can run no code.
+            found = torch.load(self.path, map_location="cpu", weights_only=True)
+            identity, state = found["identity"], found["state"]
+        except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError):
+            raise BadInput(
+                f"{self.path} is not a training checkpoint; delete it to train from the start."
+            ) from None
+        if identity != self.identity:
+            raise BadInput(
+                f"{self.path} is the checkpoint of {identity}, not of {self.identity}; go back to that"
+                " configuration, or delete it to train from the start."
+            )
+        result: dict[str, Any] = state
+        return result
+
+    def delete(self) -> None:
+        """Remove the file and what a kill while writing left of it."""
+        for path in (self.path, _part(self.path)):
+            path.unlink(missing_ok=True)
+
+
+def random_state() -> dict[str, Any]:
+    """State of torch's random generators in this process."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Put torch's random generators back to a `random_state`."""
+    torch.set_rng_state(state["cpu"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def _part(path: Path) -> Path:
+    return path.with_name(path.name + ".part")
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = _part(path)
+    with part.open("wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())  # so that the new name never points to bytes that a crash took
+    part.replace(path)

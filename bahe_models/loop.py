@@ -1,0 +1,308 @@
+"""The training loop that BAHE and its baselines share: AdamW, one cycle of rates, early stopping.
+
+It can be stopped anywhere and go on from a checkpoint, bit for bit, and it runs alone or as one of
+several processes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from bahe_core.errors import BadInput
+from bahe_models import sampling
+from bahe_models.checkpoint import Checkpoint, random_state, set_random_state
+from bahe_models.distributed import Processes
+from bahe_models.timelines import Int64
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """How the model is trained."""
+
+    epochs: int = 4
+    """Most passes over the training impressions."""
+    patience: int = 1
+    """Epochs without a better validation AUC before training stops."""
+    impressions_per_step: int = 1000
+    accumulate: int = 1
+    """Steps whose gradients make one update: large updates in the memory of small steps."""
+    learning_rate: float = 1e-3
+    """Peak rate of everything but the deep layers."""
+    deep_learning_rate: float = 1e-4
+    """Peak rate of the deep layers."""
+    weight_decay: float = 0.01
+    warm_up: float = 0.1
+    """Share of the updates in which the rates rise; they fall as a cosine afterwards."""
+    gradient_norm: float = 1.0
+    """Gradients are clipped to this norm."""
+    positive_weight: float = 1.0
+    """Weight of a clicked impression in the loss; predictions are corrected for it."""
+    negative_rate: float = 1.0
+    """Share of the unclicked impressions that each epoch draws; predictions are corrected for it."""
+    bfloat16: bool | None = None
+    """Mixed precision; by default where the hardware multiplies bfloat16 matrices itself."""
+    seed: int = 0
+    checkpoint_seconds: float = 60.0
+    """Most training that a kill costs, for a run with a checkpoint; no effect on the weights."""
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1 or self.impressions_per_step < 1:
+            raise ValueError("`epochs` and `impressions_per_step` must be at least 1")
+        if self.accumulate < 1:
+            raise ValueError("`accumulate` must be at least 1")
+        if not 0 < self.negative_rate <= 1:
+            raise ValueError("`negative_rate` must be above 0 and at most 1")
+        if not 0 < self.positive_weight < float("inf"):
+            raise ValueError("`positive_weight` must be above 0")
+        if self.checkpoint_seconds < 0:
+            raise ValueError("`checkpoint_seconds` must not be negative")
+
+    @property
+    def logit_shift(self) -> float:
+        """Correction of the trained logits for sampling and weighting; 0 by default."""
+        return sampling.logit_shift(self.negative_rate, self.positive_weight)
+
+    def of_the_weights(self) -> dict[str, Any]:
+        """The fields that move the trained weights."""
+        return {name: value for name, value in asdict(self).items() if name != "checkpoint_seconds"}
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What one pass over the training impressions came to."""
+
+    epoch: int
+    train_loss: float
+    validation_auc: float
+    seconds: float
+    """Training alone, without evaluation."""
+
+
+@dataclass
+class Trained:
+    """A trained network with its history; the weights are those of the best epoch."""
+
+    history: list[Epoch] = field(default_factory=list)
+    seconds: float = 0.0
+    """Training, without evaluation, over all epochs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What the loop trains, and on what."""
+
+    model: nn.Module
+    groups: list[tuple[list[nn.Parameter], float]]
+    """Parameters with their peak learning rate."""
+    plan: Callable[[np.random.Generator], Iterable[Int64]]
+    """Rows of each step of one epoch. Random only by the generator, so that it can be made again."""
+    logits: Callable[[Int64], torch.Tensor]
+    """Click logits of some rows."""
+    user_N: Int64
+    clicked_N: torch.Tensor
+    validate: Callable[[], float]
+    """Validation AUC of the model as it is; processes call it together."""
+
+
+@dataclass
+class _Standing:
+    """How far a run has come, beside weights, optimiser and random generators."""
+
+    epoch: int = 1
+    updates: int = 0
+    """Completed in this epoch."""
+    losses: float = 0.0
+    """Sum over this epoch's impressions so far."""
+    seen: int = 0
+    """This epoch's impressions so far."""
+    seconds: float = 0.0
+    """Of training in this epoch so far."""
+    best: float = -np.inf
+    waited: int = 0
+    history: list[Epoch] = field(default_factory=list)
+    weights: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Of the best epoch."""
+
+
+def fit(
+    task: Task,
+    config: TrainingConfig,
+    *,
+    checkpoint: Checkpoint | None = None,
+    on_step: Callable[[int, float], None] = lambda impressions, loss: None,
+    on_epoch: Callable[[Epoch], None] = lambda epoch: None,
+) -> Trained:
+    """Train the task's model in place and leave it with the weights of its best epoch.
+
+    Every network gets the same optimiser, schedule, clipping and early stopping. With a `checkpoint`
+    the state is kept at most `checkpoint_seconds` old; when its file exists, the run goes on from it,
+    and `on_epoch` hears of the epochs before as well. The file stays when training ends: the caller
+    deletes it when the weights are safe elsewhere. Raises BadInput when it belongs to another run.
+
+    `on_step` is called after each update with its impressions and the epoch's mean loss so far.
+    """
+    model, processes = task.model, Processes.here()
+    groups = [(parameters, rate) for parameters, rate in task.groups if parameters]
+    optimizer = torch.optim.AdamW(
+        [{"params": parameters, "lr": rate} for parameters, rate in groups],
+        weight_decay=config.weight_decay,
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer,
+        [rate for _, rate in groups],
+        total_steps=_expected_updates(task.clicked_N, config),
+        pct_start=config.warm_up,
+    )
+    rng = np.random.default_rng(config.seed)
+    at = _Standing()
+    found = checkpoint.load() if checkpoint is not None else None
+    if processes.size > 1:
+        processes.broadcast(model)
+        torch.manual_seed(config.seed + processes.rank)  # each share has dropout of its own
+    if found is not None:
+        at = _restore(found, model, optimizer, schedule, rng, processes)
+        for row in at.history:
+            on_epoch(row)
+    saved = time.monotonic()
+    while at.epoch <= config.epochs:
+        at_start = rng.bit_generator.state
+        model.train()
+        before, start = at.seconds, time.perf_counter()
+        for steps in islice(_updates(task.plan(rng), config.accumulate), at.updates, None):
+            impressions = sum(map(len, steps))
+            optimizer.zero_grad(set_to_none=True)
+            parts = _backward(task, config, steps, processes)
+            processes.sum_gradients(model.parameters())
+            nn.utils.clip_grad_norm_(model.parameters(), config.gradient_norm)
+            optimizer.step()
+            # Users are not split evenly, so there may be more updates than planned.
+            if schedule.last_epoch < schedule.total_steps - 1:
+                schedule.step()
+            losses = sum(loss.item() * rows for loss, rows in parts)
+            due = float(checkpoint is not None and time.monotonic() - saved >= config.checkpoint_seconds)
+            if processes.size > 1:  # one process's clock decides, or some would wait for the others
+                mine = torch.tensor([losses, due if processes.rank == 0 else 0.0])
+                losses, due = processes.sum(mine.to(task.clicked_N.device)).tolist()
+            at.losses += losses
+            at.seen += impressions
+            at.updates += 1
+            at.seconds = before + time.perf_counter() - start
+            if due and checkpoint is not None:
+                generators = processes.gather(random_state())
+                if processes.rank == 0:
+                    checkpoint.save(_state(at, model, optimizer, schedule, at_start, generators))
+                saved = time.monotonic()
+            on_step(impressions, at.losses / at.seen)
+        row = Epoch(at.epoch, at.losses / at.seen, task.validate(), at.seconds)
+        at.history.append(row)
+        on_epoch(row)
+        if row.validation_auc > at.best:
+            at.best, at.waited = row.validation_auc, 0
+            at.weights = {name: value.clone() for name, value in model.state_dict().items()}
+        else:
+            at.waited += 1
+            if at.waited >= config.patience:
+                break
+        at.epoch, at.updates, at.losses, at.seen, at.seconds = at.epoch + 1, 0, 0.0, 0, 0.0
+    model.load_state_dict(at.weights)
+    model.eval()
+    return Trained(at.history, sum(row.seconds for row in at.history))
+
+
+def _expected_updates(clicked_N: torch.Tensor, config: TrainingConfig) -> int:
+    """Length of the schedule; an epoch has a few steps more or less than its rows would fill."""
+    clicks = int(clicked_N.sum())
+    rows = clicks + config.negative_rate * (len(clicked_N) - clicks)
+    steps = int(-(-rows // config.impressions_per_step))
+    return int(-(-steps // config.accumulate) * config.epochs * 1.5) + 10
+
+
+def _updates(plan: Iterable[Int64], accumulate: int) -> Iterator[list[Int64]]:
+    """The plan's steps, as many at a time as make one update; the last may have fewer."""
+    steps = iter(plan)
+    while update := list(islice(steps, accumulate)):
+        yield update
+
+
+def _backward(
+    task: Task, config: TrainingConfig, steps: list[Int64], processes: Processes
+) -> list[tuple[torch.Tensor, int]]:
+    """Add this process's part of an update's gradient; returns its mean losses, each with its rows."""
+    device = task.clicked_N.device
+    weight = None if config.positive_weight == 1 else torch.tensor(config.positive_weight, device=device)
+    impressions = sum(map(len, steps))
+    parts = []
+    for step in steps:
+        rows = processes.share(step, task.user_N)
+        if not len(rows):
+            continue
+        target_N = task.clicked_N[torch.from_numpy(rows).to(device)]
+        loss = nn.functional.binary_cross_entropy_with_logits(
+            task.logits(rows), target_N, pos_weight=weight
+        )
+        # By rows of the whole update, whose mean the sum over steps and processes then is.
+        (loss * (len(rows) / impressions)).backward()  # type: ignore[no-untyped-call]
+        parts.append((loss.detach(), len(rows)))
+    return parts
+
+
+def _state(
+    at: _Standing,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    rng_at_start: Any,
+    generators: list[dict[str, Any]],
+) -> dict[str, Any]:
+    """Everything that decides how the run goes on, as tensors and plain values."""
+    return {
+        # Not asdict, which would copy the weights once more.
+        "standing": {**vars(at), "history": [asdict(row) for row in at.history]},
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "schedule": schedule.state_dict(),
+        "rng_at_start": rng_at_start,
+        "generators": generators,
+    }
+
+
+def _restore(
+    state: dict[str, Any],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    rng: np.random.Generator,
+    processes: Processes,
+) -> _Standing:
+    """Put everything back to a `_state`."""
+    generators = state["generators"]
+    if len(generators) != processes.size:
+        raise BadInput(
+            f"the checkpoint was written by {len(generators)} processes and this run has"
+            f" {processes.size}; start as many again, or delete it to train from the start."
+        )
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    schedule.load_state_dict(state["schedule"])
+    rng.bit_generator.state = state["rng_at_start"]
+    set_random_state(generators[processes.rank])
+    standing = dict(state["standing"])
+    standing["history"] = [Epoch(**row) for row in standing["history"]]
+    return _Standing(**standing)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Torch's random state set for a block, and put back after it."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
