@@ -7,8 +7,9 @@ from bahe_models.artifact import Artifact, load
 from bahe_models.backbone import Backbone, BackboneConfig, load_backbone
 from bahe_models.data import Impressions, TrainingData
 from bahe_models.encoder import AtomicEncoder, EncoderConfig, encoder_version
+from bahe_models.evaluation import evaluate
 from bahe_models.features import DenseFeatures
-from bahe_models.metrics import auc, gauc
+from bahe_models.metrics import auc, expected_calibration_error, gauc, log_loss
 from bahe_models.model import BaheModel, ModelConfig
 from bahe_models.timelines import Timelines, WindowConfig, window_batch
 from bahe_models.training import Batches, TrainingConfig, train
@@ -30,9 +31,12 @@ __all__ = [
     "WindowConfig",
     "auc",
     "encoder_version",
+    "evaluate",
+    "expected_calibration_error",
     "gauc",
     "load",
     "load_backbone",
+    "log_loss",
     "train",
     "window_batch",
 ]

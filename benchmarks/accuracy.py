@@ -35,7 +35,7 @@ def measure(quick: bool, home_path: Path) -> Iterable[Row]:
     for seed in range(1 if quick else 3):
         seeded = replace(settings, training=replace(settings.training, seed=seed))
         halves = load_backbone(backbone)
-        _, results, _ = train_all(data, halves, seeded, None, encoder, f"seed-{seed}", tracking.Log())
+        _, results, *_ = train_all(data, halves, seeded, None, encoder, f"seed-{seed}", tracking.Log())
         for row in results:
             for metric in ("auc", "gauc"):
                 reached.setdefault((row["model"], row["split"], metric), []).append(row[metric])
