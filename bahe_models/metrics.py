@@ -32,18 +32,23 @@ def gauc(clicked: npt.ArrayLike, score: npt.ArrayLike, user: npt.NDArray[Any]) -
 
     Users with one class only say nothing about ranking and are left out. NaN when none is left.
     """
-    labels, scores = np.asarray(clicked), np.asarray(score)
+    labels, scores = np.asarray(clicked, dtype=np.float64), np.asarray(score)
     _, group = np.unique(user, return_inverse=True)
-    order = np.argsort(group, kind="stable")
-    groups = np.split(order, np.flatnonzero(np.diff(group[order])) + 1)
-    values = [
-        (auc(labels[rows], scores[rows]), len(rows))
-        for rows in groups
-        if 0 < labels[rows].sum() < len(rows)
-    ]
-    if not values:
+    order = np.lexsort((scores, group))
+    labels, scores, group = labels[order], scores[order], group[order]
+    first = np.searchsorted(group, group, side="left")
+    # Ranks within a user from 1; those of equal scores are their mean.
+    starts = np.flatnonzero(np.append(True, (np.diff(group) != 0) | (np.diff(scores) != 0)))
+    runs = np.diff(np.append(starts, len(scores)))
+    rank = np.repeat(starts + (runs + 1) / 2, runs) - first
+    size, clicks = np.bincount(group), np.bincount(group, labels)
+    pairs = clicks * (size - clicks)
+    mixed = pairs > 0
+    if not mixed.any():
         return float("nan")
-    return float(np.average([value for value, _ in values], weights=[weight for _, weight in values]))
+    # The Mann-Whitney statistic of each user, all users at once.
+    wins = np.bincount(group, rank * labels) - clicks * (clicks + 1) / 2
+    return float(np.average(wins[mixed] / pairs[mixed], weights=size[mixed]))
 
 
 def probability(logit: npt.ArrayLike) -> Float:

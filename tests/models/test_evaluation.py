@@ -10,7 +10,7 @@ from hypothesis.extra import numpy as arrays
 from sklearn.metrics import log_loss as sklearn_log_loss
 from sklearn.metrics import roc_auc_score
 
-from bahe_models import Impressions, auc, evaluate, expected_calibration_error, log_loss
+from bahe_models import Impressions, auc, evaluate, expected_calibration_error, gauc, log_loss
 from bahe_models.evaluation import (
     SEGMENTS,
     Ranking,
@@ -69,6 +69,20 @@ def test_turning_the_scores_round_turns_auc_round(given_rows: tuple[Float, Float
     group, weights = np.arange(len(score)), weight[:, None]
     ahead, back = (Ranking(clicked, s, group).auc(weights)[0] for s in (score, -score))
     np.testing.assert_allclose(ahead, 1 - back)
+
+
+@given(weighted_rows())
+def test_gauc_is_the_mean_of_the_users_aucs(given_rows: tuple[Float, Float, Float]) -> None:
+    clicked, score, user = given_rows
+    parts = [np.flatnonzero(user == u) for u in np.unique(user)]
+    found = [(auc(clicked[rows], score[rows]), len(rows)) for rows in parts]
+    defined = [(value, weight) for value, weight in found if not np.isnan(value)]
+    if defined:
+        assert gauc(clicked, score, user) == pytest.approx(
+            np.average([value for value, _ in defined], weights=[weight for _, weight in defined])
+        )
+    else:
+        assert np.isnan(gauc(clicked, score, user))
 
 
 def test_resampled_auc_is_that_of_the_repeated_rows() -> None:
