@@ -301,15 +301,18 @@ def frame_quietly(home: Path | None) -> None:
 
 
 def _print_results(results: list[dict[str, Any]]) -> None:
+    from materialize.report import shown, shown_auc
+
     names = {"floor": "floor", "id_only": "ID-only", "bahe": "BAHE"}
+    # Narrow enough for 80 columns, the width of a pipe; log loss and calibration are in the report.
     _print_table(
-        ("model", "split", "AUC", "GAUC", "training, s", "peak memory, MiB"),
+        ("model", "split", "AUC [95 %]", "GAUC", "train s", "peak MiB"),
         [
             (
                 names[row["model"]],
                 row["split"],
-                f"{row['auc']:.4f}",
-                f"{row['gauc']:.4f}",
+                shown_auc(row),
+                shown(row["gauc"]),
                 f"{row['train_seconds']:.1f}",
                 f"{row['peak_memory_mb']:.0f}",
             )

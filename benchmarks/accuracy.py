@@ -10,6 +10,8 @@ from statistics import mean
 from bahe_core.home import Home
 from benchmarks.harness import Row, main
 
+METRICS = ("auc", "gauc")
+
 
 def measure(quick: bool, home_path: Path) -> Iterable[Row]:
     """Train each network with one seed (quick) or three; same data, threads and run."""
@@ -35,12 +37,17 @@ def measure(quick: bool, home_path: Path) -> Iterable[Row]:
     for seed in range(1 if quick else 3):
         seeded = replace(settings, training=replace(settings.training, seed=seed))
         halves = load_backbone(backbone)
-        _, results, _ = train_all(data, halves, seeded, None, encoder, f"seed-{seed}", tracking.Log())
+        _, results, *_ = train_all(data, halves, seeded, None, encoder, f"seed-{seed}", tracking.Log())
         for row in results:
-            for metric in ("auc", "gauc"):
+            for metric in METRICS:
+                # GAUC is undefined where no user has both classes; then it is so with every seed.
+                if row[metric] is None:
+                    continue
                 reached.setdefault((row["model"], row["split"], metric), []).append(row[metric])
     for split in ("validation", "test"):
-        for metric in ("auc", "gauc"):
+        for metric in METRICS:
+            if ("bahe", split, metric) not in reached:
+                continue
             bahe = mean(reached["bahe", split, metric])
             for peer in ("floor", "id_only"):
                 value = mean(reached[peer, split, metric])

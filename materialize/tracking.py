@@ -32,6 +32,10 @@ class Log:
         """Artifact folder and report."""
 
 
+# What the results table says beside the quality of a model on a split.
+_NOT_QUALITY = ("model", "split", "train_seconds", "peak_memory_mb")
+
+
 class _MlflowLog(Log):
     def parameters(self, values: Mapping[str, Any]) -> None:
         import mlflow
@@ -48,8 +52,10 @@ class _MlflowLog(Log):
         import mlflow
 
         for row in rows:
-            for metric in ("auc", "gauc"):
-                mlflow.log_metric(f"{row['split']}_{metric}_{row['model']}", row[metric])
+            for metric, value in row.items():
+                # MLflow holds numbers only; an undefined metric is one that is not there.
+                if metric not in _NOT_QUALITY and value is not None:
+                    mlflow.log_metric(f"{row['split']}_{metric}_{row['model']}", value)
             mlflow.log_metric(f"train_seconds_{row['model']}", row["train_seconds"])
 
     def files(self, paths: list[Path]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -22,9 +23,9 @@ from bahe_models.backbone import load_backbone
 from bahe_models.checkpoint import Checkpoint
 from bahe_models.data import TrainingData
 from bahe_models.distributed import own_device, processes
+from bahe_models.evaluation import SplitEvaluation, evaluate
 from bahe_models.features import DenseFeatures
 from bahe_models.loop import Epoch, TrainingConfig, seeded
-from bahe_models.metrics import auc, gauc
 from bahe_models.model import ModelConfig
 from bahe_models.options import build
 from bahe_models.timelines import WindowConfig
@@ -59,7 +60,8 @@ class TrainingOutcome:
     model_version: str
     artifact: Path
     results: list[dict[str, Any]]
-    """Rows of the results table: model, split, auc, gauc, train_seconds, peak_memory_mb."""
+    """Rows of the results table: model, split, the metrics of `Quality.row`, train_seconds and
+    peak_memory_mb; None where a metric is undefined."""
     report: Path
     skipped: bool
 
@@ -84,6 +86,15 @@ class Settings:
     def of_the_weights(self) -> list[dict[str, Any]]:
         """What a model_version is made from; how often a checkpoint is written is not in it."""
         return [asdict(self.model), asdict(self.window), self.training.of_the_weights()]
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """A model's logits by split, and what getting them cost."""
+
+    logits: dict[str, Scores]
+    seconds: float
+    mebibytes: float
 
 
 def train_models(
@@ -135,7 +146,7 @@ def train_models(
         halves = load_backbone(backbone)
         checkpoint = Checkpoint(home.checkpoint(version), version)
         if here.rank:
-            _, results, _ = train_all(
+            _, results, *_ = train_all(
                 data,
                 halves,
                 settings,
@@ -153,7 +164,7 @@ def train_models(
                     {"encoder_version": encoder, "frame_id": frame.frame_id, "threads": threads()}
                 )
                 log.parameters({k: v for part in vars(settings).values() for k, v in asdict(part).items()})
-                artifact, results, histories = train_all(
+                artifact, results, histories, evaluations = train_all(
                     data,
                     halves,
                     settings,
@@ -168,7 +179,7 @@ def train_models(
                 if not artifact_path.is_dir():
                     artifact.save(artifact_path)
                 checkpoint.delete()  # not before: a kill between the two would cost the whole training
-                write_report(report, dataset.name, version, results, histories)
+                write_report(report, dataset.name, version, results, histories, evaluations)
                 log.results(results)
                 log.files([artifact_path, report])
             commit(connection, [run.statement({"results": results, "encoder_version": encoder})])
@@ -186,8 +197,11 @@ def train_all(
     *,
     checkpoint: Checkpoint | None = None,
     warm_start: Artifact | None = None,
-) -> tuple[Artifact, list[dict[str, Any]], dict[str, list[Epoch]]]:
-    """Floor, ID-only and BAHE on one data set: the BAHE artifact, the results table, the histories."""
+) -> tuple[Artifact, list[dict[str, Any]], dict[str, list[Epoch]], dict[str, SplitEvaluation]]:
+    """Floor, ID-only and BAHE on one data set.
+
+    The BAHE artifact, the results table, each network's history and each split's evaluation.
+    """
     where = device(device_name)
     split = data.splits["train"]
     dense = DenseFeatures.fit(
@@ -197,10 +211,10 @@ def train_all(
         channels=data.timelines.channels,
         click_rate=float(split.clicked_N.mean()),
     )
-    results: list[dict[str, Any]] = []
+    scored: dict[str, _Scored] = {}
     with PeakMemory() as memory:
         scores = {name: baselines.floor_scores(dense, data.splits[name]) for name in EVALUATED}
-    results += _rows(data, "floor", scores, 0.0, memory.mebibytes)
+    scored["floor"] = _Scored(scores, 0.0, memory.mebibytes)
 
     with progress("training ID-only", 20) as advance, PeakMemory() as memory:
         score, id_only = baselines.train_id_only(
@@ -209,7 +223,7 @@ def train_all(
             on_epoch=lambda e: advance(1, note=f"validation AUC {e.validation_auc:.4f}"),
         )
     scores = {name: score(data.splits[name]) for name in EVALUATED}
-    results += _rows(data, "id_only", scores, id_only.seconds, memory.mebibytes)
+    scored["id_only"] = _Scored(scores, id_only.seconds, memory.mebibytes)
 
     config = settings.training
     seen = split.item_N
@@ -247,7 +261,11 @@ def train_all(
                 on_epoch=on_epoch,
             )
     scores = {name: batches.predict(data.splits[name]) for name in EVALUATED}
-    results += _rows(data, "bahe", scores, trained.seconds, memory.mebibytes)
+    scored["bahe"] = _Scored(scores, trained.seconds, memory.mebibytes)
+    evaluations = {
+        name: evaluate(data.splits[name], {model: s.logits[name] for model, s in scored.items()})
+        for name in EVALUATED
+    }
     artifact = Artifact(
         model=model.cpu(),
         model_version=version,
@@ -259,7 +277,8 @@ def train_all(
         facts={},
         logit_shift=batches.logit_shift,
     )
-    return artifact, results, {"id_only": id_only.history, "bahe": trained.history}
+    histories = {"id_only": id_only.history, "bahe": trained.history}
+    return artifact, _rows(scored, evaluations), histories, evaluations
 
 
 def _earlier_model(home: Home, version: str) -> Artifact:
@@ -275,17 +294,17 @@ def _earlier_model(home: Home, version: str) -> Artifact:
 
 
 def _rows(
-    data: TrainingData, model: str, scores: dict[str, Scores], seconds: float, memory: float
+    scored: Mapping[str, _Scored], evaluations: Mapping[str, SplitEvaluation]
 ) -> list[dict[str, Any]]:
     return [
         {
             "model": model,
             "split": name,
-            "auc": auc(data.splits[name].clicked_N, scores[name]),
-            "gauc": gauc(data.splits[name].clicked_N, scores[name], data.splits[name].user_N),
-            "train_seconds": round(seconds, 2),
-            "peak_memory_mb": round(memory, 1),
+            **evaluations[name].quality[model].row(),
+            "train_seconds": round(facts.seconds, 2),
+            "peak_memory_mb": round(facts.mebibytes, 1),
         }
+        for model, facts in scored.items()
         for name in EVALUATED
     ]
 

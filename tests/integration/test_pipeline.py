@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -66,7 +67,10 @@ def test_every_part_left_what_it_should(filled: tuple[Home, Path]) -> None:
     assert {p.name for p in model.iterdir()} == {"config.json", "item_ids.json", "model.safetensors"}
     report = (home.reports / "training.html").read_text()
     assert "<svg" in report
-    assert "ID-only network" in report
+    for words in ("ID-only network", "perfectly calibrated", "10 to 49", "BAHE's AUC is", "ECE"):
+        assert words in report
+    assert not re.search(r"\bnan\b|\bNone\b", report)
+    assert not re.search(r'(src|href)="[^#]', report)  # self-contained
     docs = (home.reports / "data_docs" / "gates.html").read_text()
     assert "ingest" in docs
     assert "embed" in docs
@@ -309,7 +313,17 @@ def test_results_are_written_as_json(filled: tuple[Home, Path]) -> None:
     with lake(filled[0]) as connection:
         row = connection.execute("SELECT facts FROM runs WHERE job = 'train'").fetchone()
     assert row is not None
-    results = json.loads(row[0])["results"]
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    results = json.loads(row[0], parse_constant=refuse)["results"]
+    for r in results:
+        assert r["auc_low"] <= r["auc"] <= r["auc_high"]
+        assert 0 <= r["ece"] <= 1
+        assert 0 < r["log_loss"] < 2
+        gain = [r[name] for name in r if name.startswith("bahe_gain")]
+        assert len(gain) == (0 if r["model"] == "bahe" else 3)
     assert {(r["model"], r["split"]) for r in results} == {
         (m, s) for m in ("floor", "id_only", "bahe") for s in ("validation", "test")
     }
@@ -317,6 +331,16 @@ def test_results_are_written_as_json(filled: tuple[Home, Path]) -> None:
     # Users like the items of one half of the words: text tells, and the floor cannot know.
     auc = {r["model"]: r["auc"] for r in results if r["split"] == "test"}
     assert set(auc) == {"floor", "id_only", "bahe"}
+
+
+def test_the_results_table_fits_a_narrow_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    metrics = {"auc": 0.7616, "auc_low": 0.748, "auc_high": 0.7741, "train_seconds": 1234.5}
+    row = {"model": "id_only", "split": "validation", **metrics, "gauc": None, "peak_memory_mb": 12345}
+    bahe._print_results([row])
+    printed = capsys.readouterr().out
+    assert "0.7616 [0.748, 0.774]" in printed
+    assert "n/a" in printed
+    assert max(map(len, printed.splitlines())) <= 80
 
 
 def test_unknown_entities_are_their_own_error(filled: tuple[Home, Path]) -> None:
