@@ -34,7 +34,7 @@ def on_step(impressions, loss):
 
 with processes(CPU) as here, seeded(0):
     # Some steps hold one user alone, so that a process gets no rows.
-    config = toy_config(epochs=2, impressions_per_step=60, accumulate=2, negative_rate=0.8)
+    config = toy_config(epochs=2, impressions_per_step=40, accumulate=2, negative_rate=0.8)
     batches = toy_batches(toy_data(), backbone, dropout=0.0, item_id_dropout=0.0)
     try:
         trained = train(batches, config, checkpoint=Checkpoint(out / "c", "toy"), on_step=on_step)
@@ -93,3 +93,5 @@ def test_shares_make_up_the_step_and_hold_whole_users(size: int) -> None:
         for other in shares[i + 1 :]:
             assert not set(user[share]) & set(user[other])
     assert max(map(len, shares)) <= len(rows) / size + 30
+    one_user = rows[user[rows] == user[rows[0]]]
+    assert sum(len(Processes(rank, size).share(one_user, user)) > 0 for rank in range(size)) == 1

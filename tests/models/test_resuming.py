@@ -62,7 +62,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 def test_a_stopped_run_ends_as_an_undisturbed_one(name: str, tiny_backbone: Path, tmp_path: Path) -> None:
     config = toy_config(**SETTINGS[name])
     whole, weights, losses, epochs = run(tiny_backbone, config)
-    per_epoch = losses.index(next(v for v in losses if abs(v - whole.history[0].train_loss) == 0)) + 1
+    per_epoch = losses.index(next(v for v in losses if v == whole.history[0].train_loss)) + 1
     random = int(np.random.default_rng(len(name)).integers(per_epoch + 1, len(losses)))
     checkpoint = Checkpoint(tmp_path / "run.checkpoint", "toy")
     for stop in {1, per_epoch, random, len(losses)}:
@@ -116,6 +116,24 @@ class Line(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.tensor([0.3, -0.2, 0.1]))
+
+
+def test_more_updates_than_planned_are_trained_at_the_last_rate() -> None:
+    model = Line()
+    updates: list[int] = []
+    facts = torch.ones(4000, 3)
+    task = Task(
+        model=model,
+        groups=[([model.weight], 1e-2)],
+        # Ten times as many steps as 4000 impressions would fill.
+        plan=lambda _: np.array_split(np.arange(4000), 40),
+        logits=lambda rows: facts[torch.from_numpy(rows)] @ model.weight,
+        user_N=np.arange(4000),
+        clicked_N=torch.ones(4000),
+        validate=lambda: 0.5,
+    )
+    fit(task, TrainingConfig(epochs=1), on_step=lambda impressions, loss: updates.append(impressions))
+    assert len(updates) == 40
 
 
 @pytest.mark.parametrize("positive_weight", [1.0, 3.0])
