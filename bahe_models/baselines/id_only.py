@@ -1,4 +1,4 @@
-"""What BAHE has to beat, on the same frame: the floor and a network on IDs alone."""
+"""A network on the IDs of user and item alone."""
 
 from __future__ import annotations
 
@@ -9,15 +9,9 @@ import torch
 from torch import nn
 
 from bahe_models.data import Impressions, TrainingData
-from bahe_models.features import DenseFeatures
 from bahe_models.metrics import auc
 from bahe_models.timelines import Int64
 from bahe_models.training import Epoch, Scores, Trained, TrainingConfig, fit, id_rows, seeded
-
-
-def floor_scores(dense: DenseFeatures, split: Impressions) -> Scores:
-    """Logit of the item's click rate plus logit of the user's, both strictly point-in-time."""
-    return dense.floor(split.columns)
 
 
 class IdOnly(nn.Module):
