@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,8 @@ def test_recent_behaviors_are_the_latest_of_the_prefix() -> None:
 
 
 def test_din_learns_who_likes_what() -> None:
-    data = toy_data()
+    data = toy_data(rows=12_000)
+    data = replace(data, splits=data.splits | {"train": data.splits["test"], "test": data.splits["train"]})
     split = data.splits["train"]
     dense = DenseFeatures.fit(
         split.columns, split.length_NC, split.time_us_N, channels=("liked", "disliked"), click_rate=0.5
