@@ -1,4 +1,4 @@
-"""How good BAHE's ranking is, over several seeds, against floor and ID-only on the same frame."""
+"""How good BAHE's ranking is, over several seeds, against floor, ID-only and DIN on the same frame."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from benchmarks.harness import Row, main
 def measure(quick: bool, home_path: Path) -> Iterable[Row]:
     """Train each network with one seed (quick) or three; same data, threads and run."""
     from bahe_models.backbone import load_backbone
+    from bahe_models.baselines import train_din
+    from bahe_models.metrics import auc, gauc
     from materialize import runs, tracking
     from materialize.encode import encoder_settings
     from materialize.frame import latest_frame
@@ -35,14 +37,28 @@ def measure(quick: bool, home_path: Path) -> Iterable[Row]:
     for seed in range(1 if quick else 3):
         seeded = replace(settings, training=replace(settings.training, seed=seed))
         halves = load_backbone(backbone)
-        _, results, _ = train_all(data, halves, seeded, None, encoder, f"seed-{seed}", tracking.Log())
+        artifact, results, _ = train_all(
+            data, halves, seeded, None, encoder, f"seed-{seed}", tracking.Log()
+        )
+        # Not part of `bahe train`, whose every run would wait for it.
+        score, _ = train_din(data, artifact.dense, seeded.training)
+        for name in ("validation", "test"):
+            split, scores = data.splits[name], score(data.splits[name])
+            results.append(
+                {
+                    "model": "din",
+                    "split": name,
+                    "auc": auc(split.clicked_N, scores),
+                    "gauc": gauc(split.clicked_N, scores, split.user_N),
+                }
+            )
         for row in results:
             for metric in ("auc", "gauc"):
                 reached.setdefault((row["model"], row["split"], metric), []).append(row[metric])
     for split in ("validation", "test"):
         for metric in ("auc", "gauc"):
             bahe = mean(reached["bahe", split, metric])
-            for peer in ("floor", "id_only"):
+            for peer in ("floor", "id_only", "din"):
                 value = mean(reached[peer, split, metric])
                 yield Row(
                     metric=f"{split} {metric.upper()} of BAHE",
