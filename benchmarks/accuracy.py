@@ -43,13 +43,13 @@ def measure(quick: bool, home_path: Path) -> Iterable[Row]:
         # Not part of `bahe train`, whose every run would wait for it.
         score, _ = train_din(data, artifact.dense, seeded.training)
         for name in ("validation", "test"):
-            split, scores = data.splits[name], score(data.splits[name])
+            part, scores = data.splits[name], score(data.splits[name])
             results.append(
                 {
                     "model": "din",
                     "split": name,
-                    "auc": auc(split.clicked_N, scores),
-                    "gauc": gauc(split.clicked_N, scores, split.user_N),
+                    "auc": auc(part.clicked_N, scores),
+                    "gauc": gauc(part.clicked_N, scores, part.user_N),
                 }
             )
         for row in results:
