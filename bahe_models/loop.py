@@ -113,6 +113,12 @@ class Task:
     """Validation AUC of the model as it is; processes call it together."""
 
 
+def shuffled(count: int, impressions_per_step: int) -> Callable[[np.random.Generator], list[Int64]]:
+    """A plan of steps in random order, for networks that gain nothing from whole users."""
+    steps = max(1, count // impressions_per_step)
+    return lambda rng: np.array_split(rng.permutation(count), steps)
+
+
 @dataclass
 class _Standing:
     """How far a run has come, beside weights, optimiser and random generators."""

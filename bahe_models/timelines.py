@@ -131,7 +131,7 @@ def window_batch(
     begin_W, count_W, channel_W = map(np.concatenate, (begins, counts, channels))
     blocks, row_W = [], np.empty(windows, dtype=np.int64)  # row_W: each window's first state
     offset = 0
-    for members in _like_lengths(count_W):
+    for members in like_lengths(count_W):
         longest = int(count_W[members].max())
         atoms_WL = np.full((len(members), longest + 1), -1, dtype=np.int64)
         column_L = np.arange(longest)
@@ -152,7 +152,7 @@ def window_batch(
     )
 
 
-def _like_lengths(count_W: Int64) -> Iterator[Int64]:
+def like_lengths(count_W: Int64) -> Iterator[Int64]:
     """Windows in groups of like length: little padding, yet enough work in each pass."""
     order = np.argsort(-count_W, kind="stable")
     start = 0

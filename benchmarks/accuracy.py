@@ -1,4 +1,4 @@
-"""How good BAHE's ranking is, over several seeds, against floor and ID-only on the same frame."""
+"""How good BAHE's ranking is, over several seeds, against floor, ID-only and DIN on the same frame."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 
+from bahe_core.errors import NotReady
 from bahe_core.home import Home
 from benchmarks.harness import Row, main
 
@@ -16,6 +17,8 @@ METRICS = ("auc", "gauc")
 def measure(quick: bool, home_path: Path) -> Iterable[Row]:
     """Train each network with one seed (quick) or three; same data, threads and run."""
     from bahe_models.backbone import load_backbone
+    from bahe_models.baselines import train_din
+    from bahe_models.metrics import auc, gauc
     from materialize import runs, tracking
     from materialize.encode import encoder_settings
     from materialize.frame import latest_frame
@@ -28,7 +31,8 @@ def measure(quick: bool, home_path: Path) -> Iterable[Row]:
     dataset = home_dataset(home)
     with lake(home) as connection:
         encoded = runs.last(connection, "encode")
-        assert encoded is not None, "fill the home first: bahe demo"
+        if encoded is None:
+            raise NotReady(f"{home.root} has no atom vectors yet; run `bahe demo` first.")
         encoder = encoded.facts["encoder_version"]
         data = read_training_data(connection, latest_frame(home), encoder, dataset.channels)
     settings = Settings.of(dataset)
@@ -37,7 +41,21 @@ def measure(quick: bool, home_path: Path) -> Iterable[Row]:
     for seed in range(1 if quick else 3):
         seeded = replace(settings, training=replace(settings.training, seed=seed))
         halves = load_backbone(backbone)
-        _, results, *_ = train_all(data, halves, seeded, None, encoder, f"seed-{seed}", tracking.Log())
+        artifact, results, *_ = train_all(
+            data, halves, seeded, None, encoder, f"seed-{seed}", tracking.Log()
+        )
+        # Not part of `bahe train`, whose every run would wait for it.
+        score, _ = train_din(data, artifact.dense, seeded.training)
+        for name in ("validation", "test"):
+            part, scores = data.splits[name], score(data.splits[name])
+            results.append(
+                {
+                    "model": "din",
+                    "split": name,
+                    "auc": auc(part.clicked_N, scores),
+                    "gauc": gauc(part.clicked_N, scores, part.user_N),
+                }
+            )
         for row in results:
             for metric in METRICS:
                 # GAUC is undefined where no user has both classes; then it is so with every seed.
@@ -49,7 +67,7 @@ def measure(quick: bool, home_path: Path) -> Iterable[Row]:
             if ("bahe", split, metric) not in reached:
                 continue
             bahe = mean(reached["bahe", split, metric])
-            for peer in ("floor", "id_only"):
+            for peer in ("floor", "id_only", "din"):
                 value = mean(reached[peer, split, metric])
                 yield Row(
                     metric=f"{split} {metric.upper()} of BAHE",

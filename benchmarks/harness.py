@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
+from bahe_core.errors import BaheError
 from bahe_core.machine import configure_threads, usable_cores
 
 LIBRARIES = ("torch", "transformers", "feast", "duckdb", "numpy")
@@ -38,7 +39,10 @@ def main(name: str, description: str, measure: Callable[[bool, Path], Iterable[R
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--home", type=Path, default=Path(".bahe"), help="a home that `bahe demo` filled")
     arguments = parser.parse_args()
-    rows = list(measure(arguments.quick, arguments.home))
+    try:
+        rows = list(measure(arguments.quick, arguments.home))
+    except BaheError as error:
+        parser.exit(error.exit_code, f"{parser.prog}: {error}\n")
     for row in rows:
         against = f"  ({row.peer}: {row.peer_value:.4g})" if row.peer_value is not None else ""
         goal = f"  goal {row.goal}: {'holds' if row.holds else 'MISSED'}" if row.goal else ""

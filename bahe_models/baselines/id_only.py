@@ -1,4 +1,4 @@
-"""What BAHE has to beat, on the same frame: the floor and a network on IDs alone."""
+"""A network on the IDs of user and item alone."""
 
 from __future__ import annotations
 
@@ -9,16 +9,10 @@ import torch
 from torch import nn
 
 from bahe_models.data import Impressions, TrainingData
-from bahe_models.features import DenseFeatures
-from bahe_models.loop import Epoch, Task, Trained, TrainingConfig, fit, seeded
+from bahe_models.loop import Epoch, Task, Trained, TrainingConfig, fit, seeded, shuffled
 from bahe_models.metrics import auc
 from bahe_models.timelines import Int64
 from bahe_models.training import Scores, id_rows
-
-
-def floor_scores(dense: DenseFeatures, split: Impressions) -> Scores:
-    """Logit of the item's click rate plus logit of the user's, both strictly point-in-time."""
-    return dense.floor(split.columns)
 
 
 class IdOnly(nn.Module):
@@ -75,11 +69,6 @@ def train_id_only(
             result: torch.Tensor = model(user_N, item_N)
             return result
 
-        def plan(rng: np.random.Generator) -> list[Int64]:
-            return np.array_split(
-                rng.permutation(len(split)), max(1, len(split) // config.impressions_per_step)
-            )
-
         @torch.inference_mode()
         def score(part: Impressions) -> Scores:
             model.eval()
@@ -91,7 +80,7 @@ def train_id_only(
         task = Task(
             model=model,
             groups=[(list(model.parameters()), config.learning_rate)],
-            plan=plan,
+            plan=shuffled(len(split), config.impressions_per_step),
             logits=lambda rows: logits(split, rows, hide=True),
             user_N=split.user_N,
             clicked_N=torch.from_numpy(split.clicked_N),

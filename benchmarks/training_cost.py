@@ -1,0 +1,494 @@
+"""What a training step costs, BAHE against the long-text LLM that it replaces.
+
+All contenders train the same deep layers on the same impressions of the same users: those with at least
+the longest prompt's tokens of history, so that no prompt is short. The peer is measured with several
+impressions per step and its fastest counts. A step is forward, backward and optimiser.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import multiprocessing
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from bahe_core.home import Home
+from bahe_core.machine import PeakMemory, configure_threads
+from benchmarks.harness import Row, main
+
+if TYPE_CHECKING:
+    import torch
+
+    from bahe_models.backbone import Backbone
+    from bahe_models.baselines import LongText, TokenTimelines
+    from bahe_models.data import Impressions, TrainingData
+    from bahe_models.features import DenseFeatures
+    from bahe_models.training import Batches
+    from materialize.train import Settings
+
+Int64 = npt.NDArray[np.int64]
+Step = Callable[[Int64], "torch.Tensor"]
+"""Rows of the training split to their click logits."""
+
+PROMPT_TOKENS = (512, 1024, 2048)
+LONGEST = max(PROMPT_TOKENS)
+PEER_IMPRESSIONS_PER_STEP = (1, 4)
+MEMORY_IMPRESSIONS = 8
+HISTORY_LENGTHS = (10, 30, 100, 300, 1000)
+POSITIONS_PER_STEP = 4000
+EPOCH_IMPRESSIONS = 80_000
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What every contender reads."""
+
+    data: TrainingData
+    settings: Settings
+    halves: Backbone
+    dense: DenseFeatures
+    tokens: TokenTimelines
+    item_row_I: Int64
+
+    @property
+    def split(self) -> Impressions:
+        """The training impressions."""
+        return self.data.splits["train"]
+
+    def long_histories(self) -> Int64:
+        """Impressions whose history fills the longest prompt."""
+        split, tokens = self.split, self.tokens
+        first_N = tokens.offsets[split.user_N]
+        end_N = first_N + split.length_NC.sum(axis=1)
+        return np.flatnonzero(tokens.starts[end_N] - tokens.starts[first_N] >= LONGEST)
+
+
+def read_scene(home: Home) -> Scene:
+    """Training data, language model and token timelines of a home that `bahe demo` filled."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from bahe_models.backbone import load_backbone
+    from bahe_models.baselines import token_timelines
+    from bahe_models.features import DenseFeatures
+    from bahe_models.training import id_rows
+    from materialize import runs
+    from materialize.encode import encoder_settings
+    from materialize.frame import latest_frame
+    from materialize.ingest import home_dataset
+    from materialize.lake import lake
+    from materialize.train import Settings
+    from materialize.training_data import read_training_data
+
+    dataset = home_dataset(home)
+    frame = latest_frame(home)
+    backbone, encoder = encoder_settings(dataset)
+    halves = load_backbone(backbone)
+    with lake(home) as connection:
+        encoded = runs.last(connection, "encode")
+        assert encoded is not None, "fill the home first: bahe demo"
+        version = encoded.facts["encoder_version"]
+        data = read_training_data(connection, frame, version, dataset.channels)
+        # Users are numbered as read_training_data does: by first appearance in the frame.
+        users = pq.read_table(frame.path)["user_id"].combine_chunks().dictionary_encode().dictionary
+        connection.register("frame_users", pa.table({"user_id": users, "u": np.arange(len(users))}))
+        behaviors = connection.execute(
+            "SELECT u, a.text, t.atom_id FROM user_timeline t JOIN frame_users USING (user_id)"
+            " JOIN atoms a USING (atom_id) ORDER BY u, t.event_timestamp, t.channel, t.position"
+        ).to_arrow_table()
+    user_B = behaviors["u"].to_numpy()
+    _, first_A, atom_B = np.unique(behaviors["atom_id"].to_numpy(), return_index=True, return_inverse=True)
+    counts = np.bincount(user_B, minlength=data.timelines.users)
+    assert (counts == data.timelines.lengths().sum(axis=1)).all(), "texts and timelines differ"
+    tokens = token_timelines(
+        halves.tokenizer,
+        behaviors["text"].take(first_A).to_pylist(),
+        atom_B,
+        np.concatenate([[0], np.cumsum(counts)]),
+        encoder.max_tokens,
+    )
+    split = data.splits["train"]
+    dense = DenseFeatures.fit(
+        split.columns,
+        split.length_NC,
+        split.time_us_N,
+        channels=data.timelines.channels,
+        click_rate=float(split.clicked_N.mean()),
+    )
+    return Scene(
+        data, Settings.of(dataset), halves, dense, tokens, id_rows(split.item_N, len(data.item_ids))
+    )
+
+
+def fresh_deep(scene: Scene) -> torch.nn.Module:
+    """The deep layers as loaded; no two contenders train the same copy."""
+    import copy
+
+    return copy.deepcopy(scene.halves.deep)
+
+
+def bahe_batches(scene: Scene) -> Batches:
+    """BAHE, ready to train."""
+    import torch
+
+    from bahe_models.training import Batches, build_model, precision
+
+    settings, cpu = scene.settings, torch.device("cpu")
+    model = build_model(fresh_deep(scene), scene.data, scene.dense, settings.model, scene.item_row_I)
+    return Batches(
+        model.train(),
+        scene.data,
+        scene.dense,
+        settings.window,
+        item_row_I=scene.item_row_I,
+        device=cpu,
+        bfloat16=precision(settings.training, cpu),
+    )
+
+
+def long_text(scene: Scene) -> LongText:
+    """The peer with the same deep layers and the same head."""
+    from bahe_models.baselines import LongText
+    from bahe_models.model import BaheModel
+
+    head = BaheModel(
+        fresh_deep(scene),
+        width=scene.halves.width,
+        channels=1,
+        items=int(scene.item_row_I.max()),
+        dense_features=len(scene.dense.names),
+        config=scene.settings.model,
+    )
+    return LongText(scene.halves.shallow, head).train()
+
+
+def bahe_step(batches: Batches, *, share: bool) -> Step:
+    """Logits by one pass per user, or per impression."""
+    split = batches.data.splits["train"]
+    dense_NF = batches.dense_features(split)
+    return lambda rows: batches.logits(split, dense_NF, rows, share=share)
+
+
+def long_text_step(model: LongText, scene: Scene, max_tokens: int, *, packed: bool) -> Step:
+    """Logits by text prompts, in the precision that BAHE has."""
+    import torch
+
+    from bahe_models.training import precision
+
+    split, data = scene.split, scene.data
+    dense_NF = torch.from_numpy(scene.dense.transform(split.columns, split.length_NC, split.time_us_N))
+    atoms_AD = torch.from_numpy(data.atoms_AD)
+    bfloat16 = precision(scene.settings.training, torch.device("cpu"))
+
+    def logits(rows: Int64) -> torch.Tensor:
+        length_N = split.length_NC[rows].sum(axis=1)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            user_NV = model.user_vectors(
+                scene.tokens, split.user_N[rows], length_N, max_tokens, packed=packed
+            )
+        item_N = split.item_N[rows]
+        item_NV = model.head.item_vectors(
+            atoms_AD[data.item_atom_I[item_N]], torch.from_numpy(scene.item_row_I[item_N])
+        )
+        return model.head.score(user_NV.float(), item_NV, dense_NF[torch.from_numpy(rows)])
+
+    return logits
+
+
+def stepper(step: Step, model: torch.nn.Module, scene: Scene) -> Callable[[Int64], float]:
+    """A function that trains one step on some impressions and returns its seconds."""
+    import torch
+
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-5)
+    clicked_N = torch.from_numpy(scene.split.clicked_N)
+
+    def run(rows: Int64) -> float:
+        start = time.perf_counter()
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(
+            step(rows), clicked_N[torch.from_numpy(rows)]
+        )
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        return time.perf_counter() - start
+
+    return run
+
+
+def planned(scene: Scene, among: Int64, impressions_per_step: int) -> list[Int64]:
+    """Steps as the trainer plans them: whole users, users of like length together."""
+    from bahe_models.timelines import plan_steps
+
+    split, rng = scene.split, np.random.default_rng(0)
+    steps = plan_steps(
+        split.user_N[among],
+        split.length_NC[among],
+        impressions_per_step=impressions_per_step,
+        rng=rng,
+    )
+    return [among[rows] for rows in steps]
+
+
+def measure(quick: bool, home_path: Path) -> Iterable[Row]:
+    """Every figure; `quick` takes fewer prompt lengths, repetitions and steps."""
+    import torch
+
+    scene = read_scene(Home.at(home_path))
+    torch.manual_seed(0)
+    batches = bahe_batches(scene)
+    one_pass = stepper(bahe_step(batches, share=True), batches.model, scene)
+    yield from step_times(scene, batches, one_pass, quick)
+    yield from peak_memory(home_path)
+    yield slope(scene, 2 if quick else 5)
+    yield from epoch(scene, one_pass, 0.1 if quick else 0.5)
+
+
+def step_times(
+    scene: Scene, batches: Batches, one_pass: Callable[[Int64], float], quick: bool
+) -> Iterable[Row]:
+    """Seconds per impression of every contender, interleaved, on the same kind of impressions."""
+    prompts = (PROMPT_TOKENS[0], LONGEST) if quick else PROMPT_TOKENS
+    among = scene.long_histories()
+    rng = np.random.default_rng(0)
+    model = long_text(scene)
+    whole_users = planned(scene, among, scene.settings.training.impressions_per_step)
+    # A packed step holds fewer users than BAHE's: its activations are those of every token.
+    few_users = [rows for rows in planned(scene, among, 200) if len(rows) >= 100]
+
+    def some(rows: list[Int64]) -> Int64:
+        return rows[rng.integers(len(rows))]
+
+    contenders: dict[tuple[str, int], tuple[Callable[[Int64], float], Callable[[], Int64]]] = {
+        ("one pass", 0): (one_pass, lambda: some(whole_users)),
+        ("per impression", 0): (
+            stepper(bahe_step(batches, share=False), batches.model, scene),
+            lambda: rng.choice(among, 32, replace=False),
+        ),
+    }
+    for tokens in prompts:
+        single = stepper(long_text_step(model, scene, tokens, packed=False), model, scene)
+        packed = stepper(long_text_step(model, scene, tokens, packed=True), model, scene)
+        contenders["packed", tokens] = (packed, lambda: some(few_users))
+        for count in PEER_IMPRESSIONS_PER_STEP:
+            contenders[f"text x {count}", tokens] = (
+                single,
+                lambda count=count: rng.choice(among, count, replace=False),  # type: ignore[misc]
+            )
+    one_pass(some(whole_users))  # the first step also allocates and compiles kernels
+    contenders[f"text x {PEER_IMPRESSIONS_PER_STEP[0]}", prompts[0]][0](among[:1])
+    taken: dict[tuple[str, int], list[float]] = {name: [] for name in contenders}
+    for _ in range(2 if quick else 7):
+        for name, (step, rows_of) in contenders.items():
+            # Cheap contenders are noisier, and repeating them costs little.
+            for _ in range(5 if name[0] == "one pass" else 1):
+                rows = rows_of()
+                taken[name].append(step(rows) / len(rows))
+    milliseconds = {name: median(seconds) * 1e3 for name, seconds in taken.items()}
+    ours = milliseconds["one pass", 0]
+    unit = "ms / impression"
+    yield Row(
+        metric="training step, one pass per user",
+        value=ours,
+        unit=unit,
+        peer="BAHE per impression",
+        peer_value=milliseconds["per impression", 0],
+    )
+    for tokens in prompts:
+        fastest = min(milliseconds[f"text x {count}", tokens] for count in PEER_IMPRESSIONS_PER_STEP)
+        for peer, theirs, least in (
+            ("long text per impression", fastest, 4000),
+            ("long text packed", milliseconds["packed", tokens], 40),
+        ):
+            goal = tokens == LONGEST
+            yield Row(
+                metric=f"times cheaper than {peer}, {tokens} tokens",
+                value=theirs / ours,
+                unit="x",
+                peer=f"{peer}, {unit}",
+                peer_value=theirs,
+                goal=f">= {least}" if goal else None,
+                holds=theirs / ours >= least if goal else None,
+            )
+
+
+def peak_memory(home_path: Path) -> Iterable[Row]:
+    """Resident memory that a step adds, each contender in a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    added = {}
+    for kind in ("bahe", "packed", "text"):
+        with context.Pool(1) as pool:
+            added[kind] = pool.apply(memory_of_step, (kind, home_path))
+    for kind, name in (("text", "long text per impression"), ("packed", "long text packed")):
+        ratio = added[kind] / added["bahe"]
+        yield Row(
+            metric=f"memory of a step, times less than {name}",
+            value=ratio,
+            unit=f"x at {MEMORY_IMPRESSIONS} impressions, {LONGEST} tokens",
+            peer=f"MiB of BAHE {added['bahe']:.0f}, of peer",
+            peer_value=added[kind],
+            goal=">= 6" if kind == "text" else None,
+            holds=ratio >= 6 if kind == "text" else None,
+        )
+
+
+def memory_of_step(kind: str, home_path: Path) -> float:
+    """MiB that a step of impressions of several users adds at its peak, optimiser state included."""
+    configure_threads()
+    scene = read_scene(Home.at(home_path))
+    step: Step
+    model: torch.nn.Module
+    if kind == "bahe":
+        batches = bahe_batches(scene)
+        step, model = bahe_step(batches, share=True), batches.model
+    else:
+        text = long_text(scene)
+        step, model = long_text_step(text, scene, LONGEST, packed=kind == "packed"), text
+    among = scene.long_histories()
+    rows = np.random.default_rng(0).choice(among, MEMORY_IMPRESSIONS, replace=False)
+    run = stepper(step, model, scene)
+    gc.collect()
+    with contextlib.suppress(OSError):  # what loading freed and the allocator kept would hide the step
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    before = PeakMemory()
+    with before:
+        pass
+    run(rows[:1])  # afterwards the optimiser has its state, as in every step but the first
+    with PeakMemory(interval=0.002) as peak:
+        run(rows)
+    return peak.mebibytes - before.mebibytes
+
+
+def slope(scene: Scene, repetitions: int) -> Row:
+    """How one pass per user grows with the history: log-log slope of seconds per user."""
+    from bahe_models.timelines import Timelines
+
+    rng = np.random.default_rng(0)
+    channels = scene.data.timelines.channels
+    runs: list[tuple[Callable[[Int64], float], int]] = []
+    for length in HISTORY_LENGTHS:
+        users = max(2, POSITIONS_PER_STEP // length)
+        nothing = np.zeros(users + 1, dtype=np.int64)
+        offsets = (np.arange(users + 1) * length, *(nothing for _ in channels[1:]))
+        atoms = (
+            rng.integers(len(scene.data.atoms_AD), size=users * length),
+            *(nothing[:0],) * (len(channels) - 1),
+        )
+        # One impression after every behavior, as in a log where each impression becomes a behavior.
+        count = users * length
+        rows = np.arange(count) % len(scene.split)
+        length_NC = np.zeros((count, len(channels)), dtype=np.int64)
+        length_NC[:, 0] = np.tile(np.arange(1, length + 1), users)
+        split = scene.split
+        synthetic = replace(
+            split,
+            user_N=np.repeat(np.arange(users), length),
+            item_N=split.item_N[rows],
+            length_NC=length_NC,
+            time_us_N=split.time_us_N[rows],
+            clicked_N=split.clicked_N[rows],
+            columns={name: values[rows] for name, values in split.columns.items()},
+        )
+        data = replace(
+            scene.data,
+            timelines=Timelines(channels, offsets, atoms),
+            splits={**scene.data.splits, "train": synthetic},
+        )
+        inner = replace(scene, data=data)
+        batches = bahe_batches(inner)
+        runs.append((stepper(bahe_step(batches, share=True), batches.model, inner), users))
+    taken: list[list[float]] = [[] for _ in runs]
+    for repetition in range(repetitions + 1):
+        for seconds, (run, users), length in zip(taken, runs, HISTORY_LENGTHS, strict=True):
+            spent = run(np.arange(users * length)) / users
+            if repetition:  # the first step allocates
+                seconds.append(spent)
+    steepness = float(np.polyfit(np.log(HISTORY_LENGTHS), np.log([median(s) for s in taken]), 1)[0])
+    return Row(
+        metric=f"cost of a user against behaviors, {HISTORY_LENGTHS[0]} to {HISTORY_LENGTHS[-1]}",
+        value=steepness,
+        unit="log-log slope",
+        goal="<= 1.1",
+        holds=steepness <= 1.1,
+    )
+
+
+def epoch(scene: Scene, one_pass: Callable[[Int64], float], share: float) -> Iterable[Row]:
+    """Seconds of an epoch from evenly spaced steps, and how near it is to its matrix products alone."""
+    import torch
+
+    from bahe_models.timelines import window_batch
+    from bahe_models.training import precision
+
+    split, settings = scene.split, scene.settings
+    steps = planned(scene, np.arange(len(split)), settings.training.impressions_per_step)
+    steps = steps[:: max(1, round(1 / share))]
+    dtype = torch.bfloat16 if precision(settings.training, torch.device("cpu")) else torch.float32
+    shapes = [
+        (module.in_features, module.out_features)
+        for module in scene.halves.deep.modules()
+        if isinstance(module, torch.nn.Linear)
+    ]
+    seconds, bounds = [], []
+    for rows in steps:
+        seconds.append(one_pass(rows))
+        batch = window_batch(
+            scene.data.timelines, split.user_N[rows], split.length_NC[rows], settings.window
+        )
+        # Bound and step alternate, so that both meet the same load of the machine.
+        rate = matmul_rate(shapes, int(median(b.atoms_WL.size for b in batch.blocks)), dtype)
+        flops = 6 * batch.positions * sum(i * o for i, o in shapes)
+        bounds.append(flops / rate)
+    total = sum(seconds) / sum(map(len, steps)) * EPOCH_IMPRESSIONS
+    yield Row(
+        metric=f"epoch of {EPOCH_IMPRESSIONS:,} impressions, from {len(steps)} steps",
+        value=total,
+        unit="s",
+        goal="< 40",
+        holds=total < 40,
+    )
+    reached = sum(bounds) / sum(seconds)
+    yield Row(
+        metric="share of the step that is deep layers' matrix products",
+        value=reached,
+        unit=f"of 1, bound at {str(dtype).removeprefix('torch.')} speed in the same run",
+        goal=">= 0.6",
+        holds=reached >= 0.6,
+    )
+
+
+def matmul_rate(shapes: list[tuple[int, int]], positions: int, dtype: torch.dtype) -> float:
+    """FLOP/s of the layers' products alone: forward, gradient of the input, gradient of the weight."""
+    import torch
+
+    operands = [
+        (
+            torch.randn(positions, i, dtype=dtype),
+            torch.randn(o, i, dtype=dtype),
+            torch.randn(positions, o, dtype=dtype),
+        )
+        for i, o in dict.fromkeys(shapes)
+    ]
+    taken = []
+    for _ in range(3):
+        start = time.perf_counter()
+        for x_PI, weight_OI, gradient_PO in operands:
+            torch.nn.functional.linear(x_PI, weight_OI)
+            gradient_PO @ weight_OI
+            gradient_PO.T @ x_PI
+        taken.append(time.perf_counter() - start)
+    return 6 * positions * sum(i * o for i, o in dict.fromkeys(shapes)) / median(taken)
+
+
+if __name__ == "__main__":
+    main("training_cost", __doc__ or "", measure)
