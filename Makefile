@@ -21,8 +21,8 @@ install: .venv/installed ## create .venv with pinned dependencies
 demo: install ## MovieLens-100k with SmolLM2-135M: from raw log to scores, with a results table
 	@$(BIN)/bahe demo $(ARGS)
 
-test: install ## the tests (several minutes on two cores)
-	$(BIN)/python -m pytest
+test: install ## the tests, in two processes (several minutes on two cores)
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: install ## the tests that need the real language model, too (downloads it)
 	$(BIN)/python -m pytest -m slow

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-os.environ.setdefault("BAHE_THREADS", "2")
+# One thread for each of the test processes that run side by side; a lone one may have two.
+os.environ.setdefault("BAHE_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 
 from bahe_core.machine import configure_threads
 
