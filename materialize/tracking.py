@@ -36,6 +36,11 @@ class Log:
 _NOT_QUALITY = ("model", "split", "train_seconds", "peak_memory_mb")
 
 
+def _quality(row: Mapping[str, Any]) -> dict[str, float]:
+    """The metrics of a row; trackers hold numbers only, so an undefined metric is not there."""
+    return {name: v for name, v in row.items() if name not in _NOT_QUALITY and v is not None}
+
+
 class _MlflowLog(Log):
     def parameters(self, values: Mapping[str, Any]) -> None:
         import mlflow
@@ -52,10 +57,8 @@ class _MlflowLog(Log):
         import mlflow
 
         for row in rows:
-            for metric, value in row.items():
-                # MLflow holds numbers only; an undefined metric is one that is not there.
-                if metric not in _NOT_QUALITY and value is not None:
-                    mlflow.log_metric(f"{row['split']}_{metric}_{row['model']}", value)
+            for metric, value in _quality(row).items():
+                mlflow.log_metric(f"{row['split']}_{metric}_{row['model']}", value)
             mlflow.log_metric(f"train_seconds_{row['model']}", row["train_seconds"])
 
     def files(self, paths: list[Path]) -> None:
@@ -90,8 +93,8 @@ class _TensorboardLog(Log):
 
     def results(self, rows: list[dict[str, Any]]) -> None:
         for row in rows:
-            for metric in ("auc", "gauc"):
-                self.writer.add_scalar(f"{row['split']}_{metric}/{row['model']}", row[metric])
+            for metric, value in _quality(row).items():
+                self.writer.add_scalar(f"{row['split']}_{metric}/{row['model']}", value)
 
 
 @contextmanager

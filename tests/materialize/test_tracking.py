@@ -27,6 +27,16 @@ def test_tensorboard_gets_settings_epochs_and_results(home: Home) -> None:
     assert "settings/text_summary" in events.Tags()["tensors"]
 
 
+def test_tensorboard_leaves_out_what_is_undefined(home: Home) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with tracking.run(home, "tensorboard", "shop", "bahe-1") as log:
+        log.results([{**RESULT, "gauc": None, "ece": 0.02}])
+    scalars = EventAccumulator(str(home.tensorboard / "bahe-1")).Reload().Tags()["scalars"]
+    assert sorted(scalars) == ["test_auc/bahe", "test_ece/bahe"]
+
+
 def test_a_missing_tensorboard_is_one_sentence(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     for name in [name for name in sys.modules if name.startswith("torch.utils.tensorboard")]:
