@@ -31,3 +31,9 @@ class Damaged(BaheError):
 
 class Busy(BaheError):
     """Another process holds this home folder; nothing was done."""
+
+
+def one_line(error: Exception) -> str:
+    """The first line of a library's error message, without a full stop, for use in one of ours."""
+    message = str(error).strip() or type(error).__name__
+    return " ".join(message.split("\n", 1)[0].split()).rstrip(".")

@@ -86,15 +86,18 @@ class Artifact:
             vectors[rows] = self.model.user_vectors(atoms_AD, batch).cpu().numpy()
         return vectors
 
+    def id_table_rows(self, item_ids: Sequence[str | int]) -> torch.Tensor:
+        """Row of the ID table [N] of each item; 0 for items that training has not seen."""
+        row = {item_id: index for index, item_id in enumerate(self.item_ids, start=1)}
+        return torch.tensor([row.get(item_id, 0) for item_id in item_ids], dtype=torch.long)
+
     @torch.inference_mode()
     def item_vectors(
         self, atoms_ND: torch.Tensor, item_ids: Sequence[str | int]
     ) -> npt.NDArray[np.float32]:
         """Item vectors [N, width] from the vectors of the items' texts, in the order of the ids."""
         self.model.eval()
-        row = {item_id: index for index, item_id in enumerate(self.item_ids, start=1)}
-        known = [row.get(item_id, 0) for item_id in item_ids]
-        rows_N = torch.tensor(known, dtype=torch.long, device=atoms_ND.device)
+        rows_N = self.id_table_rows(item_ids).to(atoms_ND.device)
         vectors: npt.NDArray[np.float32] = self.model.item_vectors(atoms_ND, rows_N).cpu().numpy()
         return vectors
 

@@ -18,14 +18,14 @@ import copy
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from bahe_core.errors import BadInput
+from bahe_core.errors import BadInput, one_line
 
 
 @dataclass(frozen=True)
@@ -118,9 +118,9 @@ def load_backbone(config: BackboneConfig) -> Backbone:
                 name, config=hf_config, dtype=torch.float32, output_loading_info=True, **extra
             )
     except OSError as error:
-        raise BadInput(f"backbone.path {config.path} cannot be read ({_first_line(error)}).") from None
+        raise BadInput(f"backbone.path {config.path} cannot be read ({one_line(error)}).") from None
     except ValueError as error:  # an architecture that transformers does not know
-        raise BadInput(f"{_cannot_be_cut(config.path)} ({_first_line(error)}).") from None
+        raise BadInput(f"{_cannot_be_cut(config.path)} ({one_line(error)}).") from None
     if loaded["missing_keys"]:
         raise BadInput(
             f"backbone.path {config.path} lacks {len(loaded['missing_keys'])} weights"
@@ -212,10 +212,6 @@ def _without_load_report() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-
-
 def _cannot_be_cut(path: str) -> str:
     return f"backbone.path {path} cannot be cut: bahe knows the model types {', '.join(FAMILIES)}"
 
@@ -262,8 +258,3 @@ def _fingerprint(module: nn.Module) -> str:
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def describe(config: BackboneConfig) -> dict[str, Any]:
-    """The configuration as plain values, for artifacts and trackers."""
-    return asdict(config)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -125,19 +125,12 @@ class AtomicEncoder:
         vectors: np.ndarray = pooled_BD.cpu().numpy()
         return vectors
 
-    def encode(
-        self,
-        channels: Sequence[str],
-        texts: Sequence[str],
-        progress: Callable[[int], None] | None = None,
-    ) -> np.ndarray:
+    def encode(self, channels: Sequence[str], texts: Sequence[str]) -> np.ndarray:
         """Vectors of the texts, in their order: float32, [texts, width]."""
         tokens = self.tokenize(channels, texts)
         vectors = np.empty((len(texts), self.width), dtype=np.float32)
         for batch in self.batches(tokens):
             vectors[batch] = self.encode_tokens([tokens[i] for i in batch])
-            if progress is not None:
-                progress(len(batch))
         return vectors
 
 

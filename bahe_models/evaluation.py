@@ -101,16 +101,20 @@ def evaluate(split: Impressions, logits: Mapping[str, Float]) -> SplitEvaluation
     """
     clicked_N, user_N = split.clicked_N, split.user_N
     draws = resampled_aucs(clicked_N, logits, user_N)
+    aucs = {model: auc(clicked_N, logit_N) for model, logit_N in logits.items()}
     quality = {}
     for model, logit_N in logits.items():
-        value, ours = auc(clicked_N, logit_N), auc(clicked_N, logits[REFERENCE])
         low, high = interval(draws[model])
         gain = {}
         if model != REFERENCE:
             gain_low, gain_high = interval(draws[REFERENCE] - draws[model])
-            gain = {"bahe_gain": ours - value, "bahe_gain_low": gain_low, "bahe_gain_high": gain_high}
+            gain = {
+                "bahe_gain": aucs[REFERENCE] - aucs[model],
+                "bahe_gain_low": gain_low,
+                "bahe_gain_high": gain_high,
+            }
         quality[model] = Quality(
-            auc=value,
+            auc=aucs[model],
             auc_low=low,
             auc_high=high,
             gauc=gauc(clicked_N, logit_N, user_N),

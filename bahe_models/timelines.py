@@ -83,11 +83,6 @@ class WindowBatch:
         """Positions that carry a behavior or a start, without padding."""
         return sum(int((b.atoms_WL >= 0).sum()) + len(b.atoms_WL) for b in self.blocks)
 
-    @property
-    def padded_positions(self) -> int:
-        """Positions that are computed."""
-        return sum(b.atoms_WL.size for b in self.blocks)
-
 
 def window_start(length: Int64, config: WindowConfig) -> Int64:
     """First behavior of the window that a prefix of `length` behaviors is read from."""

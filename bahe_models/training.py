@@ -39,6 +39,18 @@ def table_ids(item_row_I: Int64, item_ids: Sequence[str | int]) -> tuple[str | i
     return tuple(item for _, item in seen)
 
 
+def fit_dense(data: TrainingData) -> DenseFeatures:
+    """Dense features standardised by the training rows."""
+    train = data.splits["train"]
+    return DenseFeatures.fit(
+        train.columns,
+        train.length_NC,
+        train.time_us_N,
+        channels=data.timelines.channels,
+        click_rate=float(train.clicked_N.mean()),
+    )
+
+
 class Batches:
     """Feeds a model with planned batches of one data set.
 

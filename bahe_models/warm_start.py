@@ -56,10 +56,9 @@ def start_from(artifact: Artifact, batches: Batches, *, encoder_version: str) ->
     for name, value in theirs.items():
         if name != _ID_TABLE and name in own and own[name].shape == value.shape:
             own[name].copy_(value)
-    row = {item: index for index, item in enumerate(artifact.item_ids, start=1)}
     ids = table_ids(batches.item_row_I.cpu().numpy(), batches.data.item_ids)
     # Row 0, of unseen items, is zero; so is what an item starts from that the artifact has not seen.
-    rows = torch.tensor([0, *(row.get(item, 0) for item in ids)], dtype=torch.long)
+    rows = torch.cat([torch.zeros(1, dtype=torch.long), artifact.id_table_rows(ids)])
     own[_ID_TABLE].copy_(theirs[_ID_TABLE].cpu()[rows])
     batches.dense = artifact.dense
     batches.logit_shift = artifact.logit_shift

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 
-from bahe_core.errors import NotReady
 from bahe_core.home import Home
 from benchmarks.harness import Row, main
 
@@ -19,21 +18,18 @@ def measure(quick: bool, home_path: Path) -> Iterable[Row]:
     from bahe_models.backbone import load_backbone
     from bahe_models.baselines import train_din
     from bahe_models.metrics import auc, gauc
-    from materialize import runs, tracking
+    from materialize import tracking
     from materialize.encode import encoder_settings
     from materialize.frame import latest_frame
     from materialize.ingest import home_dataset
     from materialize.lake import lake
     from materialize.train import Settings, train_all
-    from materialize.training_data import read_training_data
+    from materialize.training_data import current_encoder, read_training_data
 
     home = Home.at(home_path)
     dataset = home_dataset(home)
     with lake(home) as connection:
-        encoded = runs.last(connection, "encode")
-        if encoded is None:
-            raise NotReady(f"{home.root} has no atom vectors yet; run `bahe demo` first.")
-        encoder = encoded.facts["encoder_version"]
+        encoder = current_encoder(connection, home)
         data = read_training_data(connection, latest_frame(home), encoder, dataset.channels)
     settings = Settings.of(dataset)
     backbone, _ = encoder_settings(dataset)

@@ -79,25 +79,20 @@ def read_scene(home: Home) -> Scene:
 
     from bahe_models.backbone import load_backbone
     from bahe_models.baselines import token_timelines
-    from bahe_models.features import DenseFeatures
-    from bahe_models.training import id_rows
-    from materialize import runs
+    from bahe_models.training import fit_dense, id_rows
     from materialize.encode import encoder_settings
     from materialize.frame import latest_frame
     from materialize.ingest import home_dataset
     from materialize.lake import lake
     from materialize.train import Settings
-    from materialize.training_data import read_training_data
+    from materialize.training_data import current_encoder, read_training_data
 
     dataset = home_dataset(home)
     frame = latest_frame(home)
     backbone, encoder = encoder_settings(dataset)
     halves = load_backbone(backbone)
     with lake(home) as connection:
-        encoded = runs.last(connection, "encode")
-        assert encoded is not None, "fill the home first: bahe demo"
-        version = encoded.facts["encoder_version"]
-        data = read_training_data(connection, frame, version, dataset.channels)
+        data = read_training_data(connection, frame, current_encoder(connection, home), dataset.channels)
         # Users are numbered as read_training_data does: by first appearance in the frame.
         users = pq.read_table(frame.path)["user_id"].combine_chunks().dictionary_encode().dictionary
         connection.register("frame_users", pa.table({"user_id": users, "u": np.arange(len(users))}))
@@ -116,17 +111,8 @@ def read_scene(home: Home) -> Scene:
         np.concatenate([[0], np.cumsum(counts)]),
         encoder.max_tokens,
     )
-    split = data.splits["train"]
-    dense = DenseFeatures.fit(
-        split.columns,
-        split.length_NC,
-        split.time_us_N,
-        channels=data.timelines.channels,
-        click_rate=float(split.clicked_N.mean()),
-    )
-    return Scene(
-        data, Settings.of(dataset), halves, dense, tokens, id_rows(split.item_N, len(data.item_ids))
-    )
+    item_row_I = id_rows(data.splits["train"].item_N, len(data.item_ids))
+    return Scene(data, Settings.of(dataset), halves, fit_dense(data), tokens, item_row_I)
 
 
 def fresh_deep(scene: Scene) -> torch.nn.Module:

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import duckdb
 
-from bahe_core.errors import BadInput
+from bahe_core.errors import BadInput, one_line
 from bahe_core.home import Home
 from bahe_core.progress import say
 from materialize import derive, runs
 from materialize.dataset import ClickRule, Dataset, Table, load_dataset, save_dataset
-from materialize.lake import columns, commit, lake, name, one_line, quoted, scalar, tables
+from materialize.lake import columns, commit, lake, name, quoted, scalar, tables
 
 JOB = "ingest"
 REQUIRED = {

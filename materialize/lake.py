@@ -11,7 +11,7 @@ from pathlib import Path
 
 import duckdb
 
-from bahe_core.errors import Damaged, NotReady
+from bahe_core.errors import Damaged, NotReady, one_line
 from bahe_core.home import Home
 from bahe_core.machine import threads
 
@@ -100,11 +100,6 @@ def commit(connection: duckdb.DuckDBPyConnection, statements: list[str]) -> None
             if not locked or attempt == COMMIT_ATTEMPTS - 1:
                 raise
             time.sleep(0.05 * 2**attempt)
-
-
-def one_line(error: Exception) -> str:
-    """The first line of an error's message, without a full stop."""
-    return " ".join(str(error).split("\n", 1)[0].split()).rstrip(".")
 
 
 def tables(connection: duckdb.DuckDBPyConnection) -> set[str]:

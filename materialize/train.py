@@ -8,12 +8,13 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bahe_core.errors import BadInput, NotReady
+from bahe_core.errors import BadInput
 from bahe_core.home import Home
 from bahe_core.machine import PeakMemory, device, threads
 from bahe_core.progress import progress
@@ -24,7 +25,6 @@ from bahe_models.checkpoint import Checkpoint
 from bahe_models.data import TrainingData
 from bahe_models.distributed import own_device, processes
 from bahe_models.evaluation import SplitEvaluation, evaluate
-from bahe_models.features import DenseFeatures
 from bahe_models.loop import Epoch, TrainingConfig, seeded
 from bahe_models.model import ModelConfig
 from bahe_models.options import build
@@ -33,6 +33,7 @@ from bahe_models.training import (
     Batches,
     Scores,
     build_model,
+    fit_dense,
     id_rows,
     precision,
     table_ids,
@@ -47,7 +48,7 @@ from materialize.gates import require_gates
 from materialize.ingest import home_dataset
 from materialize.lake import commit, lake
 from materialize.report import write_report
-from materialize.training_data import read_training_data
+from materialize.training_data import current_encoder, read_training_data
 
 JOB = "train"
 EVALUATED = ("validation", "test")
@@ -118,11 +119,8 @@ def train_models(
         nullcontext() if here.rank else home.exclusive(),
         lake(home) as connection,
     ):
-        encoded = runs.last(connection, "encode")
-        if encoded is None:
-            raise NotReady(f"{home.root} has no atom vectors yet; run `bahe encode` first.")
+        encoder = current_encoder(connection, home)
         require_gates(connection, "embed")
-        encoder = str(encoded.facts["encoder_version"])
         backbone, _ = encoder_settings(dataset)
         identity = json.dumps(
             [
@@ -145,18 +143,19 @@ def train_models(
         data = read_training_data(connection, frame, encoder, dataset.channels)
         halves = load_backbone(backbone)
         checkpoint = Checkpoint(home.checkpoint(version), version)
+        do_train = partial(
+            train_all,
+            data,
+            halves,
+            settings,
+            str(where),
+            encoder,
+            version,
+            checkpoint=checkpoint,
+            warm_start=earlier,
+        )
         if here.rank:
-            _, results, *_ = train_all(
-                data,
-                halves,
-                settings,
-                str(where),
-                encoder,
-                version,
-                tracking.Log(),
-                checkpoint=checkpoint,
-                warm_start=earlier,
-            )
+            _, results, *_ = do_train(tracking.Log())
             return TrainingOutcome(version, artifact_path, results, report, skipped=False)
         with runs.record(connection, JOB, version) as run:
             with tracking.run(home, tracker, dataset.name, version) as log:
@@ -164,17 +163,7 @@ def train_models(
                     {"encoder_version": encoder, "frame_id": frame.frame_id, "threads": threads()}
                 )
                 log.parameters({k: v for part in vars(settings).values() for k, v in asdict(part).items()})
-                artifact, results, histories, evaluations = train_all(
-                    data,
-                    halves,
-                    settings,
-                    str(where),
-                    encoder,
-                    version,
-                    log,
-                    checkpoint=checkpoint,
-                    warm_start=earlier,
-                )
+                artifact, results, histories, evaluations = do_train(log)
                 artifact.facts = _facts(dataset, frame, results)
                 if not artifact_path.is_dir():
                     artifact.save(artifact_path)
@@ -204,13 +193,7 @@ def train_all(
     """
     where = device(device_name)
     split = data.splits["train"]
-    dense = DenseFeatures.fit(
-        split.columns,
-        split.length_NC,
-        split.time_us_N,
-        channels=data.timelines.channels,
-        click_rate=float(split.clicked_N.mean()),
-    )
+    dense = fit_dense(data)
     scored: dict[str, _Scored] = {}
     with PeakMemory() as memory:
         scores = {name: baselines.floor_scores(dense, data.splits[name]) for name in EVALUATED}

@@ -11,9 +11,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from bahe_core.errors import NotReady
+from bahe_core.home import Home
 from bahe_models.data import Impressions, TrainingData
 from bahe_models.features import needed_columns
 from bahe_models.timelines import Int64, Timelines
+from materialize import runs
 from materialize.encode import vector_matrix
 from materialize.frame import SPLITS, Frame
 from materialize.lake import quoted
@@ -37,6 +39,14 @@ class Atoms:
         ):
             raise NotReady("some atoms have no vector yet; run `bahe encode` first.")
         return np.asarray(rows, dtype=np.int64)
+
+
+def current_encoder(connection: duckdb.DuckDBPyConnection, home: Home) -> str:
+    """The encoder_version of the last encode. Raises NotReady before it."""
+    encoded = runs.last(connection, "encode")
+    if encoded is None:
+        raise NotReady(f"{home.root} has no atom vectors yet; run `bahe encode` first.")
+    return str(encoded.facts["encoder_version"])
 
 
 def read_atoms(connection: duckdb.DuckDBPyConnection, version: str) -> Atoms:

@@ -13,6 +13,9 @@ from bahe_core.errors import BaheError, Damaged, NotReady, UnknownEntity
 from bahe_core.home import Home
 from serving.lookup import Answer, Identifier, OnlineLookup
 
+_STATUS = {UnknownEntity: 404, NotReady: 503, Damaged: 503}
+"""HTTP status by error; any other that bahe raises on purpose is the request's fault."""
+
 
 class ScoreRequest(BaseModel):
     """Which items to score for which user."""
@@ -63,13 +66,7 @@ def create_app(home: Home) -> FastAPI:
 
     @app.exception_handler(BaheError)
     def refused(request: Request, error: BaheError) -> JSONResponse:
-        status = (
-            404
-            if isinstance(error, UnknownEntity)
-            else 503
-            if isinstance(error, NotReady | Damaged)
-            else 400
-        )
+        status = _STATUS.get(type(error), 400)
         return JSONResponse({"detail": str(error)}, status_code=status)
 
     @app.get("/health")

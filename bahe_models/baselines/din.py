@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from bahe_models.baselines.network import fit_shuffled, own_settings
 from bahe_models.data import Impressions, TrainingData
 from bahe_models.features import DenseFeatures
-from bahe_models.loop import Epoch, Task, Trained, TrainingConfig, fit, seeded, shuffled
-from bahe_models.metrics import auc
+from bahe_models.loop import Epoch, Trained, TrainingConfig, seeded
 from bahe_models.timelines import Int64, Timelines
 from bahe_models.training import Scores, id_rows
 
@@ -95,14 +95,7 @@ def train_din(
 
     As BAHE it starts from the floor and is stopped early; steps and patience are what suits it.
     """
-    config = TrainingConfig(
-        epochs=8,
-        patience=2,
-        impressions_per_step=512,
-        learning_rate=config.learning_rate,
-        weight_decay=config.weight_decay,
-        seed=config.seed,
-    )
+    config = own_settings(config, epochs=8, impressions_per_step=512)
     split = data.splits["train"]
     seen = recent_behaviors(data.timelines, split.user_N, split.length_NC, HISTORY)
     behaviors = id_rows(seen[seen >= 0], len(data.atoms_AD))
@@ -143,17 +136,12 @@ def train_din(
             ]
             return np.concatenate(scores)
 
-        def validate() -> float:
-            return auc(data.splits["validation"].clicked_N, score(data.splits["validation"]))
-
-        task = Task(
-            model=model,
-            groups=[(list(model.parameters()), config.learning_rate)],
-            plan=shuffled(len(split), config.impressions_per_step),
+        trained = fit_shuffled(
+            model,
+            data,
+            config,
             logits=lambda rows: logits(split, dense_NF, rows, hide=0.1),
-            user_N=split.user_N,
-            clicked_N=torch.from_numpy(split.clicked_N),
-            validate=validate,
+            score=score,
+            on_epoch=on_epoch,
         )
-        trained = fit(task, config, on_epoch=on_epoch)
     return score, trained

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from bahe_models.baselines.network import fit_shuffled, own_settings
 from bahe_models.data import Impressions, TrainingData
-from bahe_models.loop import Epoch, Task, Trained, TrainingConfig, fit, seeded, shuffled
-from bahe_models.metrics import auc
+from bahe_models.loop import Epoch, Trained, TrainingConfig, seeded
 from bahe_models.timelines import Int64
 from bahe_models.training import Scores, id_rows
 
@@ -46,14 +46,7 @@ def train_id_only(
     It gets what suits it: shuffled impressions, more and smaller steps, and more epochs than BAHE
     under the same early stopping.
     """
-    config = TrainingConfig(
-        epochs=20,
-        patience=2,
-        impressions_per_step=256,
-        learning_rate=config.learning_rate,
-        weight_decay=config.weight_decay,
-        seed=config.seed,
-    )
+    config = own_settings(config, epochs=20, impressions_per_step=256)
     split = data.splits["train"]
     users = id_rows(split.user_N, data.timelines.users)
     items = id_rows(split.item_N, len(data.item_atom_I))
@@ -74,17 +67,12 @@ def train_id_only(
             model.eval()
             return logits(part, np.arange(len(part)), hide=False).numpy().astype(np.float64)
 
-        def validate() -> float:
-            return auc(data.splits["validation"].clicked_N, score(data.splits["validation"]))
-
-        task = Task(
-            model=model,
-            groups=[(list(model.parameters()), config.learning_rate)],
-            plan=shuffled(len(split), config.impressions_per_step),
+        trained = fit_shuffled(
+            model,
+            data,
+            config,
             logits=lambda rows: logits(split, rows, hide=True),
-            user_N=split.user_N,
-            clicked_N=torch.from_numpy(split.clicked_N),
-            validate=validate,
+            score=score,
+            on_epoch=on_epoch,
         )
-        trained = fit(task, config, on_epoch=on_epoch)
     return score, trained

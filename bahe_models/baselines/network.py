@@ -1,0 +1,49 @@
+"""What the baseline networks share: settings of their own and training on shuffled impressions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from bahe_models.data import Impressions, TrainingData
+from bahe_models.loop import Epoch, Task, Trained, TrainingConfig, fit, shuffled
+from bahe_models.metrics import auc
+from bahe_models.timelines import Int64
+from bahe_models.training import Scores
+
+
+def own_settings(config: TrainingConfig, *, epochs: int, impressions_per_step: int) -> TrainingConfig:
+    """BAHE's rate, weight decay and seed, with the steps and the patience that suit a small network."""
+    return TrainingConfig(
+        epochs=epochs,
+        patience=2,
+        impressions_per_step=impressions_per_step,
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        seed=config.seed,
+    )
+
+
+def fit_shuffled(
+    model: nn.Module,
+    data: TrainingData,
+    config: TrainingConfig,
+    *,
+    logits: Callable[[Int64], torch.Tensor],
+    score: Callable[[Impressions], Scores],
+    on_epoch: Callable[[Epoch], None],
+) -> Trained:
+    """Train in place: `logits` of rows of the training split, early stopping by `score` on validation."""
+    train, validation = data.splits["train"], data.splits["validation"]
+    task = Task(
+        model=model,
+        groups=[(list(model.parameters()), config.learning_rate)],
+        plan=shuffled(len(train), config.impressions_per_step),
+        logits=logits,
+        user_N=train.user_N,
+        clicked_N=torch.from_numpy(train.clicked_N),
+        validate=lambda: auc(validation.clicked_N, score(validation)),
+    )
+    return fit(task, config, on_epoch=on_epoch)
