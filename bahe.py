@@ -56,6 +56,15 @@ AtOption = Annotated[
         show_default="now",
     ),
 ]
+ContextOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--context",
+        help="A context column's value, as device=phone; may be repeated.",
+        metavar="COLUMN=VALUE",
+        show_default="unknown",
+    ),
+]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
@@ -250,13 +259,15 @@ def score(
     items: Annotated[list[str], typer.Option("--items", help="Item ids, separated by commas.")],
     home: HomeOption = None,
     at: AtOption = None,
+    context: ContextOption = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Click probabilities of some items for a user, best first."""
-    from serving.lookup import OnlineLookup
+    from serving.lookup import OnlineLookup, parsed_context
 
     wanted = [part.strip() for given in items for part in given.split(",") if part.strip()]
-    _print_answer(OnlineLookup(Home.at(home)).score(user, wanted, at), as_json)
+    known = parsed_context(context or ())
+    _print_answer(OnlineLookup(Home.at(home)).score(user, wanted, at, context=known), as_json)
 
 
 @app.command()
@@ -265,13 +276,15 @@ def recommend(
     k: Annotated[int, typer.Option("-k", help="How many items.")] = 10,
     home: HomeOption = None,
     at: AtOption = None,
+    context: ContextOption = None,
     include_seen: Annotated[bool, typer.Option(help="Also items the user has acted on before.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """The k items that the user will most likely click."""
-    from serving.lookup import OnlineLookup
+    from serving.lookup import OnlineLookup, parsed_context
 
-    answer = OnlineLookup(Home.at(home)).recommend(user, k, at, include_seen=include_seen)
+    known = parsed_context(context or ())
+    answer = OnlineLookup(Home.at(home)).recommend(user, k, at, include_seen=include_seen, context=known)
     _print_answer(answer, as_json)
 
 

@@ -6,7 +6,7 @@ The deep layers' weights are in it, so that loading needs neither the backbone's
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 
 from bahe_core.errors import BadInput
 from bahe_models.backbone import deep_from_config
+from bahe_models.context import hash_context
 from bahe_models.features import Columns, DenseFeatures
 from bahe_models.model import BaheModel, ModelConfig
 from bahe_models.timelines import Int64, Timelines, WindowConfig, plan_steps, window_batch
@@ -47,6 +48,11 @@ class Artifact:
         """Width of user and item vectors."""
         return self.model.config.vector_width
 
+    @property
+    def context_columns(self) -> tuple[str, ...]:
+        """Names of the context columns that `score` wants."""
+        return () if self.model.context is None else self.model.context.columns
+
     def save(self, folder: Path) -> None:
         """Write the folder, beside and then renamed: it is whole or not there."""
         from safetensors.torch import save_file
@@ -62,6 +68,7 @@ class Artifact:
             "model": asdict(self.model.config),
             "window": asdict(self.window),
             "dense": asdict(self.dense),
+            "context": list(self.context_columns),
             "logit_shift": self.logit_shift,
             "facts": self.facts,
         }
@@ -109,14 +116,33 @@ class Artifact:
         columns: Columns,
         length_NC: Int64,
         now_us_N: Int64,
+        context: Mapping[str, Sequence[object]] | Int64 | None = None,
     ) -> npt.NDArray[np.float64]:
-        """Click probabilities [N] of pairs of stored vectors, with their statistics."""
+        """Click probabilities [N] of pairs of stored vectors, with their statistics.
+
+        `context` has the values of each of `context_columns`, None where unknown, or already their
+        hashes [N, X]. Raises BadInput when a column is missing or not one of them.
+        """
         self.model.eval()
+        hashed_NX = self._hashed(context, len(user_NV))
         dense_NF = torch.from_numpy(self.dense.transform(columns, length_NC, now_us_N))
-        logits_N = self.model.score(torch.from_numpy(user_NV), torch.from_numpy(item_NV), dense_NF)
+        logits_N = self.model.score(
+            torch.from_numpy(user_NV), torch.from_numpy(item_NV), dense_NF, torch.from_numpy(hashed_NX)
+        )
         corrected_N = logits_N.double() + self.logit_shift
         probabilities: npt.NDArray[np.float64] = torch.sigmoid(corrected_N).numpy()
         return probabilities
+
+    def _hashed(self, context: Mapping[str, Sequence[object]] | Int64 | None, count: int) -> Int64:
+        columns = self.context_columns
+        if not isinstance(context, np.ndarray):
+            return hash_context(columns, context or {}, count)
+        if context.shape != (count, len(columns)):
+            raise BadInput(
+                f"hashed context has shape {list(context.shape)}, not {[count, len(columns)]}; give one"
+                f" hash for each row and each of {', '.join(columns) or 'no columns'}."
+            )
+        return context
 
 
 def load(folder: Path | str) -> Artifact:
@@ -144,6 +170,7 @@ def load(folder: Path | str) -> Artifact:
         items=len(item_ids),
         dense_features=len(features.names),
         config=ModelConfig(**config["model"]),
+        context=config.get("context", ()),  # artifacts of before context have none
     )
     model.load_state_dict(state)
     return Artifact(

@@ -1,7 +1,7 @@
 """What the trainer reads: atom vectors, timelines and impressions, as arrays.
 
 Nothing here knows where the arrays come from. Shape letters: A atoms, D width, I items, N
-impressions, C channels.
+impressions, C channels, X context columns.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ class Impressions:
     clicked_N: npt.NDArray[np.float32]
     columns: Mapping[str, npt.NDArray[np.float64]]
     """Statistics, NaN where unknown; see `needed_columns`."""
+    context_NX: Int64 | None = None
+    """Hashes of the context columns (`bahe_models.context`); None in a log without any."""
 
     def __len__(self) -> int:
         return len(self.user_N)
@@ -47,6 +49,8 @@ class TrainingData:
     """The id of each item row."""
     splits: Mapping[str, Impressions]
     """`train`, `validation` and `test`."""
+    context: tuple[str, ...] = ()
+    """Names of the context columns."""
 
     def check(self) -> None:
         """Raises BadInput before any step is taken when the data cannot be trained on."""
@@ -58,6 +62,12 @@ class TrainingData:
             missing = [c for c in needed_columns() if c not in split.columns]
             if missing:
                 raise BadInput(f"the frame has no column {missing[0]}; pull it by ctr_training.")
+            hashed = 0 if split.context_NX is None else split.context_NX.shape[1]
+            if hashed != len(self.context):
+                raise BadInput(
+                    f"the {name} split has {hashed} context columns, not {len(self.context)}; pull the"
+                    " frame again."
+                )
             if not np.isin(split.clicked_N, (0.0, 1.0)).all():
                 raise BadInput(f"clicked is not 0 or 1 everywhere in the {name} split.")
             if len(np.unique(split.clicked_N)) < 2:

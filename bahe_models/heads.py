@@ -1,7 +1,8 @@
 """CTR heads: click logits from a user vector, an item vector and dense facts.
 
 Every head adds a linear part on the facts, which starts as the floor: the network learns what the
-statistics do not say. Shape letters: N impressions, V vector width, F facts, X input width.
+statistics do not say. Shape letters: N impressions, V vector width, F facts, Y context width, X input
+width.
 """
 
 from __future__ import annotations
@@ -28,13 +29,21 @@ class Cross(nn.Module):
 
 
 class Head(nn.Module):
-    """A DNN on user, item, their product and the facts (`dnn`), or on their crosses (`dcn`)."""
+    """A DNN on user, item, their product, facts and context (`dnn`), or on their crosses (`dcn`)."""
 
     def __init__(
-        self, name: HeadName, *, vector: int, facts: int, hidden: int, dropout: float, crosses: int
+        self,
+        name: HeadName,
+        *,
+        vector: int,
+        facts: int,
+        hidden: int,
+        dropout: float,
+        crosses: int,
+        context: int = 0,
     ) -> None:
         super().__init__()
-        width = 3 * vector + facts
+        width = 3 * vector + facts + context
         self.crosses = nn.ModuleList(Cross(width) for _ in range(crosses if name == "dcn" else 0))
         self.hidden = nn.Sequential(
             nn.Linear(width, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, 1)
@@ -48,9 +57,18 @@ class Head(nn.Module):
         self.wide.weight[0] = weights_F
         self.wide.bias.fill_(bias)
 
-    def forward(self, user_NV: torch.Tensor, item_NV: torch.Tensor, facts_NF: torch.Tensor) -> torch.Tensor:
-        """Click logits [N]."""
-        first_NX = torch.cat([user_NV, item_NV, user_NV * item_NV, facts_NF], dim=1)
+    def forward(
+        self,
+        user_NV: torch.Tensor,
+        item_NV: torch.Tensor,
+        facts_NF: torch.Tensor,
+        context_NY: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Click logits [N]; `context_NY` holds the embedded context of a model that has some."""
+        parts = [user_NV, item_NV, user_NV * item_NV, facts_NF]
+        if context_NY is not None:
+            parts.append(context_NY)
+        first_NX = torch.cat(parts, dim=1)
         x_NX = first_NX
         for cross in self.crosses:
             x_NX = cross(first_NX, x_NX)

@@ -7,16 +7,18 @@ parts come from one pass, and neither sees the candidate item, so both can be st
 The profile is our own addition: on small logs the deep layers alone learn it poorly.
 
 Shape letters: N impressions, C channels, W windows, L positions, D backbone width, V deep part of a
-vector, K profile part, F dense features.
+vector, K profile part, F dense features, X context columns.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from bahe_models.context import ContextEmbedding
 from bahe_models.heads import Head, HeadName
 from bahe_models.timelines import WindowBatch
 
@@ -41,6 +43,18 @@ class ModelConfig:
     """Whether items have an ID embedding beside their text."""
     item_id_dropout: float = 0.3
     """Share of items whose ID embedding is hidden in a training step, so that text is learned too."""
+    context_buckets: int = 2**14
+    """Rows of each context column's embedding table; values that share one are told apart no more."""
+    context_width: int = 8
+    """Width of each context column's embedding."""
+    context_dropout: float = 0.1
+    """Share of context values hidden in a training step, so that a missing one is learned too."""
+
+    def __post_init__(self) -> None:
+        if self.context_buckets < 1 or self.context_width < 1:
+            raise ValueError("`context_buckets` and `context_width` must be at least 1")
+        if not 0 <= self.context_dropout < 1:
+            raise ValueError("`context_dropout` must be at least 0 and below 1")
 
     @property
     def vector_width(self) -> int:
@@ -136,7 +150,9 @@ class BaheModel(nn.Module):
         items: int,
         dense_features: int,
         config: ModelConfig,
+        context: Sequence[str] = (),
     ) -> None:
+        """`context` names the context columns, in the order of `score`'s; without any there is no table."""
         super().__init__()
         vector, profile = config.deep_width, config.profile_width
         self.config = config
@@ -151,6 +167,7 @@ class BaheModel(nn.Module):
         with torch.no_grad():
             self.item_id.weight[0] = 0
         self.dropout = nn.Dropout(config.dropout)
+        self.context = context_embedding(context, config)
         self.head = Head(
             config.head,
             vector=vector,
@@ -158,6 +175,7 @@ class BaheModel(nn.Module):
             hidden=config.head_width,
             dropout=config.dropout,
             crosses=config.cross_layers,
+            context=0 if self.context is None else self.context.width,
         )
 
     def user_vectors(self, atoms_AD: torch.Tensor, batch: WindowBatch) -> torch.Tensor:
@@ -196,10 +214,29 @@ class BaheModel(nn.Module):
         deep_NV = text_NV + self.item_id(item_N)
         return torch.cat([deep_NV, self.profile.items(standard_ND)], dim=1)
 
-    def score(self, user_NV: torch.Tensor, item_NV: torch.Tensor, dense_NF: torch.Tensor) -> torch.Tensor:
-        """Click logits [N] of pairs of stored vectors and dense features."""
+    def score(
+        self,
+        user_NV: torch.Tensor,
+        item_NV: torch.Tensor,
+        dense_NF: torch.Tensor,
+        context_NX: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Click logits [N] of pairs of stored vectors, dense features and hashed context, if any."""
         width = self.config.deep_width
         likeness_N1 = (user_NV[:, width:] * item_NV[:, width:]).sum(dim=1, keepdim=True)
         facts = torch.cat([dense_NF, likeness_N1], dim=1)
-        logits: torch.Tensor = self.head(user_NV[:, :width], item_NV[:, :width], facts)
+        context_NY = None if self.context is None else self.context(context_NX)
+        logits: torch.Tensor = self.head(user_NV[:, :width], item_NV[:, :width], facts, context_NY)
         return logits
+
+
+def context_embedding(columns: Sequence[str], config: ModelConfig) -> ContextEmbedding | None:
+    """The table of some context columns as configured, or None without columns."""
+    if not columns:
+        return None
+    return ContextEmbedding(
+        columns,
+        buckets=config.context_buckets,
+        width=config.context_width,
+        dropout=config.context_dropout,
+    )

@@ -39,6 +39,13 @@ def table_ids(item_row_I: Int64, item_ids: Sequence[str | int]) -> tuple[str | i
     return tuple(item for _, item in seen)
 
 
+def context_rows(split: Impressions, rows: Int64, device: torch.device) -> torch.Tensor | None:
+    """Hashed context [n, X] of some impressions; None in a log without any."""
+    if split.context_NX is None:
+        return None
+    return torch.from_numpy(split.context_NX[rows]).to(device)
+
+
 def fit_dense(data: TrainingData) -> DenseFeatures:
     """Dense features standardised by the training rows."""
     train = data.splits["train"]
@@ -103,7 +110,10 @@ class Batches:
             self.atoms_AD[self.item_atom_I[distinct_M]], self.item_row_I[distinct_M]
         )
         return self.model.score(
-            user_NV.float(), item_MV[place_N], dense_NF[torch.from_numpy(rows).to(self.device)]
+            user_NV.float(),
+            item_MV[place_N],
+            dense_NF[torch.from_numpy(rows).to(self.device)],
+            context_rows(split, rows, self.device),
         )
 
     @torch.inference_mode()
@@ -143,6 +153,7 @@ def build_model(
         items=int(item_row_I.max()),
         dense_features=len(dense.names),
         config=config,
+        context=data.context,
     )
     used = [np.unique(atoms) for atoms in data.timelines.atoms]
     behaviors = torch.from_numpy(data.atoms_AD[np.unique(np.concatenate(used))])

@@ -14,6 +14,7 @@ from bahe_models.training import Batches, table_ids
 
 _ID_TABLE = "item_id.weight"
 _WIDTHS = ("deep_width", "profile_width", "head_width")
+_OF_CONTEXT = ("context_buckets", "context_width")
 
 
 def known_items(artifact: Artifact, item_ids: Sequence[str | int]) -> Int64:
@@ -44,7 +45,15 @@ def start_from(artifact: Artifact, batches: Batches, *, encoder_version: str) ->
             f"{artifact.model_version} knows the channels {', '.join(artifact.dense.channels)}, not"
             f" {', '.join(channels)}; train without --warm-start."
         )
-    for name in _WIDTHS:
+    if artifact.context_columns != batches.data.context:
+        known, wanted = (
+            ", ".join(columns) or "none" for columns in (artifact.context_columns, batches.data.context)
+        )
+        raise BadInput(
+            f"{artifact.model_version} knows the context columns {known}, not {wanted}; train without"
+            " --warm-start."
+        )
+    for name in (*_WIDTHS, *(_OF_CONTEXT if batches.data.context else ())):
         theirs, ours = (getattr(m.config, name) for m in (artifact.model, batches.model))
         if theirs != ours:
             raise BadInput(

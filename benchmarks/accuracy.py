@@ -41,7 +41,7 @@ def measure(quick: bool, home_path: Path) -> Iterable[Row]:
             data, halves, seeded, None, encoder, f"seed-{seed}", tracking.Log()
         )
         # Not part of `bahe train`, whose every run would wait for it.
-        score, _ = train_din(data, artifact.dense, seeded.training)
+        score, _ = train_din(data, artifact.dense, seeded.training, model_config=seeded.model)
         for name in ("validation", "test"):
             part, scores = data.splits[name], score(data.splits[name])
             results.append(

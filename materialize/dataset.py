@@ -44,6 +44,24 @@ class Table(_Section):
         return self
 
 
+class ImpressionTable(Table):
+    """The impressions, and which of their columns are context: known when the impression is asked for."""
+
+    context: list[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]] = Field(default_factory=list)
+    """Categorical columns (device, slot, hour), in the order of the model's inputs."""
+
+    @model_validator(mode="after")
+    def _distinct(self) -> ImpressionTable:
+        if len(set(self.context)) != len(self.context):
+            raise ValueError("`context` names one column twice")
+        return self
+
+
+def context_column(context: str) -> str:
+    """What a context column is called in the lake and in a frame, where features have names too."""
+    return f"context_{context}"
+
+
 class Split(_Section):
     """Training, validation and test by time."""
 
@@ -71,7 +89,7 @@ class Dataset(_Section):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
     behaviors: Table
-    impressions: Table
+    impressions: ImpressionTable
     items: Table
     users: Table | None = None
     channels: Annotated[list[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]], Field(min_length=1)]

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from bahe_core.errors import BadInput, NotReady
 from bahe_core.home import Home
 from materialize import runs
-from materialize.dataset import Split
+from materialize.dataset import Split, context_column
 from materialize.feature_store import open_store
 from materialize.gates import require_gates
 from materialize.ingest import home_dataset
@@ -70,17 +70,20 @@ def frame(home: Home, *, service: str = "ctr_training") -> Frame:
         if last is not None and last.fingerprint == frame_id and path.is_file():
             return Frame(path, frame_id, last.facts["rows"], skipped=True)
         with runs.record(connection, JOB, frame_id) as run:
+            context = dataset.impressions.context
+            shown = ["impression_id", "user_id", "item_id", "event_timestamp", "clicked"]
+            shown += map(context_column, context)
             entities = connection.execute(
-                "SELECT impression_id, user_id, item_id, event_timestamp, clicked FROM impressions"
-                " ORDER BY event_timestamp, impression_id"
+                f"SELECT {', '.join(shown)} FROM impressions ORDER BY event_timestamp, impression_id"
             ).to_arrow_table()
             split = _assign(entities, dataset.split)
             table = store.get_historical_features(
                 entity_df=entities.to_pandas(), features=features
             ).to_arrow()
+            table = _with_text(table, [context_column(c) for c in context])
             table = table.append_column("split", split)
             rows = {row["values"]: row["counts"] for row in split.value_counts().to_pylist()}
-            _write(table, path, {"snapshot": snapshot(connection), "service": service})
+            _write(table, path, {"snapshot": snapshot(connection), "service": service, "context": context})
             commit(connection, [run.statement({"rows": rows, "service": service})])
     return Frame(path, frame_id, rows, skipped=False)
 
@@ -104,6 +107,14 @@ def _service(store: FeatureStore, name: str) -> FeatureService:
     except FeatureServiceNotFoundException:
         known = ", ".join(s.name for s in store.list_feature_services())
         raise BadInput(f"feature service {name} is not registered; choose from {known}.") from None
+
+
+def _with_text(table: pa.Table, columns: list[str]) -> pa.Table:
+    """The table with these columns as text: a column without any value has lost its type on the way."""
+    for column in columns:
+        place = table.column_names.index(column)
+        table = table.set_column(place, column, table[column].cast(pa.string()))
+    return table
 
 
 def _assign(entities: pa.Table, split: Split) -> pa.Array:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,14 @@ from bahe_core.errors import BadInput, one_line
 from bahe_core.home import Home
 from bahe_core.progress import say
 from materialize import derive, runs
-from materialize.dataset import ClickRule, Dataset, Table, load_dataset, save_dataset
+from materialize.dataset import (
+    ClickRule,
+    Dataset,
+    Table,
+    context_column,
+    load_dataset,
+    save_dataset,
+)
 from materialize.lake import columns, commit, lake, name, quoted, scalar, tables
 
 JOB = "ingest"
@@ -27,6 +35,8 @@ REQUIRED = {
     "users": ("user_id", "event_timestamp"),
 }
 IDS = ("impression_id", "user_id", "item_id")
+_FRACTIONS = ("DOUBLE", "FLOAT", "DECIMAL")
+_NO_CATEGORY = ("STRUCT", "MAP", "UNION", "BLOB")
 _INTEGERS = {"TINYINT", "SMALLINT", "INTEGER", "BIGINT", "UTINYINT", "USMALLINT", "UINTEGER"}
 
 # Equal texts must give equal atoms for ever, so the hash is MD5 of text normalised here, not DuckDB's
@@ -65,19 +75,23 @@ def ingest(home: Home, dataset_path: Path) -> Ingested:
                 save_dataset(dataset, home.root / "dataset.yaml")  # model settings may have changed
                 return Ingested(True, {}, _totals(connection), {})
             connection.execute(f"SET file_search_path = {quoted(str(folder))}")
-            sections = {"behaviors": dataset.behaviors, "impressions": dataset.impressions}
-            sections["items"] = dataset.items
+            sections: dict[str, Table] = {
+                "behaviors": dataset.behaviors,
+                "impressions": dataset.impressions,
+                "items": dataset.items,
+            }
             if dataset.users is not None:
                 sections["users"] = dataset.users
             for table, section in sections.items():
                 say(f"  reading {table}")
-                _read(connection, table, section)
+                context = dataset.impressions.context if table == "impressions" else ()
+                _read(connection, table, section, context)
             _check(connection, dataset, users="users" in sections)
             _check_ids_match_lake(connection, list(sections))
             say("  writing atoms, timelines and statistics")
             before = _totals(connection)
             with runs.record(connection, JOB, fingerprint) as run:
-                statements = _write(connection, list(sections))
+                statements = _write(connection, list(sections), dataset.impressions.context)
                 statements += derive.statements(dataset.channels)
                 statements.append(run.statement({"dataset": dataset.name}))
                 commit(connection, statements)
@@ -125,12 +139,14 @@ def _fingerprint(dataset: Dataset, folder: Path) -> str:
     for table in (dataset.behaviors, dataset.impressions, dataset.items, dataset.users):
         if table is None:
             continue
-        facts.append(table.model_dump(mode="json"))
+        facts.append(table.model_dump(mode="json", exclude={"context"}))
         paths = folder.glob("*") if table.files is None else _expand(folder, table.files)
         for path in sorted(paths):
             if path.is_file() and path.suffix not in (".yaml", ".yml"):
                 stat = path.stat()
                 facts.append([path.name, stat.st_size, stat.st_mtime_ns])
+    if dataset.impressions.context:  # a log without is what it was before there was context
+        facts.append(dataset.impressions.context)
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
@@ -157,8 +173,13 @@ def _source(table: str, section: Table, folder: Path) -> str:
     raise BadInput(f"{table}.files: {found[0].name} is neither CSV nor Parquet; convert it.")
 
 
-def _read(connection: duckdb.DuckDBPyConnection, table: str, section: Table) -> None:
-    """Fill the temporary table `raw_<table>` with bahe's column names, types and row numbers."""
+def _read(
+    connection: duckdb.DuckDBPyConnection, table: str, section: Table, context: Sequence[str] = ()
+) -> None:
+    """Fill the temporary table `raw_<table>` with bahe's column names, types and row numbers.
+
+    Columns of `context` become text under a name of their own.
+    """
     setting = connection.execute("SELECT current_setting('file_search_path')").fetchone()
     assert setting is not None
     source = _source(table, section, Path(setting[0]))
@@ -175,19 +196,30 @@ def _read(connection: duckdb.DuckDBPyConnection, table: str, section: Table) -> 
         section = section.model_copy(update={"channel": None})
     selected: dict[str, str] = {}
     used: set[str] = set()
-    for target in dict.fromkeys((*REQUIRED[table], *mapping)):
+    required = {_source_column(mapping.get(target, target)): target for target in REQUIRED[table]}
+    for target in dict.fromkeys((*REQUIRED[table], *mapping, *context)):
         if target == "channel" and section.channel is not None:
             selected[target] = quoted(section.channel)
             continue
         rule = mapping.get(target, target)
-        column = rule.column if isinstance(rule, ClickRule) else rule
+        column = _source_column(rule)
+        if target in context and column in required:
+            raise BadInput(
+                f"{table}.context: {column} of {what} is already read as {required[column]}; take"
+                f" {target} out of the list."
+            )
         if column not in found:
+            also = f", or take {target} out of {table}.context" if target in context else ""
             raise BadInput(
                 f"{table}: {what} has no column {column} (for {target}); it has"
-                f" {', '.join(found)}; map it under {table}.columns."
+                f" {', '.join(found)}; map it under {table}.columns{also}."
             )
         used.add(column)
-        selected[target] = _expression(table, target, rule, found[column], section)
+        expression = _expression(table, target, rule, found[column], section)
+        if target in context:
+            selected[context_column(target)] = _category(what, column, expression, found[column])
+        else:
+            selected[target] = expression
     optional = [c for c in found if c not in used and c not in selected]
     if table == "behaviors":
         optional = [c for c in optional if c == "item_id"]
@@ -206,6 +238,29 @@ def _read(connection: duckdb.DuckDBPyConnection, table: str, section: Table) -> 
         )
     except duckdb.Error as error:
         raise BadInput(f"{table}: {what} cannot be read: {one_line(error)}.") from None
+
+
+def _source_column(rule: str | ClickRule) -> str:
+    return rule.column if isinstance(rule, ClickRule) else rule
+
+
+def _category(what: str, column: str, expression: str, kind: str) -> str:
+    """A context column as text, numbers as `bahe_models.context` writes those of a request."""
+    if kind.endswith("]") or kind.startswith(_NO_CATEGORY):
+        raise BadInput(
+            f"impressions.context: {column} of {what} is {kind}; context is text, numbers or booleans, so"
+            " convert it or take it out of the list."
+        )
+    if not kind.startswith(_FRACTIONS):
+        return f"{expression}::VARCHAR"
+    # A column of integers with gaps often comes as DOUBLE.
+    number = f"{expression}::DOUBLE"
+    whole = f"{number} = trunc({number}) AND abs({number}) < 1e16"
+    shown = number if kind.startswith("DECIMAL") else expression  # 0.50 is 0.5
+    return (
+        f"CASE WHEN isnan({number}) THEN NULL WHEN {whole} THEN {number}::BIGINT::VARCHAR"
+        f" ELSE {shown}::VARCHAR END"
+    )
 
 
 def _expression(table: str, target: str, rule: str | ClickRule, kind: str, section: Table) -> str:
@@ -319,7 +374,7 @@ def _check_ids_match_lake(connection: duckdb.DuckDBPyConnection, sections: list[
                 )
 
 
-def _write(connection: duckdb.DuckDBPyConnection, sections: list[str]) -> list[str]:
+def _write(connection: duckdb.DuckDBPyConnection, sections: list[str], context: Sequence[str]) -> list[str]:
     """Statements that add what the lake does not have yet; created on first use."""
     item_id = columns(connection, "raw_items")["item_id"]
     text = NORMAL_TEXT.format(text="text")
@@ -352,6 +407,8 @@ def _write(connection: duckdb.DuckDBPyConnection, sections: list[str]) -> list[s
         kept = "* EXCLUDE (text)" if table == "behaviors" else "*"
         if table not in existing:
             statements.append(f"CREATE TABLE {table} AS SELECT {kept} FROM new_{table} LIMIT 0")
+        elif table == "impressions":
+            statements += _widen(connection, context)
         statements.append(
             f"INSERT INTO {table} BY NAME SELECT {kept} FROM new_{table} ANTI JOIN {table} USING ({listed})"
         )
@@ -366,6 +423,26 @@ def _write(connection: duckdb.DuckDBPyConnection, sections: list[str]) -> list[s
         " SELECT atom_id, 'item', text, event_timestamp FROM new_items"
         ") ANTI JOIN atoms USING (atom_id) GROUP BY ALL ORDER BY atom_id"
     )
+    return statements
+
+
+def _widen(connection: duckdb.DuckDBPyConnection, context: Sequence[str]) -> list[str]:
+    """Statements for a log whose impressions are described by more columns than before.
+
+    Impressions that the lake already has get the context that it lacks of them.
+    """
+    held, new = columns(connection, "impressions"), columns(connection, "new_impressions")
+    statements = [
+        f"ALTER TABLE impressions ADD COLUMN {name(column)} {kind}"
+        for column, kind in new.items()
+        if column not in held
+    ]
+    for column in (name(context_column(c)) for c in context):
+        statements.append(
+            f"UPDATE impressions SET {column} = n.{column} FROM new_impressions n WHERE"
+            f" impressions.impression_id = n.impression_id AND impressions.{column} IS NULL"
+            f" AND n.{column} IS NOT NULL"
+        )
     return statements
 
 

@@ -203,6 +203,7 @@ def train_all(
         score, id_only = baselines.train_id_only(
             data,
             settings.training,
+            model_config=settings.model,
             on_epoch=lambda e: advance(1, note=f"validation AUC {e.validation_auc:.4f}"),
         )
     scores = {name: score(data.splits[name]) for name in EVALUATED}

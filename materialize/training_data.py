@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 
 import duckdb
@@ -12,10 +13,12 @@ import pyarrow.parquet as pq
 
 from bahe_core.errors import NotReady
 from bahe_core.home import Home
+from bahe_models.context import MISSING, hash_values
 from bahe_models.data import Impressions, TrainingData
 from bahe_models.features import needed_columns
 from bahe_models.timelines import Int64, Timelines
 from materialize import runs
+from materialize.dataset import context_column
 from materialize.encode import vector_matrix
 from materialize.frame import SPLITS, Frame
 from materialize.lake import quoted
@@ -96,6 +99,8 @@ def read_training_data(
     time_us = table["event_timestamp"].cast(pa.int64()).to_numpy()
     columns = {c: table[c].to_numpy(zero_copy_only=False).astype(np.float64) for c in needed_columns()}
     clicked = table["clicked"].to_numpy().astype(np.float32)
+    context = _context_columns(table)
+    hashed = np.stack([_hashed(table, c) for c in context], axis=1) if context else None
 
     def part(name: str) -> Impressions:
         rows = np.flatnonzero(pc.equal(table["split"], name).to_numpy())
@@ -106,6 +111,7 @@ def read_training_data(
             time_us_N=time_us[rows],
             clicked_N=clicked[rows],
             columns={c: values[rows] for c, values in columns.items()},
+            context_NX=None if hashed is None else hashed[rows],
         )
 
     data = TrainingData(
@@ -114,6 +120,21 @@ def read_training_data(
         item_atom_I=atoms.rows(items["atom_id"]),
         item_ids=tuple(items["item_id"].to_pylist()),
         splits={name: part(name) for name in SPLITS},
+        context=context,
     )
     data.check()
     return data
+
+
+def _context_columns(frame: pa.Table) -> tuple[str, ...]:
+    """Names of a frame's context columns, as it was written with; none in frames of before context."""
+    facts = (frame.schema.metadata or {}).get(b"bahe", b"{}")
+    return tuple(json.loads(facts).get("context", ()))
+
+
+def _hashed(frame: pa.Table, context: str) -> Int64:
+    """Hashes [N] of a context column; each distinct value is hashed once."""
+    encoded = frame[context_column(context)].combine_chunks().dictionary_encode()
+    values = np.append(hash_values(context, encoded.dictionary.to_pylist()), MISSING)
+    rows: Int64 = values[encoded.indices.fill_null(len(values) - 1).to_numpy()]
+    return rows

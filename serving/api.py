@@ -11,7 +11,8 @@ from pydantic import BaseModel, Field
 
 from bahe_core.errors import BaheError, Damaged, NotReady, UnknownEntity
 from bahe_core.home import Home
-from serving.lookup import Answer, Identifier, OnlineLookup
+from bahe_models.context import Value
+from serving.lookup import Answer, Identifier, OnlineLookup, parsed_context
 
 _STATUS = {UnknownEntity: 404, NotReady: 503, Damaged: 503}
 """HTTP status by error; any other that bahe raises on purpose is the request's fault."""
@@ -24,6 +25,8 @@ class ScoreRequest(BaseModel):
     item_ids: Annotated[list[Identifier], Field(min_length=1, max_length=10_000)]
     at: datetime | None = None
     """Moment of the request; now when left out."""
+    context: dict[str, Value] = Field(default_factory=dict)
+    """Values of the model's context columns; one that is left out counts as unknown."""
 
 
 class ScoredItem(BaseModel):
@@ -92,7 +95,7 @@ def create_app(home: Home) -> FastAPI:
     @app.post("/score")
     def score(request: ScoreRequest) -> ScoreAnswer:
         """Click probabilities of the items for the user."""
-        return _answer(lookup.score(request.user_id, request.item_ids, request.at))
+        return _answer(lookup.score(request.user_id, request.item_ids, request.at, context=request.context))
 
     @app.get("/recommend")
     def recommend(
@@ -100,9 +103,11 @@ def create_app(home: Home) -> FastAPI:
         k: Annotated[int, Query(ge=1, le=1000)] = 10,
         include_seen: bool = False,
         at: datetime | None = None,
+        context: Annotated[list[str] | None, Query(description="device=phone; may be repeated")] = None,
     ) -> ScoreAnswer:
         """The k items that the user will most likely click."""
-        return _answer(lookup.recommend(user_id, k, at, include_seen=include_seen))
+        known = parsed_context(context or ())
+        return _answer(lookup.recommend(user_id, k, at, include_seen=include_seen, context=known))
 
     return app
 

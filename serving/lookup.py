@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from bahe_core.errors import BadInput, Damaged, NotReady, UnknownEntity
 from bahe_core.home import Home
 from bahe_models.artifact import Artifact, load
+from bahe_models.context import Value, hash_context, refuse_unknown
 from bahe_models.features import needed_columns
 from materialize.feature_store import open_store
 from materialize.publish import DEPLOYMENT
@@ -133,13 +134,20 @@ class OnlineLookup:
         )
 
     def score(
-        self, user_id: Identifier, item_ids: Sequence[Identifier], at: datetime | None = None
+        self,
+        user_id: Identifier,
+        item_ids: Sequence[Identifier],
+        at: datetime | None = None,
+        *,
+        context: Mapping[str, Value] | None = None,
     ) -> Answer:
         """Click probabilities of some items for a user, best first.
 
         `at` is the moment of the request (now; UTC unless it says otherwise): how long ago the last
-        impressions were counts.
-        Raises UnknownEntity when the user or one of the items is not in the online store.
+        impressions were counts. `context` has values of the model's context columns; one that is left
+        out counts as unknown.
+        Raises UnknownEntity when the user or one of the items is not in the online store, BadInput on
+        a context column that the model does not have.
         """
         user = self.user(user_id)
         wanted = [self._as_stored("item_embedding", "item_id", item) for item in item_ids]
@@ -151,7 +159,7 @@ class OnlineLookup:
                 f"item {missing[0]}{more} is not in the online store of {self._home.root}; check"
                 " the id, or ingest, embed and publish the item first."
             )
-        return self._answer(user, wanted, vectors, statistics, at)
+        return self._answer(user, wanted, vectors, statistics, at, context)
 
     def recommend(
         self,
@@ -160,8 +168,12 @@ class OnlineLookup:
         at: datetime | None = None,
         *,
         include_seen: bool = False,
+        context: Mapping[str, Value] | None = None,
     ) -> Answer:
-        """The k items with the highest click probability; those the user acted on are left out."""
+        """The k items with the highest click probability; those the user acted on are left out.
+
+        `at` and `context` are those of `score`.
+        """
         if k < 1:
             raise BadInput(f"k is {k}; it must be at least 1.")
         user = self.user(user_id)
@@ -174,6 +186,7 @@ class OnlineLookup:
             [vectors[i] for i in there],
             {name: [values[i] for i in there] for name, values in statistics.items()},
             at,
+            context,
         )
         return Answer(answer.user_id, answer.model_version, answer.cold, answer.scores[:k])
 
@@ -184,10 +197,12 @@ class OnlineLookup:
         vectors: Sequence[Any],
         statistics: dict[str, list[float | None]],
         at: datetime | None,
+        context: Mapping[str, Value] | None,
     ) -> Answer:
+        artifact = self.artifact(user.model_version)
+        hashed_1X = _hashed(artifact.context_columns, context or {})
         if not items:
             return Answer(user.user_id, user.model_version, user.cold, [])
-        artifact = self.artifact(user.model_version)
         count = len(items)
         columns = {
             name: np.array(
@@ -206,6 +221,7 @@ class OnlineLookup:
             columns,
             np.tile(np.array(lengths_C, dtype=np.int64), (count, 1)),
             np.full(count, int(now.timestamp() * 1e6), dtype=np.int64),
+            np.tile(hashed_1X, (count, 1)),
         )
         texts = self.catalogue()
         order = np.argsort(-probability, kind="stable")
@@ -255,3 +271,20 @@ class OnlineLookup:
             for view in ("user_embedding", "item_embedding")
             for column in self._store.get_feature_view(view).entity_columns
         }
+
+
+def parsed_context(given: Sequence[str]) -> dict[str, str]:
+    """Context written as `column=value`, once each. Raises BadInput on anything else."""
+    context: dict[str, str] = {}
+    for one in given:
+        column, equals, value = one.partition("=")
+        if not equals or column in context:
+            raise BadInput(f"context {one} is refused; give each column once, as device=phone.")
+        context[column] = value
+    return context
+
+
+def _hashed(columns: Sequence[str], context: Mapping[str, Value]) -> np.ndarray:
+    """Hashes [1, X] of one request's context; a column that it leaves out is unknown."""
+    refuse_unknown(columns, context)
+    return hash_context(columns, {column: [context.get(column)] for column in columns}, 1)

@@ -1,11 +1,12 @@
-"""Deep Interest Network (Zhou et al., KDD 2018, arXiv 1706.06978) on IDs, with the same statistics.
+"""Deep Interest Network (Zhou et al., KDD 2018, arXiv 1706.06978) on IDs, with the same statistics and
+context.
 
 Shape letters: N impressions, H behaviors of a history, V width of an ID embedding, F dense features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -15,8 +16,9 @@ from bahe_models.baselines.network import fit_shuffled, own_settings
 from bahe_models.data import Impressions, TrainingData
 from bahe_models.features import DenseFeatures
 from bahe_models.loop import Epoch, Trained, TrainingConfig, seeded
+from bahe_models.model import ModelConfig, context_embedding
 from bahe_models.timelines import Int64, Timelines
-from bahe_models.training import Scores, id_rows
+from bahe_models.training import Scores, context_rows, id_rows
 
 HISTORY = 50
 """Latest behaviors of each channel that the network attends to."""
@@ -37,13 +39,22 @@ class Din(nn.Module):
     """Target attention of the candidate's ID over behavior IDs, then a DNN with the statistics.
 
     An atom (a distinct behavior, channel included) is the ID of a behavior. Row 0 of each table
-    stands for ids unseen in training.
+    stands for ids unseen in training. Context columns are embedded as BAHE embeds them.
     """
 
     def __init__(
-        self, behaviors: int, items: int, dense_features: int, width: int = 32, hidden: int = 128
+        self,
+        behaviors: int,
+        items: int,
+        dense_features: int,
+        config: ModelConfig,
+        context: Sequence[str] = (),
+        width: int = 32,
+        hidden: int = 128,
     ) -> None:
         super().__init__()
+        self.context = context_embedding(context, config)
+        known = 0 if self.context is None else self.context.width
         self.behavior = nn.Embedding(behaviors + 1, width)
         self.item = nn.Embedding(items + 1, width)
         for table in (self.behavior, self.item):
@@ -55,7 +66,10 @@ class Din(nn.Module):
         self.of_product = nn.Linear(width, width, bias=False)
         self.weight = nn.Linear(width, 1)
         self.head = nn.Sequential(
-            nn.Dropout(0.2), nn.Linear(3 * width + dense_features, hidden), nn.GELU(), nn.Linear(hidden, 1)
+            nn.Dropout(0.2),
+            nn.Linear(3 * width + dense_features + known, hidden),
+            nn.GELU(),
+            nn.Linear(hidden, 1),
         )
         self.wide = nn.Linear(dense_features, 1)
         nn.init.zeros_(self.wide.weight)
@@ -66,8 +80,9 @@ class Din(nn.Module):
         present_NH: torch.Tensor,
         item_N: torch.Tensor,
         dense_NF: torch.Tensor,
+        context_NX: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Click logits [N] from rows of the ID tables and dense features."""
+        """Click logits [N] from rows of the ID tables, dense features and hashed context."""
         behavior_NHV, item_NV = self.behavior(behavior_NH), self.item(item_N)
         unit_NHV = nn.functional.silu(
             self.of_behavior(behavior_NHV)
@@ -79,8 +94,10 @@ class Din(nn.Module):
         weight_NH = self.weight(unit_NHV).squeeze(-1) * present_NH
         count_N1 = present_NH.sum(dim=1, keepdim=True)
         interest_NV = torch.einsum("nh,nhv->nv", weight_NH, behavior_NHV) / (count_N1 + 1).sqrt()
-        pair = torch.cat([interest_NV, item_NV, interest_NV * item_NV, dense_NF], dim=1)
-        logits: torch.Tensor = self.head(pair) + self.wide(dense_NF)
+        parts = [interest_NV, item_NV, interest_NV * item_NV, dense_NF]
+        if self.context is not None:
+            parts.append(self.context(context_NX))
+        logits: torch.Tensor = self.head(torch.cat(parts, dim=1)) + self.wide(dense_NF)
         return logits.squeeze(-1)
 
 
@@ -89,11 +106,13 @@ def train_din(
     dense: DenseFeatures,
     config: TrainingConfig,
     *,
+    model_config: ModelConfig | None = None,
     on_epoch: Callable[[Epoch], None] = lambda epoch: None,
 ) -> tuple[Callable[[Impressions], Scores], Trained]:
     """Train DIN on shuffled impressions; returns its scoring function and its history.
 
-    As BAHE it starts from the floor and is stopped early; steps and patience are what suits it.
+    As BAHE it starts from the floor and is stopped early; steps and patience are what suits it. Context
+    is embedded as `model_config` says.
     """
     config = own_settings(config, epochs=8, impressions_per_step=512)
     split = data.splits["train"]
@@ -101,7 +120,13 @@ def train_din(
     behaviors = id_rows(seen[seen >= 0], len(data.atoms_AD))
     items = id_rows(split.item_N, len(data.item_atom_I))
     with seeded(config.seed):
-        model = Din(int(behaviors.max(initial=0)), int(items.max()), len(dense.names))
+        model = Din(
+            int(behaviors.max(initial=0)),
+            int(items.max()),
+            len(dense.names),
+            model_config or ModelConfig(),
+            data.context,
+        )
         with torch.no_grad():
             model.wide.weight[0, 0] = dense.deviation[0]
             model.wide.bias[0] = dense.mean[0]
@@ -121,6 +146,7 @@ def train_din(
                 torch.from_numpy(recent >= 0),
                 item_N,
                 dense_NF[torch.from_numpy(rows)],
+                context_rows(part, rows, dense_NF.device),
             )
             return result
 

@@ -19,10 +19,13 @@ from fastapi.testclient import TestClient
 from typer.testing import CliRunner, Result
 
 import bahe
-from bahe_core.errors import BaheError, Damaged, GateFailed, NotReady, UnknownEntity
+from bahe_core.errors import BadInput, BaheError, Damaged, GateFailed, NotReady, UnknownEntity
 from bahe_core.home import Home
+from bahe_models.features import needed_columns
 from materialize.feature_store import open_store
+from materialize.frame import latest_frame
 from materialize.lake import lake, scalar
+from materialize.training_data import current_encoder, read_training_data
 from serving.api import create_app
 from serving.lookup import OnlineLookup
 from tests.conftest import small_log, write_dataset
@@ -36,9 +39,17 @@ def call(*arguments: object, home: Path) -> Result:
 
 @pytest.fixture(scope="module")
 def filled(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> tuple[Home, Path]:
-    """A home after `bahe run`, and its dataset.yaml. Tests that change it work on a copy."""
+    """A home after `bahe run` on a log with context, and its dataset.yaml.
+
+    Tests that change it work on a copy.
+    """
     folder = tmp_path_factory.mktemp("pipeline")
-    dataset = write_dataset(folder / "log", small_log(), tiny_backbone)
+    log = small_log()
+    shown = log["impressions"]
+    shown["device"] = np.array(["phone", "tv", None])[shown.index % 3]
+    shown["hour"] = shown["event_timestamp"].dt.hour
+    impressions = {"files": "impressions.parquet", "context": ["device", "hour"]}
+    dataset = write_dataset(folder / "log", log, tiny_backbone, impressions=impressions)
     result = call("run", dataset, "--tracker", "none", home=folder / "home")
     assert result.exit_code == 0, result.output
     return Home.at(folder / "home"), dataset
@@ -63,6 +74,10 @@ def test_every_part_left_what_it_should(filled: tuple[Home, Path]) -> None:
         columns
     )
     assert "recent_atoms" not in columns  # by reference
+    shown = pq.read_table(frame, columns=["context_device", "context_hour"])
+    assert set(map(str, shown.schema.types)) == {"string"}
+    assert set(shown["context_device"].to_pylist()) == {"phone", "tv", None}
+    assert set(shown["context_hour"].to_pylist()) <= set(map(str, range(24)))
     (model,) = home.models.iterdir()
     assert {p.name for p in model.iterdir()} == {"config.json", "item_ids.json", "model.safetensors"}
     report = (home.reports / "training.html").read_text()
@@ -145,6 +160,89 @@ def test_what_serving_says_is_what_training_would_have_seen(filled: tuple[Home, 
         np.testing.assert_array_equal(
             offline[column].to_numpy(dtype=object), online[column].to_numpy(dtype=object), err_msg=column
         )
+
+
+def test_serving_reads_context_as_training_did(filled: tuple[Home, Path]) -> None:
+    """A row's context, hashed on training's path, scores as the same values asked of the API do."""
+    home, _ = filled
+    frame = latest_frame(home)
+    rows = pq.read_table(frame.path).to_pylist()
+    with lake(home) as connection:
+        data = read_training_data(
+            connection, frame, current_encoder(connection, home), ["liked", "disliked"]
+        )
+        stored = {
+            entity: dict(
+                connection.execute(f"SELECT {entity}_id, embedding FROM {entity}_embedding").fetchall()
+            )
+            for entity in ("user", "item")
+        }
+    assert data.context == ("device", "hour")
+    lookup, client = OnlineLookup(home), TestClient(create_app(home))
+    artifact = lookup.artifact(lookup.live_version())
+    split = data.splits["test"]
+    in_test = [row for row in rows if row["split"] == "test"]
+    moment = datetime(2024, 4, 2, tzinfo=UTC)
+    store = open_store(home)
+    answers = set()
+    for place in (0, 1, 2):  # a phone, a TV and an unknown device
+        row, hashed_NX = in_test[place], split.context_NX
+        assert hashed_NX is not None
+        pair = {"user_id": row["user_id"], "item_id": row["item_id"]}
+        known = store.get_historical_features(
+            pd.DataFrame([{**pair, "event_timestamp": moment}]), store.get_feature_service("ctr_training")
+        ).to_df()
+        expected = artifact.score(
+            np.array([stored["user"][row["user_id"]]], dtype=np.float32),
+            np.array([stored["item"][row["item_id"]]], dtype=np.float32),
+            {c: known[c].to_numpy(dtype=np.float64) for c in needed_columns()},
+            known[["length_liked", "length_disliked"]].fillna(0).to_numpy(dtype=np.int64),
+            np.array([moment.timestamp() * 1e6], dtype=np.int64),
+            hashed_NX[place : place + 1],
+        )
+        context = {"device": row["context_device"], "hour": int(row["context_hour"])}
+        request = {"user_id": row["user_id"], "item_ids": [row["item_id"]], "at": moment.isoformat()}
+        answer = client.post("/score", json={**request, "context": context}).json()
+        assert answer["scores"][0]["probability"] == pytest.approx(float(expected[0]), abs=1e-7)
+        answers.add(context["device"])
+    assert answers == {"phone", "tv", None}
+
+
+def test_context_of_a_request(filled: tuple[Home, Path]) -> None:
+    home, _ = filled
+    lookup, client = OnlineLookup(home), TestClient(create_app(home))
+    at = datetime(2024, 4, 2, tzinfo=UTC)
+
+    def best(*context: str) -> list[float]:
+        query = {"user_id": "u1", "k": 5, "at": at.isoformat(), "include_seen": True}
+        found = client.get("/recommend", params={**query, "context": list(context)})
+        assert found.status_code == 200, found.text
+        return [s["probability"] for s in found.json()["scores"]]
+
+    phone, television = best("device=phone", "hour=8"), best("hour=8", "device=tv")
+    assert phone != television
+    assert best() == best("device=", "hour= ") != best("device=phone") != phone
+    told = lookup.recommend("u1", 5, at, include_seen=True, context={"device": "phone", "hour": 8})
+    assert [s.probability for s in told.scores] == phone
+    words = "colour is not a context column of the model; choose from device, hour."
+    refused = client.get("/recommend", params={"user_id": "u1", "context": "colour=red"})
+    assert (refused.status_code, refused.json()["detail"]) == (400, words)
+    body = {"user_id": "u1", "item_ids": [1], "context": {"colour": "red"}}
+    refused = client.post("/score", json=body)
+    assert (refused.status_code, refused.json()["detail"]) == (400, words)
+    assert client.get("/recommend", params={"user_id": "u1", "context": "phone"}).status_code == 400
+    assert client.post("/score", json={**body, "context": {"device": ["phone"]}}).status_code == 422
+    asked = ("recommend", "--user", "u1", "-k", 5, "--at", "2024-04-02", "--include-seen", "--json")
+    printed = call(*asked, "--context", "device=phone", "--context", "hour=8", home=home.root)
+    assert [s["probability"] for s in json.loads(printed.stdout)["scores"]] == phone
+    score = ("score", "--user", "u1", "--items", "1")
+    for given, said in (
+        ("device", "context device is refused; give each column once, as device=phone"),
+        ("colour=red", "choose from device, hour"),
+    ):
+        refusal = call(*score, "--context", given, home=home.root)
+        assert isinstance(refusal.exception, BadInput)
+        assert said in str(refusal.exception)
 
 
 def test_a_user_without_history_gets_the_empty_state(filled: tuple[Home, Path]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -221,3 +222,114 @@ def test_a_busy_home_is_left_alone(tmp_path: Path, home: Home) -> None:
 def test_an_empty_home_says_what_to_do(home: Home) -> None:
     with pytest.raises(NotReady, match="bahe ingest"):
         connect(home)
+
+
+def context_of(home: Home) -> list[tuple[object, ...]]:
+    with lake(home) as connection:
+        return connection.execute(
+            "SELECT context_device, context_hour FROM impressions ORDER BY impression_id"
+        ).fetchall()
+
+
+def with_context(path: Path, *context: str, **columns: str) -> None:
+    content = yaml.safe_load(path.read_text())
+    content["impressions"] |= {"context": list(context), "columns": columns}
+    path.write_text(yaml.safe_dump(content))
+
+
+def shown_on_devices() -> Log:
+    log = small_log()
+    shown = log["impressions"]
+    shown["dev"] = np.where(shown.index % 3 == 0, None, np.where(shown.index % 3 == 1, "phone", "tv"))
+    # Integers with gaps, which pandas writes as floats.
+    shown["hour"] = (shown.index % 24).to_series().where(shown.index % 5 > 0).to_numpy()
+    return log
+
+
+def test_context_is_text_and_its_gaps_stay(tmp_path: Path, home: Home) -> None:
+    log = shown_on_devices()
+    path = write_dataset(tmp_path / "log", log)
+    ingest(home, path)  # of before anyone thought of context
+    with_context(path, "device", "hour", device="dev")
+    assert not ingest(home, path).skipped
+    wanted = [
+        (None if i % 3 == 0 else "phone" if i % 3 == 1 else "tv", None if i % 5 == 0 else str(i % 24))
+        for i in range(len(log["impressions"]))
+    ]
+    assert context_of(home) == wanted
+    assert ingest(home, path).skipped
+    whole = Home.at(tmp_path / "whole")
+    ingest(whole, path)
+    assert context_of(whole) == wanted
+    # Without it again: the lake keeps what it has, and takes in what comes.
+    with_context(path, device="dev")
+    more = log["impressions"].tail(1).assign(impression_id=10_000)
+    log["impressions"] = pd.concat([log["impressions"], more])
+    log["impressions"].to_parquet(tmp_path / "log" / "impressions.parquet")
+    assert ingest(whole, path).added["impressions"] == 1
+    assert context_of(whole) == [*wanted, (None, None)]
+
+
+@pytest.mark.parametrize(
+    ("context", "words"),
+    [
+        (["device"], "impressions.parquet has no column device (for device); it has impression_id"),
+        (["device"], "map it under impressions.columns, or take device out of impressions.context"),
+        (["clicked"], "clicked of impressions.parquet is already read as clicked"),
+        (["user_id"], "take user_id out of the list"),
+        (["dev", "dev"], "`context` names one column twice"),
+        (["a b"], "`impressions.context.0`"),
+        (["tags"], "tags of impressions.parquet is VARCHAR[]; context is text, numbers or booleans"),
+    ],
+)
+def test_wrong_context_is_one_sentence(context: list[str], words: str, tmp_path: Path, home: Home) -> None:
+    log = shown_on_devices()
+    log["impressions"]["tags"] = [["new"]] * len(log["impressions"])
+    path = write_dataset(tmp_path / "log", log)
+    with_context(path, *context)
+    with pytest.raises(BadInput) as caught:
+        ingest(home, path)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not (home.root / "dataset.yaml").exists()
+
+
+def test_what_becomes_the_click_is_no_context(tmp_path: Path, home: Home) -> None:
+    log = small_log()
+    log["impressions"] = log["impressions"].rename(columns={"clicked": "stars"})
+    path = write_dataset(tmp_path / "log", log)
+    with_context(path, "stars", clicked="stars")
+    with pytest.raises(BadInput, match=r"stars of impressions.parquet is already read as clicked"):
+        ingest(home, path)
+    with_context(write_dataset(tmp_path / "log", small_log()), "device")
+    content = yaml.safe_load(path.read_text())
+    content["items"]["context"] = ["colour"]
+    path.write_text(yaml.safe_dump(content))
+    with pytest.raises(BadInput, match=r"`items.context` is not a known field"):
+        ingest(home, path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "values"),
+    [
+        ("DOUBLE", [0.1, 13.0, 1.5e15, 9999999999999998.0, 1e16, 1e300, 1e-5, -0.0, 1234567.125]),
+        ("DOUBLE", [float("nan"), float("inf"), None]),
+        ("FLOAT", [0.1, 2.0]),
+        ("DECIMAL(10, 2)", [13.5, 13.0, 0.07]),
+        ("BIGINT", [-(2**63), 7]),
+        ("BOOLEAN", [True, False]),
+        ("VARCHAR", ["phone", "", " tv "]),
+    ],
+)
+def test_the_log_writes_values_as_a_request_does(kind: str, values: list[Any]) -> None:
+    """What a model learned of a value in the log is what it knows of that value in a request."""
+    import duckdb
+
+    from bahe_models.context import hash_values
+    from materialize.ingest import _category
+
+    for value in values:
+        query = f"SELECT {_category('log', 'c', 'v', kind)} FROM (SELECT ?::{kind} AS v)"
+        row = duckdb.execute(query, [value]).fetchone()
+        assert row is not None
+        assert hash_values("c", row)[0] == hash_values("c", [value])[0], value
