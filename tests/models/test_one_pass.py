@@ -275,9 +275,7 @@ def test_what_has_no_order_is_refused() -> None:
     for right in ([0, 0], [1, 0], [1, 1], [2, 2]):
         window_batch(timelines, user, np.array([[1, 1], right]), WindowConfig(), merged=True)
     for wrong in ([0, 1], [2, 1], [1, 2], [2, 0]):  # [2, 1] would cut an instant in two
-        with pytest.raises(
-            BadInput, match=rf"lengths \[{wrong[0]}, {wrong[1]}\] .* user row 0 .* pull the"
-        ):
+        with pytest.raises(BadInput, match=rf"\[{wrong[0]}, {wrong[1]}\] .* user row 0 .* pull"):
             window_batch(timelines, user, np.array([[1, 1], wrong]), WindowConfig(), merged=True)
-    with pytest.raises(ValueError, match="time goes back .* channel b"):
+    with pytest.raises(ValueError, match=r"time goes back .* channel b"):
         replace(timelines, time_us=(np.array([3, 8, 1]), np.array([5, 4, 1])))
