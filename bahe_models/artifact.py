@@ -88,8 +88,9 @@ class Artifact:
         """
         self.model.eval()
         vectors = np.empty((len(user_N), self.vector_width), dtype=np.float32)
-        for rows in plan_steps(user_N, length_NC, impressions_per_step=256, rng=None):
-            batch = window_batch(timelines, user_N[rows], length_NC[rows], self.window)
+        merged = self.model.config.merged
+        for rows in plan_steps(user_N, length_NC, impressions_per_step=256, rng=None, merged=merged):
+            batch = window_batch(timelines, user_N[rows], length_NC[rows], self.window, merged=merged)
             vectors[rows] = self.model.user_vectors(atoms_AD, batch).cpu().numpy()
         return vectors
 

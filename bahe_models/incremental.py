@@ -4,24 +4,25 @@ The deep layers are causal, so what they computed for the behaviors so far (the 
 attention layer) stays right when one more arrives. A state keeps them, and equals at any moment what
 `BaheModel.user_vectors` computes from the whole timelines (fp32, 1e-4).
 
-Windows follow the rule of `timelines.window_start`. When it moves a channel's window, which happens
+Windows follow the rule of `timelines.window_start`. When it moves a sequence's window, which happens
 once every `size - overlap` behaviors, every behavior of the new window stands at another position than
-in the old, so that the channel is read again from its start: one pass over at most `size` behaviors.
-For that, a state keeps the atom vectors of the current windows.
+in the old, so that the sequence is read again from its start: one pass over at most `size` behaviors.
+For that, a state keeps the behaviors of the current windows.
 
-Shape letters: C channels, L behaviors, D backbone width, V deep part of a vector, K profile part.
+Shape letters: C channels, S sequences, L behaviors, D backbone width, V deep part of a vector, K profile
+part.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from bahe_models.model import BaheModel
-from bahe_models.timelines import WindowConfig, window_start
+from bahe_models.timelines import Int64, Timelines, WindowConfig, gap_buckets, window_start
 
 
 class UserState:
@@ -32,107 +33,170 @@ class UserState:
     """
 
     @torch.inference_mode()
-    def __init__(self, model: BaheModel, window: WindowConfig, atoms_CLD: Sequence[torch.Tensor]) -> None:
-        """Read whole timelines, one [L, D] tensor of atom vectors a channel, in time order.
+    def __init__(
+        self,
+        model: BaheModel,
+        window: WindowConfig,
+        atoms_CLD: Sequence[torch.Tensor],
+        time_us_CL: Sequence[Int64],
+    ) -> None:
+        """Read whole timelines: a channel's atom vectors [L, D] and times [L], in time order.
 
-        Raises ValueError when their number or width is not the model's.
+        Raises ValueError when their number or width is not the model's, when a channel has more or
+        fewer times than vectors, or when time goes back within one.
         """
         channels = model.profile.gate.out_features
-        if len(atoms_CLD) != channels:
-            raise ValueError(
-                f"{len(atoms_CLD)} timelines were given, but the model has {channels} channels"
-            )
+        for what, given in (("timelines", atoms_CLD), ("timelines' times", time_us_CL)):
+            if len(given) != channels:
+                raise ValueError(f"{len(given)} {what} were given, but the model has {channels} channels")
+        counts = [len(atoms_LD) for atoms_LD in atoms_CLD]
+        if counts != [len(time_us_L) for time_us_L in time_us_CL]:
+            raise ValueError("a channel has not as many times as atom vectors")
+        for atoms_LD in atoms_CLD:
+            _check_width(model, atoms_LD)
         model.eval()
         self.model = model
-        self._channels = [
-            _Channel(model, window, channel, atoms_LD) for channel, atoms_LD in enumerate(atoms_CLD)
-        ]
+        self._lengths = counts
+        ends = np.cumsum(counts)
+        timelines = Timelines(
+            tuple(map(str, range(channels))),
+            tuple(np.array([0, count]) for count in counts),
+            tuple(np.arange(end - count, end) for end, count in zip(ends, counts, strict=True)),
+            tuple(time_us_CL),
+        )
+        merged = model.config.merged
+        read = timelines.merged if merged else timelines.parallel
+        atoms_BD = torch.cat(list(atoms_CLD))
+        self._sequences = []
+        for index, (begin, end) in enumerate(read.offsets):
+            seen = slice(begin + int(window_start(end - begin, window)), end)
+            rows_L = torch.from_numpy(read.atom_B[seen]).to(atoms_BD.device)
+            marks_L = zip(read.channel_B[seen].tolist(), read.gap_B[seen].tolist(), strict=True)
+            behaviors_L = [
+                _Behavior(_own(model, atom_D), channel, gap)
+                for atom_D, (channel, gap) in zip(atoms_BD[rows_L], marks_L, strict=True)
+            ]
+            own = range(channels) if merged else (index,)
+            latest = max(((int(time_us_CL[c][-1]), c) for c in own if counts[c]), default=None)
+            self._sequences.append(_Sequence(model, window, behaviors_L, int(end - begin), latest))
 
     @classmethod
     def empty(cls, model: BaheModel, window: WindowConfig) -> UserState:
         """State of a user who has done nothing yet."""
-        width = model.aggregator.start_D.numel()
-        return cls(model, window, [torch.empty(0, width)] * model.profile.gate.out_features)
+        channels = model.profile.gate.out_features
+        nothing = torch.empty(0, model.aggregator.start_D.numel())
+        return cls(model, window, [nothing] * channels, [np.empty(0, dtype=np.int64)] * channels)
 
     @property
     def lengths(self) -> tuple[int, ...]:
         """Behaviors per channel so far, those before the windows included."""
-        return tuple(channel.length for channel in self._channels)
+        return tuple(self._lengths)
 
     @torch.inference_mode()
-    def append(self, channel: int, atom_D: torch.Tensor) -> None:
-        """Take in one more behavior: its channel's place in the model's order, and its atom vector.
+    def append(self, channel: int, atom_D: torch.Tensor, time_us: int) -> None:
+        """Take in one more behavior: its channel's place in the model's order, atom vector and time.
 
-        Raises ValueError on a channel or width that the model does not have.
+        Raises ValueError on a channel or width that the model does not have, and when the behavior
+        does not come last: its time lies before that of the latest in its channel or, where the
+        channels are merged, of the latest at all; of one instant's, later channels come later.
         """
-        if not 0 <= channel < len(self._channels):
-            raise ValueError(f"channel {channel} is not one of the model's {len(self._channels)}")
-        self._channels[channel].append(atom_D)
+        if not 0 <= channel < len(self._lengths):
+            raise ValueError(f"channel {channel} is not one of the model's {len(self._lengths)}")
+        _check_width(self.model, atom_D[None])
+        sequence = self._sequences[0 if self.model.config.merged else channel]
+        sequence.append(channel, _own(self.model, atom_D), time_us)
+        self._lengths[channel] += 1
 
     @torch.inference_mode()
     def vector(self) -> torch.Tensor:
         """The user vector [V + K] after the behaviors so far."""
-        states_1CD = torch.stack([channel.state_D for channel in self._channels])[None]
-        sum_1K = torch.stack([channel.sum_K for channel in self._channels]).sum(dim=0, keepdim=True)
-        behaviors = sum(len(channel.window_LD) for channel in self._channels)
+        states_1SD = torch.stack([sequence.state_D for sequence in self._sequences])[None]
+        sum_1K = torch.stack([sequence.sum_K for sequence in self._sequences]).sum(dim=0, keepdim=True)
+        behaviors = sum(len(sequence.window_L) for sequence in self._sequences)
         behaviors_1 = torch.tensor([behaviors], device=sum_1K.device)
-        return self.model.join_channels(states_1CD.float(), sum_1K.float(), behaviors_1)[0]
+        return self.model.join_sequences(states_1SD.float(), sum_1K.float(), behaviors_1)[0]
 
 
-class _Channel:
-    """The part of a state that one channel's timeline makes."""
+class _Behavior(NamedTuple):
+    """One behavior as the model reads it."""
+
+    atom_D: torch.Tensor
+    channel: int
+    gap: int
+
+
+class _Sequence:
+    """The part of a state that one sequence makes."""
 
     def __init__(
-        self, model: BaheModel, window: WindowConfig, channel: int, atoms_LD: torch.Tensor
+        self,
+        model: BaheModel,
+        window: WindowConfig,
+        window_L: list[_Behavior],
+        length: int,
+        latest: tuple[int, int] | None,
     ) -> None:
-        self.model, self.window, self.channel = model, window, channel
-        self.length = len(atoms_LD)
+        """`latest` is the last behavior's time and channel."""
+        self.model, self.window, self.length, self.latest = model, window, length, latest
         self.start = self._window_start()
-        self._read([self._fitting(atom_D) for atom_D in atoms_LD[self.start :]])
+        self._read(window_L)
 
-    def append(self, atom_D: torch.Tensor) -> None:
-        atom_D = self._fitting(atom_D)
+    def append(self, channel: int, atom_D: torch.Tensor, time_us: int) -> None:
+        gap = 0
+        if self.latest is not None:
+            if (time_us, channel) < self.latest:
+                raise ValueError(
+                    f"a behavior of channel {channel} at {time_us} comes after one of channel"
+                    f" {self.latest[1]} at {self.latest[0]}; they must come in order"
+                )
+            gap = int(gap_buckets(np.array(time_us - self.latest[0])))
+        self.latest = time_us, channel
+        behavior = _Behavior(atom_D, channel, gap)
         self.length += 1
         before, self.start = self.start, self._window_start()
         if self.start != before:
-            self._read([*self.window_LD[self.start - before :], atom_D])
+            self._read([*self.window_L[self.start - before :], behavior])
             return
-        self.window_LD.append(atom_D)
-        self._step(atom_D[None], atom_D[None])
+        self.window_L.append(behavior)
+        self._step([behavior])
 
-    def _read(self, window_LD: list[torch.Tensor]) -> None:
+    def _read(self, window_L: list[_Behavior]) -> None:
         """Forget everything and read a window from its start position."""
         from transformers import DynamicCache
 
         deep: Any = self.model.aggregator.deep
-        self.window_LD = window_LD
+        self.window_L = window_L
         self.cache = DynamicCache(config=deep.config)
         self.sum_K = torch.zeros(
             self.model.profile.projection.out_features, device=self.model.aggregator.start_D.device
         )
-        start_D = self.model.aggregator.start_D
-        atoms_LD = torch.stack(window_LD) if window_LD else start_D.new_empty(0, len(start_D))
-        self._step(torch.cat([start_D[None], atoms_LD]), atoms_LD)
+        self._step(window_L, self.model.aggregator.start_D[None])
 
-    def _step(self, inputs_LD: torch.Tensor, atoms_LD: torch.Tensor) -> None:
+    def _step(self, behaviors: list[_Behavior], start_1D: torch.Tensor | None = None) -> None:
         """Let the deep layers read on from what is cached, and add the behaviors to the profile's sum."""
+        inputs = [] if start_1D is None else [start_1D]
+        if behaviors:
+            atoms_1LD = torch.stack([behavior.atom_D for behavior in behaviors])[None]
+            marks = [[[getattr(b, name) for b in behaviors]] for name in ("channel", "gap")]
+            channel_1L, gap_1L = torch.tensor(marks, device=atoms_1LD.device)
+            inputs.append(self.model.behaviors(atoms_1LD, channel_1L, gap_1L)[0])
+            present_1L = torch.ones_like(channel_1L, dtype=torch.bool)
+            self.sum_K = self.sum_K + self.model.profile(atoms_1LD, present_1L, channel_1L)[0, -1]
         output = self.model.aggregator.deep(
-            inputs_embeds=inputs_LD[None], past_key_values=self.cache, use_cache=True
+            inputs_embeds=torch.cat(inputs)[None], past_key_values=self.cache, use_cache=True
         )
         self.state_D = output.last_hidden_state[0, -1]
-        if len(atoms_LD):
-            present_1L = torch.ones(1, len(atoms_LD), dtype=torch.bool, device=atoms_LD.device)
-            channel_1 = torch.tensor([self.channel], device=atoms_LD.device)
-            self.sum_K = self.sum_K + self.model.profile(atoms_LD[None], present_1L, channel_1)[0, -1]
 
     def _window_start(self) -> int:
         return int(window_start(np.array(self.length), self.window))
 
-    def _fitting(self, atom_D: torch.Tensor) -> torch.Tensor:
-        start_D = self.model.aggregator.start_D
-        if atom_D.shape != start_D.shape:
-            raise ValueError(
-                f"an atom vector has shape {tuple(atom_D.shape)}, the model's {tuple(start_D.shape)}"
-            )
-        # A copy of its own: the window may be read again long after the caller has reused the memory.
-        return atom_D.to(start_D.device, torch.float32, copy=True)
+
+def _check_width(model: BaheModel, atoms_LD: torch.Tensor) -> None:
+    theirs, ours = tuple(atoms_LD.shape[1:]), tuple(model.aggregator.start_D.shape)
+    if theirs != ours:
+        raise ValueError(f"an atom vector has shape {theirs}, the model's {ours}")
+
+
+def _own(model: BaheModel, atom_D: torch.Tensor) -> torch.Tensor:
+    # A copy of its own: the window may be read again long after the caller has reused the memory.
+    return atom_D.to(model.aggregator.start_D.device, torch.float32, copy=True)

@@ -6,18 +6,21 @@ item's projected text says how alike the item is to what the user liked. The sum
 parts come from one pass, and neither sees the candidate item, so both can be stored (invariant 7).
 The profile is our own addition: on small logs the deep layers alone learn it poorly.
 
-Shape letters: N impressions, C channels, W windows, L positions, D backbone width, V deep part of a
-vector, K profile part, F dense features, X context columns.
+Shape letters: N impressions, C channels, S sequences (C, or 1 where the channels are merged), W
+windows, L positions, D backbone width, V deep part of a vector, K profile part, F dense features, X
+context columns.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import nn
 
+from bahe_models.behaviors import BehaviorInput
 from bahe_models.context import ContextEmbedding
 from bahe_models.heads import Head, HeadName
 from bahe_models.timelines import WindowBatch
@@ -25,8 +28,17 @@ from bahe_models.timelines import WindowBatch
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Widths and regularisation of what is trained on top of the atom vectors."""
+    """Shape and regularisation of what is trained on top of the atom vectors."""
 
+    channels: Literal["parallel", "merged"] = "parallel"
+    """`parallel`: the deep layers read each channel's timeline by itself, as in the paper, and their
+    states stand side by side; `merged`: one timeline of all channels in time order, one pass, one
+    state, with a learned embedding of each behavior's channel. At one instant, channels come in the
+    dataset's order."""
+    time_gaps: bool = False
+    """Whether the deep layers also read how long before a behavior the one before it was, by a learned
+    embedding of `timelines.gap_buckets`. It speaks of behaviors alone, not of the impression's time, so
+    that stored states stay right."""
     deep_width: int = 64
     """Width of the deep part of the stored user and item vectors."""
     profile_width: int = 48
@@ -55,6 +67,11 @@ class ModelConfig:
             raise ValueError("`context_buckets` and `context_width` must be at least 1")
         if not 0 <= self.context_dropout < 1:
             raise ValueError("`context_dropout` must be at least 0 and below 1")
+
+    @property
+    def merged(self) -> bool:
+        """Whether the channels make one sequence."""
+        return self.channels == "merged"
 
     @property
     def vector_width(self) -> int:
@@ -128,13 +145,12 @@ class Profile(nn.Module):
         return projected
 
     def forward(
-        self, atoms_WLD: torch.Tensor, present_WL: torch.Tensor, channel_W: torch.Tensor
+        self, atoms_WLD: torch.Tensor, present_WL: torch.Tensor, channel_WL: torch.Tensor
     ) -> torch.Tensor:
         """Running sums [W, L, K]; at position k, over the first k behaviors of the window."""
         standard_WLD = (atoms_WLD - self.behavior_mean_D) / self.behavior_deviation_D
         gates_WLC = self.gate(standard_WLD)
-        index_WL1 = channel_W[:, None, None].expand(-1, atoms_WLD.shape[1], 1)
-        gate_WL1 = gates_WLC.gather(2, index_WL1) * present_WL[..., None]
+        gate_WL1 = gates_WLC.gather(2, channel_WL[..., None]) * present_WL[..., None]
         return torch.cumsum(self.projection(standard_WLD) * gate_WL1, dim=1)
 
 
@@ -155,11 +171,15 @@ class BaheModel(nn.Module):
         """`context` names the context columns, in the order of `score`'s; without any there is no table."""
         super().__init__()
         vector, profile = config.deep_width, config.profile_width
+        sequences = 1 if config.merged else channels
         self.config = config
+        self.behaviors = BehaviorInput(
+            width, channels=channels if config.merged else None, gaps=config.time_gaps
+        )
         self.aggregator = UserAggregator(deep, width)
         self.profile = Profile(width, channels, profile)
-        self.user_norm = nn.LayerNorm(channels * width)
-        self.user_projection = nn.Linear(channels * width, vector)
+        self.user_norm = nn.LayerNorm(sequences * width)
+        self.user_projection = nn.Linear(sequences * width, vector)
         self.item_projection = nn.Sequential(nn.Linear(width, vector), nn.GELU(), nn.Linear(vector, vector))
         # Row 0 stands for every item that training has not seen.
         self.item_id = nn.Embedding(items + 1, vector, padding_idx=0)
@@ -179,26 +199,28 @@ class BaheModel(nn.Module):
         )
 
     def user_vectors(self, atoms_AD: torch.Tensor, batch: WindowBatch) -> torch.Tensor:
-        """User vectors [N, V + K] of the impressions of a planned batch."""
+        """User vectors [N, V + K] of the impressions of a planned batch (`merged` as the model is)."""
         device = self.user_projection.weight.device
         states, sums = [], []
         for block in batch.blocks:
             rows_WL = torch.from_numpy(block.atoms_WL).to(device)
             atoms_WLD = atoms_AD[rows_WL.clamp_min(0)]
-            channel_W = torch.from_numpy(block.channel_W).to(device)
-            states.append(self.aggregator(atoms_WLD).flatten(0, 1))
-            sums.append(self.profile(atoms_WLD, rows_WL >= 0, channel_W).flatten(0, 1))
-        state_NC = torch.from_numpy(batch.state_NC).to(device)
-        states_NCD = torch.cat(states)[state_NC].float()
-        sum_NK = torch.cat(sums)[state_NC].float().sum(dim=1)
-        behaviors_N = torch.from_numpy(batch.position_NC).to(device).sum(dim=1)
-        return self.join_channels(states_NCD, sum_NK, behaviors_N)
+            channel_WL = torch.from_numpy(block.channel_WL).to(device)
+            gap_WL = torch.from_numpy(block.gap_WL).to(device)
+            inputs_WLD = self.behaviors(atoms_WLD, channel_WL, gap_WL)
+            states.append(self.aggregator(inputs_WLD).flatten(0, 1))
+            sums.append(self.profile(atoms_WLD, rows_WL >= 0, channel_WL).flatten(0, 1))
+        state_NS = torch.from_numpy(batch.state_NS).to(device)
+        states_NSD = torch.cat(states)[state_NS].float()
+        sum_NK = torch.cat(sums)[state_NS].float().sum(dim=1)
+        behaviors_N = torch.from_numpy(batch.position_NS).to(device).sum(dim=1)
+        return self.join_sequences(states_NSD, sum_NK, behaviors_N)
 
-    def join_channels(
-        self, states_NCD: torch.Tensor, sum_NK: torch.Tensor, behaviors_N: torch.Tensor
+    def join_sequences(
+        self, states_NSD: torch.Tensor, sum_NK: torch.Tensor, behaviors_N: torch.Tensor
     ) -> torch.Tensor:
-        """User vectors [N, V + K] from the channels' states, profile sums and counts of behaviors."""
-        deep_NV = self.user_projection(self.dropout(self.user_norm(states_NCD.flatten(1))))
+        """User vectors [N, V + K] from the sequences' states, profile sums and counts of behaviors."""
+        deep_NV = self.user_projection(self.dropout(self.user_norm(states_NSD.flatten(1))))
         profile_NK = sum_NK / (behaviors_N[:, None] + 5).sqrt()
         return torch.cat([deep_NV.float(), profile_NK], dim=1)
 

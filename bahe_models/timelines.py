@@ -5,18 +5,30 @@ position k of one pass over the whole timeline (position 0 is the empty state). 
 therefore only names a position. Timelines longer than a window are cut into overlapping windows by a
 rule that depends on k alone, so that training, the per-impression reference and serving agree.
 
-Shape letters: N impressions, C channels, W windows, L positions of a block's longest window.
+A pass reads *sequences*: each channel's timeline as one of its own (the paper's way), or all channels
+merged into one in time order.
+
+Shape letters: N impressions, C channels, S sequences (C, or 1 where merged), B behaviors, W windows, L
+positions of a block's longest window.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 
+from bahe_core.errors import BadInput
+
 Int64 = npt.NDArray[np.int64]
+Int16 = npt.NDArray[np.int16]
+
+GAP_STARTS_US = 10**6 * 4 ** np.arange(13, dtype=np.int64)
+"""Where the buckets of `gap_buckets` begin, the first two left out: 1 s, 4 s, 16 s, ... 194 days."""
+GAP_BUCKETS = len(GAP_STARTS_US) + 2
 
 _LIKE = 0.8
 """Windows at least this long, relative to the longest of their block, are padded to it."""
@@ -38,15 +50,49 @@ class WindowConfig:
             raise ValueError(f"window.overlap is {self.overlap}; it must be in [0, {self.size}).")
 
 
+def gap_buckets(gap_us: Int64) -> Int16:
+    """Bucket of the time between a behavior and the one before it, by its logarithm.
+
+    Bucket 0 is the first behavior's, which has none before it, and is never returned. Bucket 1 is for
+    less than a second, bucket 2 + i for 4 ** i seconds and more; the last begins at 4 ** 12 s, 194 days.
+    """
+    return (np.searchsorted(GAP_STARTS_US, gap_us, side="right") + 1).astype(np.int16)
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """The behaviors of all users, in the order in which the deep layers read them."""
+
+    offsets: tuple[Int64, ...]
+    """Per sequence, [users + 1]: user u's behaviors in it are `offsets[u]` to `offsets[u + 1]` of B."""
+    atom_B: Int64
+    """Row of the atom table."""
+    channel_B: Int16
+    """Which channel it is of."""
+    gap_B: Int16
+    """`gap_buckets` of the time since the behavior before it in its sequence; 0 for the first."""
+
+
 @dataclass(frozen=True)
 class Timelines:
-    """Each user's behaviors in time order, per channel, as rows of the atom table (CSR layout)."""
+    """Each user's behaviors in time order, per channel, as rows of the atom table (CSR layout).
+
+    Raises ValueError where time goes back within a user's channel.
+    """
 
     channels: tuple[str, ...]
     offsets: tuple[Int64, ...]
     """Per channel, [users + 1]: user u's behaviors are `atoms[offsets[u]:offsets[u + 1]]`."""
     atoms: tuple[Int64, ...]
     """Per channel, [behaviors]: row of the atom table."""
+    time_us: tuple[Int64, ...]
+    """Per channel, [behaviors]: when it was, in microseconds since 1970."""
+
+    def __post_init__(self) -> None:
+        for channel, offset, time_us in zip(self.channels, self.offsets, self.time_us, strict=True):
+            back = np.flatnonzero(np.diff(time_us) < 0) + 1
+            if not np.isin(back, offset).all():
+                raise ValueError(f"time goes back within a user's behaviors of channel {channel}")
 
     @property
     def users(self) -> int:
@@ -57,6 +103,44 @@ class Timelines:
         """Behaviors per user and channel, [users, C]."""
         return np.stack([np.diff(offset) for offset in self.offsets], axis=1)
 
+    @cached_property
+    def parallel(self) -> Sequences:
+        """Each channel as a sequence of its own."""
+        before = np.cumsum([0, *(len(atoms) for atoms in self.atoms[:-1])])
+        offsets = tuple(offset + start for offset, start in zip(self.offsets, before, strict=True))
+        time_B = np.concatenate(self.time_us)
+        return Sequences(offsets, np.concatenate(self.atoms), self._channel_B(), _gaps(time_B, offsets))
+
+    @cached_property
+    def merged(self) -> Sequences:
+        """All channels as one sequence by time; at one instant by channel, then by position.
+
+        What lies before a moment is therefore as many behaviors from the front as the channels have
+        together before it.
+        """
+        counts_U = self.lengths().sum(axis=1)
+        offset = np.concatenate([[0], np.cumsum(counts_U)]).astype(np.int64)
+        user_B = np.concatenate([np.repeat(np.arange(self.users), np.diff(o)) for o in self.offsets])
+        time_B = np.concatenate(self.time_us)
+        order_B = np.lexsort((time_B, user_B))  # stable: ties stay in the order of channel and position
+        return Sequences(
+            (offset,),
+            np.concatenate(self.atoms)[order_B],
+            self._channel_B()[order_B],
+            _gaps(time_B[order_B], (offset,)),
+        )
+
+    def _channel_B(self) -> Int16:
+        counts = [len(atoms) for atoms in self.atoms]
+        return np.repeat(np.arange(len(counts), dtype=np.int16), counts)
+
+
+def _gaps(time_B: Int64, offsets: tuple[Int64, ...]) -> Int16:
+    gap_B = gap_buckets(np.diff(time_B, prepend=time_B[:1]))
+    for offset in offsets:
+        gap_B[offset[:-1][np.diff(offset) > 0]] = 0
+    return gap_B
+
 
 @dataclass(frozen=True)
 class Block:
@@ -64,8 +148,10 @@ class Block:
 
     atoms_WL: Int64
     """Atom rows; position 0 is the start position and, like padding, holds -1."""
-    channel_W: Int64
-    """Channel of each window."""
+    channel_WL: Int64
+    """Channel of each behavior; 0 where there is none."""
+    gap_WL: Int64
+    """`gap_buckets` of each behavior; 0 where there is none."""
 
 
 @dataclass(frozen=True)
@@ -73,9 +159,9 @@ class WindowBatch:
     """The windows that a set of impressions needs, and where each impression reads."""
 
     blocks: tuple[Block, ...]
-    state_NC: Int64
-    """Where each impression reads, per channel: a row of all blocks' states, flattened in order."""
-    position_NC: Int64
+    state_NS: Int64
+    """Where each impression reads, per sequence: a row of all blocks' states, flattened in order."""
+    position_NS: Int64
     """Behaviors of that window before the impression."""
 
     @property
@@ -98,16 +184,21 @@ def window_batch(
     config: WindowConfig,
     *,
     share: bool = True,
+    merged: bool = False,
 ) -> WindowBatch:
     """Plan the pass for some impressions: which windows, and which state each impression reads.
 
     With `share` all impressions of a user read from the same pass; without it every impression gets
-    a pass of its own over its own prefix (the per-impression reference).
+    a pass of its own over its own prefix (the per-impression reference). With `merged` the channels
+    make one sequence; BadInput is raised where an impression's lengths are not those of one moment.
     """
-    begins, counts, channels, windows_of, positions = [], [], [], [], []
+    sequences = timelines.merged if merged else timelines.parallel
+    length_NS = sequence_lengths(length_NC, merged)
+    if merged:
+        _check_one_moment(timelines, user_N, length_NC)
+    begins, counts, windows_of, positions = [], [], [], []
     windows = 0
-    for channel in range(len(timelines.channels)):
-        length_N = length_NC[:, channel]
+    for offset_U, length_N in zip(sequences.offsets, length_NS.T, strict=True):
         start_N = window_start(length_N, config)
         if share:
             key_N = user_N * (1 + int(start_N.max(initial=0))) + start_N
@@ -116,35 +207,56 @@ def window_batch(
             first_W = window_N = np.arange(len(user_N))
         count_W = np.zeros(len(first_W), dtype=np.int64)
         np.maximum.at(count_W, window_N, length_N - start_N)
-        begins.append(timelines.offsets[channel][user_N[first_W]] + start_N[first_W])
+        begins.append(offset_U[user_N[first_W]] + start_N[first_W])
         counts.append(count_W)
-        channels.append(np.full(len(first_W), channel))
         windows_of.append(window_N + windows)
         positions.append(length_N - start_N)
         windows += len(first_W)
 
-    begin_W, count_W, channel_W = map(np.concatenate, (begins, counts, channels))
+    begin_W, count_W = np.concatenate(begins), np.concatenate(counts)
     blocks, row_W = [], np.empty(windows, dtype=np.int64)  # row_W: each window's first state
     offset = 0
     for members in like_lengths(count_W):
         longest = int(count_W[members].max())
         atoms_WL = np.full((len(members), longest + 1), -1, dtype=np.int64)
+        channel_WL, gap_WL = np.zeros_like(atoms_WL), np.zeros_like(atoms_WL)
         column_L = np.arange(longest)
         valid = column_L < count_W[members, None]
-        # Channels keep their behaviors in arrays of their own.
-        for channel, atoms in enumerate(timelines.atoms):
-            here = valid & (channel_W[members] == channel)[:, None]
-            source = begin_W[members, None] + column_L
-            atoms_WL[:, 1:][here] = atoms[source[here]]
-        blocks.append(Block(atoms_WL, channel_W[members]))
+        source = (begin_W[members, None] + column_L)[valid]
+        atoms_WL[:, 1:][valid] = sequences.atom_B[source]
+        channel_WL[:, 1:][valid] = sequences.channel_B[source]
+        gap_WL[:, 1:][valid] = sequences.gap_B[source]
+        blocks.append(Block(atoms_WL, channel_WL, gap_WL))
         row_W[members] = offset + np.arange(len(members)) * (longest + 1)
         offset += atoms_WL.size
-    position_NC = np.stack(positions, axis=1)
+    position_NS = np.stack(positions, axis=1)
     return WindowBatch(
         blocks=tuple(blocks),
-        state_NC=row_W[np.stack(windows_of, axis=1)] + position_NC,
-        position_NC=position_NC,
+        state_NS=row_W[np.stack(windows_of, axis=1)] + position_NS,
+        position_NS=position_NS,
     )
+
+
+def sequence_lengths(length_NC: Int64, merged: bool) -> Int64:
+    """Behaviors of each sequence, [N, S], from those of each channel."""
+    return length_NC.sum(axis=1, keepdims=True) if merged else length_NC
+
+
+def _check_one_moment(timelines: Timelines, user_N: Int64, length_NC: Int64) -> None:
+    """A merged sequence has a prefix for the lengths of one moment only."""
+    latest_N = np.full(len(user_N), np.iinfo(np.int64).min)
+    next_N = np.full(len(user_N), np.iinfo(np.int64).max)
+    for offset, time_us, length_N in zip(timelines.offsets, timelines.time_us, length_NC.T, strict=True):
+        end_N = offset[user_N] + length_N
+        some, more = length_N > 0, end_N < offset[user_N + 1]
+        latest_N[some] = np.maximum(latest_N[some], time_us[end_N[some] - 1])
+        next_N[more] = np.minimum(next_N[more], time_us[end_N[more]])
+    wrong = np.flatnonzero(latest_N >= next_N)
+    if len(wrong):
+        raise BadInput(
+            f"the lengths {length_NC[wrong[0]].tolist()} of an impression of user row {user_N[wrong[0]]}"
+            " are not those of one moment, so the merged timeline has no such prefix; pull the frame again."
+        )
 
 
 def like_lengths(count_W: Int64) -> Iterator[Int64]:
@@ -168,6 +280,7 @@ def plan_steps(
     *,
     impressions_per_step: int,
     rng: np.random.Generator | None,
+    merged: bool = False,
 ) -> Iterator[Int64]:
     """Indices of the impressions of each step: whole users, users of like length together.
 
@@ -181,7 +294,8 @@ def plan_steps(
         for piece in np.split(order, boundaries)
         for start in range(0, len(piece), impressions_per_step)
     ]
-    longest = np.array([length_NC[piece].max() for piece in pieces], dtype=np.float64)
+    length_NS = sequence_lengths(length_NC, merged)
+    longest = np.array([length_NS[piece].max() for piece in pieces], dtype=np.float64)
     if rng is not None:
         longest *= rng.uniform(0.8, 1.25, len(longest))
     steps: list[list[Int64]] = [[]]

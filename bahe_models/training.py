@@ -99,7 +99,12 @@ class Batches:
     ) -> torch.Tensor:
         """The model's own logits of some impressions, by one pass over their users' timelines."""
         batch = window_batch(
-            self.data.timelines, split.user_N[rows], split.length_NC[rows], self.window, share=share
+            self.data.timelines,
+            split.user_N[rows],
+            split.length_NC[rows],
+            self.window,
+            share=share,
+            merged=self.model.config.merged,
         )
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
             user_NV = self.model.user_vectors(self.atoms_AD, batch)
@@ -127,7 +132,11 @@ class Batches:
         dense_NF = self.dense_features(split)
         scores = np.zeros(len(split), dtype=np.float64)
         steps = plan_steps(
-            split.user_N, split.length_NC, impressions_per_step=impressions_per_step, rng=None
+            split.user_N,
+            split.length_NC,
+            impressions_per_step=impressions_per_step,
+            rng=None,
+            merged=self.model.config.merged,
         )
         for index, rows in enumerate(steps):
             if index % processes.size == processes.rank:
@@ -211,6 +220,7 @@ def train(
             split.length_NC[kept],
             impressions_per_step=config.impressions_per_step,
             rng=rng,
+            merged=model.config.merged,
         ):
             yield kept[rows]
 

@@ -13,7 +13,7 @@ from bahe_models.timelines import Int64
 from bahe_models.training import Batches, table_ids
 
 _ID_TABLE = "item_id.weight"
-_WIDTHS = ("deep_width", "profile_width", "head_width")
+_SHAPES = ("deep_width", "profile_width", "head_width", "channels")
 _OF_CONTEXT = ("context_buckets", "context_width")
 
 
@@ -31,8 +31,9 @@ def start_from(artifact: Artifact, batches: Batches, *, encoder_version: str) ->
     """Let a fresh model predict what the artifact does, before its first step.
 
     Weights are taken where their shapes agree. Rows of the ID table go by item id; an item that is new
-    starts at zero, as the artifact's row for unseen items is. The dense features take the artifact's
-    standardisation, which its weights belong to. Raises BadInput when the two do not fit together.
+    starts at zero, as the artifact's row for unseen items is; so do embeddings of time gaps that the
+    artifact does not have. The dense features take the artifact's standardisation, which its weights
+    belong to. Raises BadInput when the two do not fit together.
     """
     if artifact.encoder_version != encoder_version:
         raise BadInput(
@@ -53,7 +54,12 @@ def start_from(artifact: Artifact, batches: Batches, *, encoder_version: str) ->
             f"{artifact.model_version} knows the context columns {known}, not {wanted}; train without"
             " --warm-start."
         )
-    for name in (*_WIDTHS, *(_OF_CONTEXT if batches.data.context else ())):
+    if artifact.model.config.time_gaps and not batches.model.config.time_gaps:
+        raise BadInput(
+            f"{artifact.model_version} reads time gaps; set model.time_gaps to true, or train without"
+            " --warm-start."
+        )
+    for name in (*_SHAPES, *(_OF_CONTEXT if batches.data.context else ())):
         theirs, ours = (getattr(m.config, name) for m in (artifact.model, batches.model))
         if theirs != ours:
             raise BadInput(

@@ -222,6 +222,7 @@ def planned(scene: Scene, among: Int64, impressions_per_step: int) -> list[Int64
         split.length_NC[among],
         impressions_per_step=impressions_per_step,
         rng=rng,
+        merged=scene.settings.model.merged,
     )
     return [among[rows] for rows in steps]
 
@@ -387,7 +388,10 @@ def slope(scene: Scene, repetitions: int) -> Row:
         )
         data = replace(
             scene.data,
-            timelines=Timelines(channels, offsets, atoms),
+            # A minute apart, each user's own clock from nought.
+            timelines=Timelines(
+                channels, offsets, atoms, tuple(np.arange(len(a)) % length * 60 * 10**6 for a in atoms)
+            ),
             splits={**scene.data.splits, "train": synthetic},
         )
         inner = replace(scene, data=data)
@@ -429,7 +433,11 @@ def epoch(scene: Scene, one_pass: Callable[[Int64], float], share: float) -> Ite
     for rows in steps:
         seconds.append(one_pass(rows))
         batch = window_batch(
-            scene.data.timelines, split.user_N[rows], split.length_NC[rows], settings.window
+            scene.data.timelines,
+            split.user_N[rows],
+            split.length_NC[rows],
+            settings.window,
+            merged=settings.model.merged,
         )
         # Bound and step alternate, so that both meet the same load of the machine.
         rate = matmul_rate(shapes, int(median(b.atoms_WL.size for b in batch.blocks)), dtype)

@@ -69,17 +69,19 @@ def read_timelines(
 ) -> Timelines:
     """Timelines of these users, in their order; a user without behaviors has empty ones."""
     connection.register("wanted_users", pa.table({"user_id": users, "u": np.arange(len(users))}))
-    offsets, rows = [], []
+    offsets, rows, times = [], [], []
     for channel in channels:
         table = connection.execute(
-            "SELECT w.u, t.atom_id FROM user_timeline t JOIN wanted_users w USING (user_id)"
+            "SELECT w.u, t.atom_id, epoch_us(t.event_timestamp) AS time_us"
+            " FROM user_timeline t JOIN wanted_users w USING (user_id)"
             f" WHERE t.channel = {quoted(channel)} ORDER BY w.u, t.position"
         ).to_arrow_table()
         counts = np.bincount(table["u"].to_numpy(), minlength=len(users))
         offsets.append(np.concatenate([[0], np.cumsum(counts)]).astype(np.int64))
         rows.append(atoms.rows(table["atom_id"]))
+        times.append(table["time_us"].to_numpy())
     connection.unregister("wanted_users")
-    return Timelines(tuple(channels), tuple(offsets), tuple(rows))
+    return Timelines(tuple(channels), tuple(offsets), tuple(rows), tuple(times))
 
 
 def read_training_data(

@@ -87,6 +87,7 @@ def test_one_pass_equals_per_impression_and_later_atoms_change_nothing(family: s
         ("a", "b"),
         tuple(np.concatenate([[0], np.cumsum(count)]) for count in counts),
         tuple(rng.integers(0, 40, count.sum()) for count in counts),
+        tuple(np.arange(count.sum()) for count in counts),
     )
     user = rng.integers(0, 5, 40)
     length = rng.integers(0, timelines.lengths()[user] + 1)
@@ -244,7 +245,7 @@ def test_an_artifact_of_any_family_gives_the_same_users(family: str, tmp_path: P
         facts={},
     )
     artifact.save(tmp_path / "m")
-    timelines = Timelines(("a", "b"), (np.array([0, 30]),) * 2, (np.arange(30),) * 2)
+    timelines = Timelines(("a", "b"), (np.array([0, 30]),) * 2, (np.arange(30),) * 2, (np.arange(30),) * 2)
     request = torch.randn(30, 32), timelines, np.array([0, 0]), np.array([[30, 12], [0, 3]])
     np.testing.assert_allclose(
         load(tmp_path / "m").user_vectors(*request), artifact.user_vectors(*request), atol=1e-5

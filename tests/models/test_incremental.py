@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -26,30 +26,57 @@ from bahe_models.backbone import cut
 from bahe_models.timelines import window_start
 from tests.families import SETTINGS, tiny_model
 
+Behavior = tuple[int, int, int]
+"""Channel, atom and time of one behavior."""
+CHANNELS: tuple[Literal["parallel", "merged"], ...] = ("parallel", "merged")
+MODES = [(channels, gaps) for channels in CHANNELS for gaps in (False, True)]
 ATOMS = torch.from_numpy(np.random.default_rng(0).normal(size=(40, 32)).astype(np.float32))
 
 
-def build(family: str) -> BaheModel:
+def build(
+    family: str, channels: Literal["parallel", "merged"] = "parallel", time_gaps: bool = False
+) -> BaheModel:
     halves = cut(tiny_model(family), None, BackboneConfig(path=family, shallow_layers=1, deep_layers=2))
     torch.manual_seed(1)
-    config = ModelConfig(deep_width=8, profile_width=8, head_width=8)
+    config = ModelConfig(
+        deep_width=8, profile_width=8, head_width=8, channels=channels, time_gaps=time_gaps
+    )
     model = BaheModel(halves.deep, width=32, channels=2, items=5, dense_features=3, config=config)
     torch.nn.init.normal_(model.profile.gate.weight, std=0.1)
     torch.nn.init.normal_(model.profile.gate.bias)
+    for embedding in model.behaviors.parameters():
+        torch.nn.init.normal_(embedding)
     return model.eval()
 
 
+def of_channels(behaviors: list[Behavior]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Atoms and times, per channel."""
+    table = np.array(behaviors, dtype=np.int64).reshape(-1, 3)
+    parts = [table[table[:, 0] == channel] for channel in (0, 1)]
+    return [part[:, 1] for part in parts], [part[:, 2] for part in parts]
+
+
+def read_at_once(model: BaheModel, window: WindowConfig, behaviors: list[Behavior]) -> UserState:
+    rows, times = of_channels(behaviors)
+    return UserState(model, window, [ATOMS[part] for part in rows], times)
+
+
 def full_pass(
-    model: BaheModel, window: WindowConfig, timelines: list[list[int]], atoms: torch.Tensor = ATOMS
+    model: BaheModel, window: WindowConfig, behaviors: list[Behavior], atoms: torch.Tensor = ATOMS
 ) -> torch.Tensor:
+    rows, times = of_channels(behaviors)
     one_user = Timelines(
-        ("a", "b"),
-        tuple(np.array([0, len(rows)]) for rows in timelines),
-        tuple(np.array(rows, dtype=np.int64) for rows in timelines),
+        ("a", "b"), tuple(np.array([0, len(part)]) for part in rows), tuple(rows), tuple(times)
     )
-    length = np.array([[len(rows) for rows in timelines]])
+    merged = model.config.merged
+    batch = window_batch(one_user, np.array([0]), one_user.lengths(), window, merged=merged)
     with torch.inference_mode():
-        return model.user_vectors(atoms, window_batch(one_user, np.array([0]), length, window))[0]
+        return model.user_vectors(atoms, batch)[0]
+
+
+def next_time(rng: np.random.Generator, time_us: int) -> int:
+    """Some seconds up to years later."""
+    return time_us + int(10**6 * 4.0 ** rng.uniform(0, 14))
 
 
 class Counted:
@@ -63,56 +90,71 @@ class Counted:
         self.positions.append(kwargs["inputs_embeds"].shape[1])
 
 
-@pytest.mark.parametrize("family", SETTINGS)
-def test_every_append_equals_a_full_pass_and_costs_one_position(family: str) -> None:
-    model = build(family)
+@pytest.mark.parametrize(
+    ("family", "channels", "time_gaps"),
+    [(family, "parallel", False) for family in SETTINGS]
+    + [(family, *mode) for family in ("gpt2", "llama", "qwen3-sliding") for mode in MODES[1:]],
+)
+def test_every_append_equals_a_full_pass_and_costs_one_position(
+    family: str, channels: Literal["parallel", "merged"], time_gaps: bool
+) -> None:
+    model = build(family, channels, time_gaps)
     window = WindowConfig(size=9, overlap=4)
     state = UserState.empty(model, window)
-    timelines: list[list[int]] = [[], []]
-    torch.testing.assert_close(state.vector(), full_pass(model, window, timelines), atol=1e-4, rtol=0)
+    behaviors: list[Behavior] = []
+    torch.testing.assert_close(state.vector(), full_pass(model, window, behaviors), atol=1e-4, rtol=0)
     counted = Counted(model)
     rng = np.random.default_rng(2)
-    moves = 0
+    moves = time_us = 0
     for _ in range(40):
         channel, row = int(rng.integers(2)), int(rng.integers(40))
+        time_us = next_time(rng, time_us)
         counted.positions.clear()
-        state.append(channel, ATOMS[row])
-        timelines[channel].append(row)
-        length = len(timelines[channel])
+        state.append(channel, ATOMS[row], time_us)
+        behaviors.append((channel, row, time_us))
+        length = len(behaviors) if model.config.merged else state.lengths[channel]
         start, before = window_start(np.array([length, length - 1]), window)
         if start == before:
             assert counted.positions == [1]
         else:
             moves += 1
             assert counted.positions == [1 + length - start]
-        expected = full_pass(model, window, timelines)
+        expected = full_pass(model, window, behaviors)
         torch.testing.assert_close(state.vector(), expected, atol=1e-4, rtol=0)
-        assert state.lengths == tuple(map(len, timelines))
+        assert state.lengths == tuple(map(len, of_channels(behaviors)[0]))
     assert moves >= 4
 
 
-MODEL = build("llama")
+MODELS = {mode: build("llama", *mode) for mode in MODES}
 
 
 @settings(max_examples=40, deadline=None)
-@given(data=st.data(), size=st.integers(1, 8))
-def test_where_a_state_begins_changes_nothing(data: st.DataObject, size: int) -> None:
+@given(data=st.data(), size=st.integers(1, 8), mode=st.sampled_from(MODES))
+def test_where_a_state_begins_changes_nothing(
+    data: st.DataObject, size: int, mode: tuple[Literal["parallel", "merged"], bool]
+) -> None:
     """Read at once, appended from nothing, or half and half: the same user."""
+    model = MODELS[mode]
     window = WindowConfig(size=size, overlap=data.draw(st.integers(0, size - 1)))
-    behaviors = data.draw(st.lists(st.tuples(st.integers(0, 1), st.integers(0, 39)), max_size=25))
+    drawn = data.draw(
+        st.lists(st.tuples(st.integers(0, 9), st.integers(0, 1), st.integers(0, 39)), max_size=25)
+    )
+    # Ten moments for up to 25 behaviors: many share one.
+    behaviors = [(channel, row, 10**6 * 4**moment) for moment, channel, row in sorted(drawn)]
     first = data.draw(st.integers(0, len(behaviors)))
-    early: list[list[int]] = [[row for c, row in behaviors[:first] if c == channel] for channel in (0, 1)]
-    late = [[row for c, row in behaviors if c == channel] for channel in (0, 1)]
-    state = UserState(MODEL, window, [ATOMS[rows] for rows in early])
-    for channel, row in behaviors[first:]:
+    state = read_at_once(model, window, behaviors[:first])
+    for channel, row, time_us in behaviors[first:]:
         reused = ATOMS[row].clone()
-        state.append(channel, reused)
+        state.append(channel, reused, time_us)
         reused.zero_()  # the caller's memory is the caller's
-    torch.testing.assert_close(state.vector(), full_pass(MODEL, window, late), atol=1e-4, rtol=0)
+    torch.testing.assert_close(state.vector(), full_pass(model, window, behaviors), atol=1e-4, rtol=0)
 
 
 @pytest.mark.slow
-def test_an_append_equals_a_full_pass_on_the_real_model() -> None:
+@pytest.mark.parametrize(("channels", "time_gaps"), [MODES[0], MODES[3]])
+def test_an_append_equals_a_full_pass_on_the_real_model(
+    channels: Literal["parallel", "merged"], time_gaps: bool
+) -> None:
     """With real atoms, whose few huge coordinates are the hard case for rounding."""
     from materialize.fetch import DOWNLOADS, fetch
 
@@ -124,31 +166,73 @@ def test_an_append_equals_a_full_pass_on_the_real_model() -> None:
     )
     torch.manual_seed(1)
     model = BaheModel(
-        halves.deep, width=halves.width, channels=2, items=5, dense_features=3, config=ModelConfig()
+        halves.deep,
+        width=halves.width,
+        channels=2,
+        items=5,
+        dense_features=3,
+        config=ModelConfig(channels=channels, time_gaps=time_gaps),
     )
+    for embedding in model.behaviors.parameters():
+        torch.nn.init.normal_(embedding)
     model.profile.fit(atoms, atoms, torch.tensor([1.0, -1.0]))
     window = WindowConfig(size=24, overlap=12)
     state = UserState.empty(model, window)
-    timelines: list[list[int]] = [[], []]
+    behaviors: list[Behavior] = []
     rng = np.random.default_rng(4)
+    time_us = 0
     for _ in range(60):
         channel, row = int(rng.integers(2)), int(rng.integers(40))
-        state.append(channel, atoms[row])
-        timelines[channel].append(row)
-        expected = full_pass(model, window, timelines, atoms)
+        time_us = next_time(rng, time_us)
+        state.append(channel, atoms[row], time_us)
+        behaviors.append((channel, row, time_us))
+        expected = full_pass(model, window, behaviors, atoms)
         torch.testing.assert_close(state.vector(), expected, atol=1e-4, rtol=0)
 
 
 def test_what_does_not_fit_the_model_is_refused() -> None:
     window = WindowConfig()
-    state = UserState.empty(MODEL, window)
+    model = MODELS["parallel", False]
+    state = UserState.empty(model, window)
     before = state.vector()
     for channel in (-1, 2):
         with pytest.raises(ValueError, match=f"channel {channel} is not one of the model's 2"):
-            state.append(channel, ATOMS[0])
+            state.append(channel, ATOMS[0], 0)
     with pytest.raises(ValueError, match=r"shape \(31,\)"):
-        state.append(0, ATOMS[0, :31])
+        state.append(0, ATOMS[0, :31], 0)
+    times = np.arange(40)
     with pytest.raises(ValueError, match="1 timelines were given"):
-        UserState(MODEL, window, [ATOMS])
+        UserState(model, window, [ATOMS], [times])
+    with pytest.raises(ValueError, match="1 timelines' times were given"):
+        UserState(model, window, [ATOMS, ATOMS], [times])
+    with pytest.raises(ValueError, match="as many times"):
+        UserState(model, window, [ATOMS, ATOMS], [times, times[1:]])
+    with pytest.raises(ValueError, match=r"shape \(31,\)"):
+        UserState(model, window, [ATOMS, ATOMS[:, :31]], [times, times])
+    with pytest.raises(ValueError, match="time goes back"):
+        UserState(model, window, [ATOMS, ATOMS], [times, times[::-1]])
     assert torch.equal(state.vector(), before)
     assert state.lengths == (0, 0)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("read", [False, True])
+def test_a_behavior_that_does_not_come_last_is_refused(
+    mode: tuple[Literal["parallel", "merged"], bool], read: bool
+) -> None:
+    model, window = MODELS[mode], WindowConfig()
+    seen: list[Behavior] = [(0, 1, 3), (1, 2, 5)]
+    state = read_at_once(model, window, seen if read else [])
+    for channel, row, time_us in [] if read else seen:
+        state.append(channel, ATOMS[row], time_us)
+    before = state.vector()
+    late = [(1, 4)] if mode[0] == "parallel" else [(1, 4), (0, 4), (0, 5)]
+    for channel, time_us in late:
+        with pytest.raises(ValueError, match=f"channel {channel} at {time_us} comes after"):
+            state.append(channel, ATOMS[0], time_us)
+    assert torch.equal(state.vector(), before)
+    assert state.lengths == (1, 1)
+    for channel, time_us in [(0, 4), (1, 5)] if mode[0] == "parallel" else [(1, 5), (0, 6)]:
+        state.append(channel, ATOMS[0], time_us)
+        seen.append((channel, 0, time_us))
+    torch.testing.assert_close(state.vector(), full_pass(model, window, seen), atol=1e-4, rtol=0)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from bahe_models import (
 )
 from bahe_models.baselines import train_id_only
 from bahe_models.loop import seeded
-from tests.models.toy import toy_artifact, toy_batches, toy_config, toy_data
+from tests.models.toy import at_moments, toy_artifact, toy_batches, toy_config, toy_data
 
 
 def fit_toy(
@@ -77,6 +78,39 @@ def test_a_saved_artifact_scores_as_the_model_did(tiny_backbone: Path, tmp_path:
     # The user vector knows nothing of the candidate item (invariant 7), and an unseen item has text only.
     unseen = loaded.item_vectors(torch.from_numpy(data.atoms_AD[:1]), ["never seen"])
     assert np.isfinite(unseen).all()
+
+
+@pytest.mark.parametrize("shape", [{"channels": "merged", "time_gaps": True}, {"time_gaps": True}])
+def test_other_ways_to_read_timelines_train_and_are_saved(
+    shape: dict[str, Any], tiny_backbone: Path, tmp_path: Path
+) -> None:
+    data = at_moments(toy_data())
+    batches, _, artifact = fit_toy(data, tiny_backbone, shape)
+    test = data.splits["test"]
+    assert auc(test.clicked_N, batches.predict(test)) > 0.75
+    assert all(embedding.any() for embedding in batches.model.behaviors.parameters())  # they have learned
+    artifact.save(tmp_path / "bahe-toy")
+    loaded = load(tmp_path / "bahe-toy")
+    assert loaded.model.config == batches.model.config
+    request = torch.from_numpy(data.atoms_AD), data.timelines, test.user_N, test.length_NC
+    np.testing.assert_allclose(loaded.user_vectors(*request), artifact.user_vectors(*request), atol=1e-5)
+
+
+def test_merged_channels_need_lengths_of_one_moment(tiny_backbone: Path) -> None:
+    with pytest.raises(BadInput, match="pull the frame again"):
+        fit_toy(toy_data(), tiny_backbone, {"channels": "merged"}, epochs=1)
+
+
+def test_an_artifact_of_before_these_options_is_read_as_it_was_meant(
+    tiny_backbone: Path, tmp_path: Path
+) -> None:
+    artifact = toy_artifact(toy_batches(toy_data(), tiny_backbone))
+    artifact.save(tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    for name in ("channels", "time_gaps"):
+        del config["model"][name]
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+    assert load(tmp_path / "m").model.config == artifact.model.config
 
 
 @pytest.mark.parametrize(

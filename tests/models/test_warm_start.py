@@ -12,7 +12,6 @@ import torch
 from bahe_core.errors import BadInput
 from bahe_models import Artifact, Batches, TrainingData, auc, train
 from bahe_models.loop import seeded
-from bahe_models.timelines import Timelines
 from bahe_models.warm_start import known_items, start_from
 from tests.models.toy import toy_artifact, toy_batches, toy_config, toy_data
 
@@ -82,8 +81,25 @@ def test_what_does_not_fit_is_refused(yesterday: tuple[Artifact, Batches], tiny_
     with pytest.raises(BadInput, match=r"enc-toy.*enc-other"):
         start_from(artifact, toy_batches(data, tiny_backbone), encoder_version="enc-other")
     lines = data.timelines
-    renamed = replace(data, timelines=Timelines(("bought", "searched"), lines.offsets, lines.atoms))
+    renamed = replace(data, timelines=replace(lines, channels=("bought", "searched")))
     with pytest.raises(BadInput, match="liked, disliked, not bought, searched"):
         start_from(artifact, toy_batches(renamed, tiny_backbone), encoder_version="enc-toy")
     with pytest.raises(BadInput, match=r"model\.head_width 16, not 32"):
         start_from(artifact, toy_batches(data, tiny_backbone, head_width=32), encoder_version="enc-toy")
+    with pytest.raises(BadInput, match=r"model\.channels parallel, not merged"):
+        start_from(artifact, toy_batches(data, tiny_backbone, channels="merged"), encoder_version="enc-toy")
+    timed = toy_artifact(toy_batches(data, tiny_backbone, time_gaps=True))
+    with pytest.raises(BadInput, match=r"set model\.time_gaps to true"):
+        start_from(timed, toy_batches(data, tiny_backbone), encoder_version="enc-toy")
+
+
+@pytest.mark.parametrize("theirs", [{}, {"time_gaps": True}])
+def test_time_gaps_may_join_and_are_kept(theirs: dict[str, bool], tiny_backbone: Path) -> None:
+    data = toy_data()
+    before = toy_batches(data, tiny_backbone, **theirs)
+    if before.model.behaviors.gap_GD is not None:
+        torch.nn.init.normal_(before.model.behaviors.gap_GD)
+    batches = toy_batches(data, tiny_backbone, time_gaps=True)
+    start_from(toy_artifact(before), batches, encoder_version="enc-toy")
+    test = data.splits["test"]
+    np.testing.assert_allclose(batches.predict(test), before.predict(test), atol=1e-5)

@@ -43,6 +43,8 @@ def toy_data(
         pool = [np.flatnonzero(kind == (taste[u] ^ channel)) for u in range(users)]
         timelines.append([rng.choice(pool[u], 12) for u in range(users)])
     offsets = tuple(np.arange(0, 12 * users + 1, 12, dtype=np.int64) for _ in range(2))
+    clock = np.random.default_rng([seed, 1])  # of its own, so that times move no other draw
+    hours = [np.sort(clock.integers(0, 30, (users, 12)), axis=1) for _ in range(2)]
     user, item = rng.integers(users, size=rows), rng.integers(items, size=rows)
     clicked = (rng.random(rows) < np.where(taste[user] == kind[item], 0.8, 0.2)).astype(np.float32)
     length = rng.integers(2, 13, (rows, 2))
@@ -64,7 +66,12 @@ def toy_data(
 
     return TrainingData(
         atoms_AD=atoms,
-        timelines=Timelines(("liked", "disliked"), offsets, tuple(np.concatenate(t) for t in timelines)),
+        timelines=Timelines(
+            ("liked", "disliked"),
+            offsets,
+            tuple(np.concatenate(t) for t in timelines),
+            tuple(h.ravel() * 3600 * 10**6 for h in hours),
+        ),
         item_atom_I=np.arange(items),
         item_ids=tuple(range(items)),
         splits={
@@ -73,6 +80,24 @@ def toy_data(
             "test": part((train + rows) // 2, rows),
         },
     )
+
+
+def at_moments(data: TrainingData) -> TrainingData:
+    """The same impressions, each with the behaviors before some moment, as a frame has them."""
+    lines, clock = data.timelines, np.random.default_rng(5)
+
+    def part(split: Impressions) -> Impressions:
+        moments = clock.integers(10, 31, len(split)) * 3600 * 10**6
+        length = [
+            [
+                np.searchsorted(times[offset[user] : offset[user + 1]], moment)
+                for times, offset in zip(lines.time_us, lines.offsets, strict=True)
+            ]
+            for user, moment in zip(split.user_N, moments, strict=True)
+        ]
+        return replace(split, length_NC=np.array(length))
+
+    return replace(data, splits={name: part(split) for name, split in data.splits.items()})
 
 
 def toy_config(**settings: Any) -> TrainingConfig:

@@ -1,0 +1,35 @@
+"""What the deep layers read of one behavior: its atom's vector, marked with its channel and its time.
+
+Both marks are learned, optional and start at nought, so that training begins with the atoms alone. The
+time is that since the behavior before it, never that of an impression: a mark is settled when its
+behavior happens, and states stored of a timeline stay right whenever they are read.
+
+Shape letters: W windows, L positions, D backbone width, C channels, G gap buckets.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from bahe_models.timelines import GAP_BUCKETS
+
+
+class BehaviorInput(nn.Module):
+    """Adds to atom vectors an embedding of the channel, one of the time gap, both, or none."""
+
+    def __init__(self, width: int, *, channels: int | None, gaps: bool) -> None:
+        """`channels` is how many there are to tell apart; None where a sequence holds one alone."""
+        super().__init__()
+        self.channel_CD = nn.Parameter(torch.zeros(channels, width)) if channels else None
+        self.gap_GD = nn.Parameter(torch.zeros(GAP_BUCKETS, width)) if gaps else None
+
+    def forward(
+        self, atoms_WLD: torch.Tensor, channel_WL: torch.Tensor, gap_WL: torch.Tensor
+    ) -> torch.Tensor:
+        """Inputs [W, L, D] from atom vectors, channels and `timelines.gap_buckets`."""
+        if self.channel_CD is not None:
+            atoms_WLD = atoms_WLD + nn.functional.embedding(channel_WL, self.channel_CD)
+        if self.gap_GD is not None:
+            atoms_WLD = atoms_WLD + nn.functional.embedding(gap_WL, self.gap_GD)
+        return atoms_WLD
