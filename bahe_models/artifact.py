@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from bahe_core.errors import BadInput
+from bahe_core.errors import BadInput, NotServable
 from bahe_models.backbone import deep_from_config
 from bahe_models.features import Columns, DenseFeatures
 from bahe_models.model import BaheModel, ModelConfig
@@ -46,6 +46,11 @@ class Artifact:
     def vector_width(self) -> int:
         """Width of user and item vectors."""
         return self.model.config.vector_width
+
+    @property
+    def vectors_suffice(self) -> bool:
+        """Whether `score` works from stored vectors; otherwise `score_timelines` alone does."""
+        return self.model.config.vectors_suffice
 
     def save(self, folder: Path) -> None:
         """Write the folder, beside and then renamed: it is whole or not there."""
@@ -110,13 +115,86 @@ class Artifact:
         length_NC: Int64,
         now_us_N: Int64,
     ) -> npt.NDArray[np.float64]:
-        """Click probabilities [N] of pairs of stored vectors, with their statistics."""
+        """Click probabilities [N] of pairs of stored vectors, with their statistics.
+
+        Raises NotServable when stored vectors do not suffice; see `score_timelines`.
+        """
+        _require_servable(self.model_version, self.model.config)
         self.model.eval()
         dense_NF = torch.from_numpy(self.dense.transform(columns, length_NC, now_us_N))
         logits_N = self.model.score(torch.from_numpy(user_NV), torch.from_numpy(item_NV), dense_NF)
+        return self._probabilities(logits_N)
+
+    @torch.inference_mode()
+    def score_timelines(
+        self,
+        atoms_AD: torch.Tensor,
+        timelines: Timelines,
+        user_N: Int64,
+        length_NC: Int64,
+        item_atom_N: Int64,
+        item_ids: Sequence[str | int],
+        columns: Columns,
+        now_us_N: Int64,
+    ) -> npt.NDArray[np.float64]:
+        """Click probabilities [N] of impressions, from timelines instead of stored vectors.
+
+        Works with every head. `atoms_AD` must be of this artifact's encoder_version, and on the model's
+        device; `item_atom_N` are the rows of the items' texts in it, and `length_NC` how many behaviors
+        of each timeline came strictly before the impression.
+        """
+        self.model.eval()
+        device = atoms_AD.device
+        dense_NF = torch.from_numpy(self.dense.transform(columns, length_NC, now_us_N)).to(device)
+        item_row_N = self.id_table_rows(item_ids).to(device)
+        logits_N = torch.empty(len(user_N), device=device)
+        for rows in plan_steps(user_N, length_NC, impressions_per_step=256, rng=None):
+            part = torch.from_numpy(rows).to(device)
+            batch = window_batch(timelines, user_N[rows], length_NC[rows], self.window)
+            user_NV = self.model.user_vectors(atoms_AD, batch)
+            item_NV = self.model.item_vectors(atoms_AD[item_atom_N[rows]], item_row_N[part])
+            interest_NT = self.model.interests(atoms_AD, timelines, user_N[rows], length_NC[rows], item_NV)
+            logits_N[part] = self.model.score(user_NV, item_NV, dense_NF[part], interest_NT)
+        return self._probabilities(logits_N)
+
+    def _probabilities(self, logits_N: torch.Tensor) -> npt.NDArray[np.float64]:
         corrected_N = logits_N.double() + self.logit_shift
-        probabilities: npt.NDArray[np.float64] = torch.sigmoid(corrected_N).numpy()
+        probabilities: npt.NDArray[np.float64] = torch.sigmoid(corrected_N).cpu().numpy()
         return probabilities
+
+
+def require_servable(folder: Path) -> None:
+    """Raises NotServable when scores of the folder's artifact need more than stored vectors.
+
+    Raises BadInput when the folder is no artifact. Weights are not read.
+    """
+    config = _read_config(folder)
+    _require_servable(config["model_version"], ModelConfig(**config["model"]))
+
+
+def _require_servable(model_version: str, config: ModelConfig) -> None:
+    if not config.vectors_suffice:
+        raise NotServable(
+            f"{model_version} has the {config.head} head, which reads the user's history anew for each"
+            " item, so that stored vectors do not suffice to score; to serve, set model.head to dnn or"
+            " dcn and train again."
+        )
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    try:
+        config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise _no_artifact(folder, error) from None
+    if config.get("format") != FORMAT:
+        raise BadInput(
+            f"{folder} has artifact format {config.get('format')}, this bahe reads {FORMAT}; train again."
+        )
+    return config
+
+
+def _no_artifact(folder: Path, error: Exception) -> BadInput:
+    return BadInput(f"{folder} is not a model artifact ({error}); train again.")
 
 
 def load(folder: Path | str) -> Artifact:
@@ -125,16 +203,12 @@ def load(folder: Path | str) -> Artifact:
     from safetensors.torch import load_file
 
     folder = Path(folder)
+    config = _read_config(folder)
     try:
-        config = json.loads((folder / "config.json").read_text())
         item_ids = tuple(json.loads((folder / "item_ids.json").read_text()))
         state = load_file(folder / "model.safetensors")
     except (OSError, ValueError, SafetensorError) as error:
-        raise BadInput(f"{folder} is not a model artifact ({error}); train again.") from None
-    if config.get("format") != FORMAT:
-        raise BadInput(
-            f"{folder} has artifact format {config.get('format')}, this bahe reads {FORMAT}; train again."
-        )
+        raise _no_artifact(folder, error) from None
     dense: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config["dense"].items()}
     features = DenseFeatures(**dense)
     model = BaheModel(

@@ -1,7 +1,8 @@
 """CTR heads: click logits from a user vector, an item vector and dense facts.
 
 Every head adds a linear part on the facts, which starts as the floor: the network learns what the
-statistics do not say. Shape letters: N impressions, V vector width, F facts, X input width.
+statistics do not say. Shape letters: N impressions, V vector width, F facts, T width of what target
+attention adds, X input width.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-HeadName = Literal["dnn", "dcn"]
+HeadName = Literal["dnn", "dcn", "target"]
 
 
 class Cross(nn.Module):
@@ -28,13 +29,24 @@ class Cross(nn.Module):
 
 
 class Head(nn.Module):
-    """A DNN on user, item, their product and the facts (`dnn`), or on their crosses (`dcn`)."""
+    """A DNN on user, item, their product and the facts (`dnn`), or on their crosses (`dcn`).
+
+    `target` is the DNN with `interest` more inputs, from target attention.
+    """
 
     def __init__(
-        self, name: HeadName, *, vector: int, facts: int, hidden: int, dropout: float, crosses: int
+        self,
+        name: HeadName,
+        *,
+        vector: int,
+        facts: int,
+        hidden: int,
+        dropout: float,
+        crosses: int,
+        interest: int = 0,
     ) -> None:
         super().__init__()
-        width = 3 * vector + facts
+        width = 3 * vector + facts + interest
         self.crosses = nn.ModuleList(Cross(width) for _ in range(crosses if name == "dcn" else 0))
         self.hidden = nn.Sequential(
             nn.Linear(width, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, 1)
@@ -48,9 +60,18 @@ class Head(nn.Module):
         self.wide.weight[0] = weights_F
         self.wide.bias.fill_(bias)
 
-    def forward(self, user_NV: torch.Tensor, item_NV: torch.Tensor, facts_NF: torch.Tensor) -> torch.Tensor:
-        """Click logits [N]."""
-        first_NX = torch.cat([user_NV, item_NV, user_NV * item_NV, facts_NF], dim=1)
+    def forward(
+        self,
+        user_NV: torch.Tensor,
+        item_NV: torch.Tensor,
+        facts_NF: torch.Tensor,
+        interest_NT: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Click logits [N]; `interest_NT` is for the `target` head alone."""
+        inputs = [user_NV, item_NV, user_NV * item_NV, facts_NF]
+        if interest_NT is not None:
+            inputs.append(interest_NT)
+        first_NX = torch.cat(inputs, dim=1)
         x_NX = first_NX
         for cross in self.crosses:
             x_NX = cross(first_NX, x_NX)

@@ -6,6 +6,9 @@ item's projected text says how alike the item is to what the user liked. The sum
 parts come from one pass, and neither sees the candidate item, so both can be stored (invariant 7).
 The profile is our own addition: on small logs the deep layers alone learn it poorly.
 
+With the `target` head the candidate also looks at the raw history; the vectors stay what they are, but
+no longer suffice for a score.
+
 Shape letters: N impressions, C channels, W windows, L positions, D backbone width, V deep part of a
 vector, K profile part, F dense features.
 """
@@ -18,7 +21,8 @@ import torch
 from torch import nn
 
 from bahe_models.heads import Head, HeadName
-from bahe_models.timelines import WindowBatch
+from bahe_models.target import TargetAttention, recent_behaviors
+from bahe_models.timelines import Int64, Timelines, WindowBatch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,11 +34,16 @@ class ModelConfig:
     profile_width: int = 48
     """Width of the profile part."""
     head: HeadName = "dnn"
-    """`dnn`, or `dcn`: cross layers (DCN-V2) before the DNN."""
+    """`dnn`, `dcn`: cross layers (DCN-V2) before the DNN, or `target`: the candidate item's attention
+    over the user's latest behaviors (DIN) beside the user vector, then the DNN. A `target` model reads
+    the raw history for every pair, so that stored vectors no longer suffice to score: it is for use
+    offline, and cannot be embedded, published or served."""
     head_width: int = 128
     """Width of the head's hidden layer."""
     cross_layers: int = 2
     """Cross layers of the `dcn` head."""
+    target_history: int = 50
+    """Latest behaviors of each channel that the `target` head attends to."""
     dropout: float = 0.2
     """Dropout on the user state and in the head."""
     item_ids: bool = True
@@ -42,10 +51,19 @@ class ModelConfig:
     item_id_dropout: float = 0.3
     """Share of items whose ID embedding is hidden in a training step, so that text is learned too."""
 
+    def __post_init__(self) -> None:
+        if self.target_history < 1:
+            raise ValueError("`target_history` must be at least 1")
+
     @property
     def vector_width(self) -> int:
         """Width of the stored vectors."""
         return self.deep_width + self.profile_width
+
+    @property
+    def vectors_suffice(self) -> bool:
+        """Whether a score needs nothing of user and item but their vectors, so that it can be served."""
+        return self.head != "target"
 
 
 class UserAggregator(nn.Module):
@@ -108,6 +126,10 @@ class Profile(nn.Module):
         """Item atoms [N, D], standardised."""
         return (item_ND - self.item_mean_D) / self.item_deviation_D
 
+    def standard_behaviors(self, atoms: torch.Tensor) -> torch.Tensor:
+        """Behaviors' atoms [..., D], standardised."""
+        return (atoms - self.behavior_mean_D) / self.behavior_deviation_D
+
     def items(self, standard_ND: torch.Tensor) -> torch.Tensor:
         """Profile part of item vectors [N, K]."""
         projected: torch.Tensor = self.projection(standard_ND)
@@ -117,7 +139,7 @@ class Profile(nn.Module):
         self, atoms_WLD: torch.Tensor, present_WL: torch.Tensor, channel_W: torch.Tensor
     ) -> torch.Tensor:
         """Running sums [W, L, K]; at position k, over the first k behaviors of the window."""
-        standard_WLD = (atoms_WLD - self.behavior_mean_D) / self.behavior_deviation_D
+        standard_WLD = self.standard_behaviors(atoms_WLD)
         gates_WLC = self.gate(standard_WLD)
         index_WL1 = channel_W[:, None, None].expand(-1, atoms_WLD.shape[1], 1)
         gate_WL1 = gates_WLC.gather(2, index_WL1) * present_WL[..., None]
@@ -158,7 +180,13 @@ class BaheModel(nn.Module):
             hidden=config.head_width,
             dropout=config.dropout,
             crosses=config.cross_layers,
+            interest=0 if config.vectors_suffice else 2 * profile,
         )
+        self.target: TargetAttention | None = None
+        if not config.vectors_suffice:
+            self.target = TargetAttention(
+                channels=channels, profile_width=profile, item_width=vector + profile
+            )
 
     def user_vectors(self, atoms_AD: torch.Tensor, batch: WindowBatch) -> torch.Tensor:
         """User vectors [N, V + K] of the impressions of a planned batch."""
@@ -196,10 +224,39 @@ class BaheModel(nn.Module):
         deep_NV = text_NV + self.item_id(item_N)
         return torch.cat([deep_NV, self.profile.items(standard_ND)], dim=1)
 
-    def score(self, user_NV: torch.Tensor, item_NV: torch.Tensor, dense_NF: torch.Tensor) -> torch.Tensor:
-        """Click logits [N] of pairs of stored vectors and dense features."""
+    def interests(
+        self,
+        atoms_AD: torch.Tensor,
+        timelines: Timelines,
+        user_N: Int64,
+        length_NC: Int64,
+        item_NV: torch.Tensor,
+    ) -> torch.Tensor | None:
+        """What the items find in the first `length_NC` behaviors of the users' timelines [N, 2 K].
+
+        For `score`; None unless the head is `target`.
+        """
+        if self.target is None:
+            return None
+        recent_NB = recent_behaviors(timelines, user_N, length_NC, self.config.target_history)
+        interest_NT: torch.Tensor = self.target(
+            atoms_AD,
+            torch.from_numpy(recent_NB).to(item_NV.device),
+            item_NV,
+            project=lambda atoms_MD: self.profile.projection(self.profile.standard_behaviors(atoms_MD)),
+        )
+        return interest_NT
+
+    def score(
+        self,
+        user_NV: torch.Tensor,
+        item_NV: torch.Tensor,
+        dense_NF: torch.Tensor,
+        interest_NT: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Click logits [N] of pairs of vectors and dense features, with their `interests`."""
         width = self.config.deep_width
         likeness_N1 = (user_NV[:, width:] * item_NV[:, width:]).sum(dim=1, keepdim=True)
         facts = torch.cat([dense_NF, likeness_N1], dim=1)
-        logits: torch.Tensor = self.head(user_NV[:, :width], item_NV[:, :width], facts)
+        logits: torch.Tensor = self.head(user_NV[:, :width], item_NV[:, :width], facts, interest_NT)
         return logits
