@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from bahe_core.errors import BaheError
+from bahe_core.errors import BaheError, NotServable
 from bahe_core.home import Home
 from bahe_core.machine import configure_threads
 from bahe_core.progress import say
@@ -184,7 +184,10 @@ def run(
     device: DeviceOption = None,
     tracker: TrackerOption = "mlflow",
 ) -> None:
-    """Everything from the log to online scores: ingest, encode, apply, frame, train, embed, publish."""
+    """Everything from the log to online scores: ingest, encode, apply, frame, train, embed, publish.
+
+    Ends after training when the model can only be used offline (model.head: target).
+    """
     steps: list[tuple[str, Any]] = [
         (f"ingest {dataset}", lambda: ingest(dataset, home)),
         ("encode", lambda: encode(home, device)),
@@ -197,7 +200,11 @@ def run(
     for name, step in steps:
         start = time.perf_counter()
         say(f"[bold]bahe {name}[/bold]")
-        step()
+        try:
+            step()
+        except NotServable as error:
+            say(f"  {error}")
+            return
         say(f"  [dim]{time.perf_counter() - start:.1f} s[/dim]")
 
 

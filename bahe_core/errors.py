@@ -13,6 +13,10 @@ class BadInput(BaheError):
     """The user's data, file or option is wrong; nothing was written."""
 
 
+class NotServable(BadInput):
+    """A model whose scores need more than stored vectors was asked to be stored or served."""
+
+
 class NotReady(BaheError):
     """A job was asked for before the job whose output it needs."""
 

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from bahe_core.errors import BadInput
+from bahe_core.errors import BadInput, NotServable
 from bahe_models.backbone import deep_from_config
 from bahe_models.context import hash_context
 from bahe_models.features import Columns, DenseFeatures
@@ -52,6 +52,11 @@ class Artifact:
     def context_columns(self) -> tuple[str, ...]:
         """Names of the context columns that `score` wants."""
         return () if self.model.context is None else self.model.context.columns
+
+    @property
+    def vectors_suffice(self) -> bool:
+        """Whether `score` works from stored vectors; otherwise `score_timelines` alone does."""
+        return self.model.config.vectors_suffice
 
     def save(self, folder: Path) -> None:
         """Write the folder, beside and then renamed: it is whole or not there."""
@@ -122,16 +127,58 @@ class Artifact:
         """Click probabilities [N] of pairs of stored vectors, with their statistics.
 
         `context` has the values of each of `context_columns`, None where unknown, or already their
-        hashes [N, X]. Raises BadInput when a column is missing or not one of them.
+        hashes [N, X]. Raises BadInput when a column is missing or not one of them, and NotServable when
+        stored vectors do not suffice (see `score_timelines`).
         """
+        _require_servable(self.model_version, self.model.config)
         self.model.eval()
         hashed_NX = self._hashed(context, len(user_NV))
         dense_NF = torch.from_numpy(self.dense.transform(columns, length_NC, now_us_N))
         logits_N = self.model.score(
             torch.from_numpy(user_NV), torch.from_numpy(item_NV), dense_NF, torch.from_numpy(hashed_NX)
         )
+        return self._probabilities(logits_N)
+
+    @torch.inference_mode()
+    def score_timelines(
+        self,
+        atoms_AD: torch.Tensor,
+        timelines: Timelines,
+        user_N: Int64,
+        length_NC: Int64,
+        item_atom_N: Int64,
+        item_ids: Sequence[str | int],
+        columns: Columns,
+        now_us_N: Int64,
+        context: Mapping[str, Sequence[object]] | Int64 | None = None,
+    ) -> npt.NDArray[np.float64]:
+        """Click probabilities [N] of impressions, from timelines instead of stored vectors.
+
+        Works with every head. `atoms_AD` must be of this artifact's encoder_version, and on the model's
+        device; `item_atom_N` are the rows of the items' texts in it, and `length_NC` how many behaviors
+        of each timeline came strictly before the impression. `context` is that of `score`.
+        """
+        self.model.eval()
+        hashed_NX = torch.from_numpy(self._hashed(context, len(user_N))).to(atoms_AD.device)
+        device = atoms_AD.device
+        dense_NF = torch.from_numpy(self.dense.transform(columns, length_NC, now_us_N)).to(device)
+        item_row_N = self.id_table_rows(item_ids).to(device)
+        logits_N = torch.empty(len(user_N), device=device)
+        merged = self.model.config.merged
+        for rows in plan_steps(user_N, length_NC, impressions_per_step=256, rng=None, merged=merged):
+            part = torch.from_numpy(rows).to(device)
+            batch = window_batch(timelines, user_N[rows], length_NC[rows], self.window, merged=merged)
+            user_NV = self.model.user_vectors(atoms_AD, batch)
+            item_NV = self.model.item_vectors(atoms_AD[item_atom_N[rows]], item_row_N[part])
+            interest_NT = self.model.interests(atoms_AD, timelines, user_N[rows], length_NC[rows], item_NV)
+            logits_N[part] = self.model.score(
+                user_NV, item_NV, dense_NF[part], hashed_NX[part], interest_NT
+            )
+        return self._probabilities(logits_N)
+
+    def _probabilities(self, logits_N: torch.Tensor) -> npt.NDArray[np.float64]:
         corrected_N = logits_N.double() + self.logit_shift
-        probabilities: npt.NDArray[np.float64] = torch.sigmoid(corrected_N).numpy()
+        probabilities: npt.NDArray[np.float64] = torch.sigmoid(corrected_N).cpu().numpy()
         return probabilities
 
     def _hashed(self, context: Mapping[str, Sequence[object]] | Int64 | None, count: int) -> Int64:
@@ -146,22 +193,52 @@ class Artifact:
         return context
 
 
+def require_servable(folder: Path) -> None:
+    """Raises NotServable when scores of the folder's artifact need more than stored vectors.
+
+    Raises BadInput when the folder is no artifact. Weights are not read.
+    """
+    config = _read_config(folder)
+    _require_servable(config["model_version"], ModelConfig(**config["model"]))
+
+
+def _require_servable(model_version: str, config: ModelConfig) -> None:
+    if not config.vectors_suffice:
+        raise NotServable(
+            f"{model_version} has the {config.head} head, which reads the user's history anew for each"
+            " item, so that stored vectors do not suffice to score; to serve, set model.head to dnn or"
+            " dcn and train again."
+        )
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    try:
+        config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise _no_artifact(folder, error) from None
+    if config.get("format") != FORMAT:
+        raise BadInput(
+            f"{folder} has artifact format {config.get('format')}, this bahe reads {FORMAT}; train again."
+        )
+    return config
+
+
+def _no_artifact(folder: Path, error: Exception) -> BadInput:
+    return BadInput(f"{folder} is not a model artifact ({error}); train again.")
+
+
 def load(folder: Path | str) -> Artifact:
     """Read an artifact. Raises BadInput when the folder is not one, or is damaged."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     folder = Path(folder)
+    config = _read_config(folder)
     try:
-        config = json.loads((folder / "config.json").read_text())
         item_ids = tuple(json.loads((folder / "item_ids.json").read_text()))
         state = load_file(folder / "model.safetensors")
     except (OSError, ValueError, SafetensorError) as error:
-        raise BadInput(f"{folder} is not a model artifact ({error}); train again.") from None
-    if config.get("format") != FORMAT:
-        raise BadInput(
-            f"{folder} has artifact format {config.get('format')}, this bahe reads {FORMAT}; train again."
-        )
+        raise _no_artifact(folder, error) from None
     dense: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config["dense"].items()}
     features = DenseFeatures(**dense)
     model = BaheModel(

@@ -1,18 +1,19 @@
 """CTR heads: click logits from a user vector, an item vector and dense facts.
 
 Every head adds a linear part on the facts, which starts as the floor: the network learns what the
-statistics do not say. Shape letters: N impressions, V vector width, F facts, Y context width, X input
-width.
+statistics do not say. Shape letters: N impressions, V vector width, F facts, E width of the extra
+inputs, X input width.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import nn
 
-HeadName = Literal["dnn", "dcn"]
+HeadName = Literal["dnn", "dcn", "target"]
 
 
 class Cross(nn.Module):
@@ -29,7 +30,11 @@ class Cross(nn.Module):
 
 
 class Head(nn.Module):
-    """A DNN on user, item, their product, facts and context (`dnn`), or on their crosses (`dcn`)."""
+    """A DNN on user, item, their product and the facts (`dnn`), or on their crosses (`dcn`).
+
+    `extra` is the width of what some models add to these inputs: embedded context and, with `target`,
+    which otherwise is the DNN, what target attention found.
+    """
 
     def __init__(
         self,
@@ -40,10 +45,10 @@ class Head(nn.Module):
         hidden: int,
         dropout: float,
         crosses: int,
-        context: int = 0,
+        extra: int = 0,
     ) -> None:
         super().__init__()
-        width = 3 * vector + facts + context
+        width = 3 * vector + facts + extra
         self.crosses = nn.ModuleList(Cross(width) for _ in range(crosses if name == "dcn" else 0))
         self.hidden = nn.Sequential(
             nn.Linear(width, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, 1)
@@ -62,13 +67,10 @@ class Head(nn.Module):
         user_NV: torch.Tensor,
         item_NV: torch.Tensor,
         facts_NF: torch.Tensor,
-        context_NY: torch.Tensor | None = None,
+        extra_NE: Sequence[torch.Tensor] = (),
     ) -> torch.Tensor:
-        """Click logits [N]; `context_NY` holds the embedded context of a model that has some."""
-        parts = [user_NV, item_NV, user_NV * item_NV, facts_NF]
-        if context_NY is not None:
-            parts.append(context_NY)
-        first_NX = torch.cat(parts, dim=1)
+        """Click logits [N]; the tensors of `extra_NE` together have the width of `extra`."""
+        first_NX = torch.cat([user_NV, item_NV, user_NV * item_NV, facts_NF, *extra_NE], dim=1)
         x_NX = first_NX
         for cross in self.crosses:
             x_NX = cross(first_NX, x_NX)

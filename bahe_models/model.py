@@ -6,6 +6,9 @@ item's projected text says how alike the item is to what the user liked. The sum
 parts come from one pass, and neither sees the candidate item, so both can be stored (invariant 7).
 The profile is our own addition: on small logs the deep layers alone learn it poorly.
 
+With the `target` head the candidate also looks at the raw history; the vectors stay what they are, but
+no longer suffice for a score.
+
 Shape letters: N impressions, C channels, S sequences (C, or 1 where the channels are merged), W
 windows, L positions, D backbone width, V deep part of a vector, K profile part, F dense features, X
 context columns.
@@ -23,7 +26,8 @@ from torch import nn
 from bahe_models.behaviors import BehaviorInput
 from bahe_models.context import ContextEmbedding
 from bahe_models.heads import Head, HeadName
-from bahe_models.timelines import WindowBatch
+from bahe_models.target import TargetAttention, recent_behaviors
+from bahe_models.timelines import Int64, Timelines, WindowBatch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,11 +48,16 @@ class ModelConfig:
     profile_width: int = 48
     """Width of the profile part."""
     head: HeadName = "dnn"
-    """`dnn`, or `dcn`: cross layers (DCN-V2) before the DNN."""
+    """`dnn`, `dcn`: cross layers (DCN-V2) before the DNN, or `target`: the candidate item's attention
+    over the user's latest behaviors (DIN) beside the user vector, then the DNN. A `target` model reads
+    the raw history for every pair, so that stored vectors no longer suffice to score: it is for use
+    offline, and cannot be embedded, published or served."""
     head_width: int = 128
     """Width of the head's hidden layer."""
     cross_layers: int = 2
     """Cross layers of the `dcn` head."""
+    target_history: int = 50
+    """Latest behaviors of each channel that the `target` head attends to."""
     dropout: float = 0.2
     """Dropout on the user state and in the head."""
     item_ids: bool = True
@@ -65,6 +74,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.context_buckets < 1 or self.context_width < 1:
             raise ValueError("`context_buckets` and `context_width` must be at least 1")
+        if self.target_history < 1:
+            raise ValueError("`target_history` must be at least 1")
         if not 0 <= self.context_dropout < 1:
             raise ValueError("`context_dropout` must be at least 0 and below 1")
 
@@ -77,6 +88,11 @@ class ModelConfig:
     def vector_width(self) -> int:
         """Width of the stored vectors."""
         return self.deep_width + self.profile_width
+
+    @property
+    def vectors_suffice(self) -> bool:
+        """Whether a score needs nothing of user and item but their vectors, so that it can be served."""
+        return self.head != "target"
 
 
 class UserAggregator(nn.Module):
@@ -139,6 +155,10 @@ class Profile(nn.Module):
         """Item atoms [N, D], standardised."""
         return (item_ND - self.item_mean_D) / self.item_deviation_D
 
+    def standard_behaviors(self, atoms: torch.Tensor) -> torch.Tensor:
+        """Behaviors' atoms [..., D], standardised."""
+        return (atoms - self.behavior_mean_D) / self.behavior_deviation_D
+
     def items(self, standard_ND: torch.Tensor) -> torch.Tensor:
         """Profile part of item vectors [N, K]."""
         projected: torch.Tensor = self.projection(standard_ND)
@@ -148,7 +168,7 @@ class Profile(nn.Module):
         self, atoms_WLD: torch.Tensor, present_WL: torch.Tensor, channel_WL: torch.Tensor
     ) -> torch.Tensor:
         """Running sums [W, L, K]; at position k, over the first k behaviors of the window."""
-        standard_WLD = (atoms_WLD - self.behavior_mean_D) / self.behavior_deviation_D
+        standard_WLD = self.standard_behaviors(atoms_WLD)
         gates_WLC = self.gate(standard_WLD)
         gate_WL1 = gates_WLC.gather(2, channel_WL[..., None]) * present_WL[..., None]
         return torch.cumsum(self.projection(standard_WLD) * gate_WL1, dim=1)
@@ -195,8 +215,14 @@ class BaheModel(nn.Module):
             hidden=config.head_width,
             dropout=config.dropout,
             crosses=config.cross_layers,
-            context=0 if self.context is None else self.context.width,
+            extra=(0 if self.context is None else self.context.width)
+            + (0 if config.vectors_suffice else 2 * profile),
         )
+        self.target: TargetAttention | None = None
+        if not config.vectors_suffice:
+            self.target = TargetAttention(
+                channels=channels, profile_width=profile, item_width=vector + profile
+            )
 
     def user_vectors(self, atoms_AD: torch.Tensor, batch: WindowBatch) -> torch.Tensor:
         """User vectors [N, V + K] of the impressions of a planned batch (`merged` as the model is)."""
@@ -236,19 +262,45 @@ class BaheModel(nn.Module):
         deep_NV = text_NV + self.item_id(item_N)
         return torch.cat([deep_NV, self.profile.items(standard_ND)], dim=1)
 
+    def interests(
+        self,
+        atoms_AD: torch.Tensor,
+        timelines: Timelines,
+        user_N: Int64,
+        length_NC: Int64,
+        item_NV: torch.Tensor,
+    ) -> torch.Tensor | None:
+        """What the items find in the first `length_NC` behaviors of the users' timelines [N, 2 K].
+
+        For `score`; None unless the head is `target`.
+        """
+        if self.target is None:
+            return None
+        recent_NB = recent_behaviors(timelines, user_N, length_NC, self.config.target_history)
+        interest_NT: torch.Tensor = self.target(
+            atoms_AD,
+            torch.from_numpy(recent_NB).to(item_NV.device),
+            item_NV,
+            project=lambda atoms_MD: self.profile.projection(self.profile.standard_behaviors(atoms_MD)),
+        )
+        return interest_NT
+
     def score(
         self,
         user_NV: torch.Tensor,
         item_NV: torch.Tensor,
         dense_NF: torch.Tensor,
         context_NX: torch.Tensor | None = None,
+        interest_NT: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Click logits [N] of pairs of stored vectors, dense features and hashed context, if any."""
+        """Click logits [N] of pairs of vectors, dense features, hashed context if any, and `interests`."""
         width = self.config.deep_width
         likeness_N1 = (user_NV[:, width:] * item_NV[:, width:]).sum(dim=1, keepdim=True)
         facts = torch.cat([dense_NF, likeness_N1], dim=1)
-        context_NY = None if self.context is None else self.context(context_NX)
-        logits: torch.Tensor = self.head(user_NV[:, :width], item_NV[:, :width], facts, context_NY)
+        extra = [] if interest_NT is None else [interest_NT]
+        if self.context is not None:
+            extra.append(self.context(context_NX))
+        logits: torch.Tensor = self.head(user_NV[:, :width], item_NV[:, :width], facts, extra)
         return logits
 
 

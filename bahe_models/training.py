@@ -114,12 +114,13 @@ class Batches:
         item_MV = self.model.item_vectors(
             self.atoms_AD[self.item_atom_I[distinct_M]], self.item_row_I[distinct_M]
         )
-        return self.model.score(
-            user_NV.float(),
-            item_MV[place_N],
-            dense_NF[torch.from_numpy(rows).to(self.device)],
-            context_rows(split, rows, self.device),
+        item_NV = item_MV[place_N]
+        interest_NT = self.model.interests(
+            self.atoms_AD, self.data.timelines, split.user_N[rows], split.length_NC[rows], item_NV
         )
+        dense_NF = dense_NF[torch.from_numpy(rows).to(self.device)]
+        context_NX = context_rows(split, rows, self.device)
+        return self.model.score(user_NV.float(), item_NV, dense_NF, context_NX, interest_NT)
 
     @torch.inference_mode()
     def predict(self, split: Impressions, impressions_per_step: int = 4000) -> Scores:

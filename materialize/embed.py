@@ -14,7 +14,7 @@ from bahe_core.errors import NotReady
 from bahe_core.home import Home
 from bahe_core.machine import device
 from bahe_core.progress import progress
-from bahe_models.artifact import Artifact, load
+from bahe_models.artifact import Artifact, load, require_servable
 from materialize import runs
 from materialize.encode import vector_column
 from materialize.gates import require_gates
@@ -59,7 +59,10 @@ class Embedded:
 
 
 def embed(home: Home, *, model_version: str | None = None, device_name: str | None = None) -> Embedded:
-    """Compute the vectors that the model_version (the last trained one) does not have yet."""
+    """Compute the vectors that the model_version (the last trained one) does not have yet.
+
+    Raises NotServable, and writes nothing, when vectors do not suffice to score with the model.
+    """
     dataset = home_dataset(home)
     with home.exclusive(), lake(home) as connection:
         trained = runs.last(connection, "train")
@@ -67,6 +70,7 @@ def embed(home: Home, *, model_version: str | None = None, device_name: str | No
         if version is None or not (home.models / version).is_dir():
             raise NotReady(f"{home.root} has no trained model yet; run `bahe train` first.")
         require_gates(connection, JOB)
+        require_servable(home.models / version)
         connection.execute(
             _USERS.format(
                 users="UNION ALL BY NAME SELECT user_id, event_timestamp AS known FROM users"

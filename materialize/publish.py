@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from bahe_core.errors import BaheError, NotReady
 from bahe_core.home import Home
 from bahe_core.progress import progress
+from bahe_models.artifact import require_servable
 from materialize import runs
 from materialize.feature_store import open_store
 from materialize.gates import require_gates
@@ -53,12 +54,16 @@ def publish(home: Home) -> Published:
     """Write everything online for the last embedded model_version, check it, and flip the pointer.
 
     Does nothing when that version is live with the log as it is. Raises BaheError, and leaves the
-    pointer alone, when what was written does not read back.
+    pointer alone, when what was written does not read back. Raises NotServable when nothing is embedded
+    and the last trained model cannot be.
     """
     store = open_store(home)
     with home.exclusive(), lake(home) as connection:
         embedded, ingested = runs.last(connection, "embed"), runs.last(connection, "ingest")
         if embedded is None or ingested is None:
+            trained = runs.last(connection, "train")
+            if trained is not None:
+                require_servable(home.models / trained.fingerprint)
             raise NotReady(f"{home.root} has no vectors yet; run `bahe embed` first.")
         require_gates(connection, JOB)
         version = str(embedded.facts["model_version"])

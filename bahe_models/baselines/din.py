@@ -17,22 +17,12 @@ from bahe_models.data import Impressions, TrainingData
 from bahe_models.features import DenseFeatures
 from bahe_models.loop import Epoch, Trained, TrainingConfig, seeded
 from bahe_models.model import ModelConfig, context_embedding
-from bahe_models.timelines import Int64, Timelines
+from bahe_models.target import recent_behaviors
+from bahe_models.timelines import Int64
 from bahe_models.training import Scores, context_rows, id_rows
 
 HISTORY = 50
 """Latest behaviors of each channel that the network attends to."""
-
-
-def recent_behaviors(timelines: Timelines, user_N: Int64, length_NC: Int64, count: int) -> Int64:
-    """Atom rows [N, C * count] of each channel's latest behaviors of a prefix; -1 where there is none."""
-    recent = np.full((len(user_N), len(timelines.channels), count), -1, dtype=np.int64)
-    for channel, (offsets, atoms) in enumerate(zip(timelines.offsets, timelines.atoms, strict=True)):
-        position_NH = length_NC[:, channel, None] - 1 - np.arange(count)
-        present = position_NH >= 0
-        source_NH = offsets[user_N][:, None] + position_NH
-        recent[:, channel][present] = atoms[source_NH[present]]
-    return recent.reshape(len(user_N), -1)
 
 
 class Din(nn.Module):

@@ -17,7 +17,7 @@ from bahe_models import (
     load_backbone,
 )
 from bahe_models.baselines import LongText, TokenTimelines, token_timelines, train_din
-from bahe_models.baselines.din import recent_behaviors
+from bahe_models.target import recent_behaviors
 from tests.models.test_training import toy_data
 
 
