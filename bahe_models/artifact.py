@@ -85,18 +85,25 @@ class Artifact:
 
     @torch.inference_mode()
     def user_vectors(
-        self, atoms_AD: torch.Tensor, timelines: Timelines, user_N: Int64, length_NC: Int64
+        self,
+        atoms_AD: torch.Tensor,
+        atom_ids_A: Int64,
+        timelines: Timelines,
+        user_N: Int64,
+        length_NC: Int64,
     ) -> npt.NDArray[np.float32]:
         """User vectors [N, width] after the first `length_NC` behaviors of each user's timelines.
 
-        `atoms_AD` must be of this artifact's encoder_version, and on the model's device.
+        `atoms_AD` must be of this artifact's encoder_version, and on the model's device; `atom_ids_A`
+        says which atoms they are of.
         """
         self.model.eval()
+        id_row_A = self.model.behavior_rows(torch.from_numpy(atom_ids_A).to(atoms_AD.device))
         vectors = np.empty((len(user_N), self.vector_width), dtype=np.float32)
         merged = self.model.config.merged
         for rows in plan_steps(user_N, length_NC, impressions_per_step=256, rng=None, merged=merged):
             batch = window_batch(timelines, user_N[rows], length_NC[rows], self.window, merged=merged)
-            vectors[rows] = self.model.user_vectors(atoms_AD, batch).cpu().numpy()
+            vectors[rows] = self.model.user_vectors(atoms_AD, batch, id_row_A).cpu().numpy()
         return vectors
 
     def id_table_rows(self, item_ids: Sequence[str | int]) -> torch.Tensor:
@@ -143,6 +150,7 @@ class Artifact:
     def score_timelines(
         self,
         atoms_AD: torch.Tensor,
+        atom_ids_A: Int64,
         timelines: Timelines,
         user_N: Int64,
         length_NC: Int64,
@@ -161,6 +169,7 @@ class Artifact:
         self.model.eval()
         hashed_NX = torch.from_numpy(self._hashed(context, len(user_N))).to(atoms_AD.device)
         device = atoms_AD.device
+        id_row_A = self.model.behavior_rows(torch.from_numpy(atom_ids_A).to(device))
         dense_NF = torch.from_numpy(self.dense.transform(columns, length_NC, now_us_N)).to(device)
         item_row_N = self.id_table_rows(item_ids).to(device)
         logits_N = torch.empty(len(user_N), device=device)
@@ -168,7 +177,7 @@ class Artifact:
         for rows in plan_steps(user_N, length_NC, impressions_per_step=256, rng=None, merged=merged):
             part = torch.from_numpy(rows).to(device)
             batch = window_batch(timelines, user_N[rows], length_NC[rows], self.window, merged=merged)
-            user_NV = self.model.user_vectors(atoms_AD, batch)
+            user_NV = self.model.user_vectors(atoms_AD, batch, id_row_A)
             item_NV = self.model.item_vectors(atoms_AD[item_atom_N[rows]], item_row_N[part])
             interest_NT = self.model.interests(atoms_AD, timelines, user_N[rows], length_NC[rows], item_NV)
             logits_N[part] = self.model.score(
@@ -220,6 +229,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise BadInput(
             f"{folder} has artifact format {config.get('format')}, this bahe reads {FORMAT}; train again."
         )
+    config["model"].setdefault("behavior_ids", False)  # artifacts of before have no collaborative part
     return config
 
 
@@ -249,6 +259,7 @@ def load(folder: Path | str) -> Artifact:
         dense_features=len(features.names),
         config=ModelConfig(**config["model"]),
         context=config.get("context", ()),  # artifacts of before context have none
+        behaviors=len(state.get("collaborative.atom_ids_B", ())),
     )
     model.load_state_dict(state)
     return Artifact(

@@ -42,6 +42,8 @@ class TrainingData:
 
     atoms_AD: npt.NDArray[np.float32]
     """Vectors of one encoder_version."""
+    atom_ids: Int64
+    """The id of each atom, the same in every frame and lake [A]."""
     timelines: Timelines
     item_atom_I: Int64
     """Row of each item's text in `atoms_AD`."""

@@ -9,8 +9,8 @@ once every `size - overlap` behaviors, every behavior of the new window stands a
 in the old, so that the sequence is read again from its start: one pass over at most `size` behaviors.
 For that, a state keeps the behaviors of the current windows.
 
-Shape letters: C channels, S sequences, L behaviors, D backbone width, V deep part of a vector, K profile
-part.
+Shape letters: C channels, S sequences, L behaviors, D backbone width, V deep part of a vector, K its
+sums.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from bahe_models.timelines import Int64, Timelines, WindowConfig, gap_buckets, w
 
 
 class UserState:
-    """One user's timelines as the deep layers and the profile remember them.
+    """One user's timelines as the model remembers them.
 
     The model is put into evaluation mode and must not be trained while states of it live. A state
     belongs to one thread at a time.
@@ -39,19 +39,20 @@ class UserState:
         window: WindowConfig,
         atoms_CLD: Sequence[torch.Tensor],
         time_us_CL: Sequence[Int64],
+        atom_ids_CL: Sequence[Int64],
     ) -> None:
-        """Read whole timelines: a channel's atom vectors [L, D] and times [L], in time order.
+        """Read whole timelines: a channel's atom vectors [L, D], times [L] and atom ids [L], in time order.
 
         Raises ValueError when their number or width is not the model's, when a channel has more or
-        fewer times than vectors, or when time goes back within one.
+        fewer times or ids than vectors, or when time goes back within one.
         """
         channels = model.profile.gate.out_features
-        for what, given in (("timelines", atoms_CLD), ("timelines' times", time_us_CL)):
+        for what, given in (("timelines", atoms_CLD), ("times", time_us_CL), ("atom ids", atom_ids_CL)):
             if len(given) != channels:
-                raise ValueError(f"{len(given)} {what} were given, but the model has {channels} channels")
+                raise ValueError(f"{what} of {len(given)} channels were given, the model has {channels}")
         counts = [len(atoms_LD) for atoms_LD in atoms_CLD]
-        if counts != [len(time_us_L) for time_us_L in time_us_CL]:
-            raise ValueError("a channel has not as many times as atom vectors")
+        if any(counts != list(map(len, given)) for given in (time_us_CL, atom_ids_CL)):
+            raise ValueError("a channel has not as many times or atom ids as atom vectors")
         for atoms_LD in atoms_CLD:
             _check_width(model, atoms_LD)
         model.eval()
@@ -67,14 +68,19 @@ class UserState:
         merged = model.config.merged
         read = timelines.merged if merged else timelines.parallel
         atoms_BD = torch.cat(list(atoms_CLD))
+        id_row_B = model.behavior_rows(torch.from_numpy(np.concatenate(list(atom_ids_CL)))).numpy()
         self._sequences = []
         for index, (begin, end) in enumerate(read.offsets):
             seen = slice(begin + int(window_start(end - begin, window)), end)
-            rows_L = torch.from_numpy(read.atom_B[seen]).to(atoms_BD.device)
-            marks_L = zip(read.channel_B[seen].tolist(), read.gap_B[seen].tolist(), strict=True)
+            rows_L = read.atom_B[seen]
+            marks = (read.channel_B[seen], read.gap_B[seen], id_row_B[rows_L])
             behaviors_L = [
-                _Behavior(_own(model, atom_D), channel, gap)
-                for atom_D, (channel, gap) in zip(atoms_BD[rows_L], marks_L, strict=True)
+                _Behavior(_own(model, atom_D), *marks_of)
+                for atom_D, *marks_of in zip(
+                    atoms_BD[torch.from_numpy(rows_L).to(atoms_BD.device)],
+                    *(mark_L.tolist() for mark_L in marks),
+                    strict=True,
+                )
             ]
             own = range(channels) if merged else (index,)
             latest = max(((int(time_us_CL[c][-1]), c) for c in own if counts[c]), default=None)
@@ -85,7 +91,8 @@ class UserState:
         """State of a user who has done nothing yet."""
         channels = model.profile.gate.out_features
         nothing = torch.empty(0, model.aggregator.start_D.numel())
-        return cls(model, window, [nothing] * channels, [np.empty(0, dtype=np.int64)] * channels)
+        none_yet = [np.empty(0, dtype=np.int64)] * channels
+        return cls(model, window, [nothing] * channels, none_yet, none_yet)
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -93,8 +100,8 @@ class UserState:
         return tuple(self._lengths)
 
     @torch.inference_mode()
-    def append(self, channel: int, atom_D: torch.Tensor, time_us: int) -> None:
-        """Take in one more behavior: its channel's place in the model's order, atom vector and time.
+    def append(self, channel: int, atom_D: torch.Tensor, time_us: int, atom_id: int) -> None:
+        """Take in one more behavior: its channel's place in the model's order, atom vector, time and id.
 
         Raises ValueError on a channel or width that the model does not have, and when the behavior
         does not come last: its time lies before that of the latest in its channel or, where the
@@ -104,7 +111,8 @@ class UserState:
             raise ValueError(f"channel {channel} is not one of the model's {len(self._lengths)}")
         _check_width(self.model, atom_D[None])
         sequence = self._sequences[0 if self.model.config.merged else channel]
-        sequence.append(channel, _own(self.model, atom_D), time_us)
+        id_row = int(self.model.behavior_rows(torch.tensor([atom_id])))
+        sequence.append(channel, _own(self.model, atom_D), time_us, id_row)
         self._lengths[channel] += 1
 
     @torch.inference_mode()
@@ -123,6 +131,8 @@ class _Behavior(NamedTuple):
     atom_D: torch.Tensor
     channel: int
     gap: int
+    id_row: int
+    """In the collaborative part."""
 
 
 class _Sequence:
@@ -141,7 +151,7 @@ class _Sequence:
         self.start = self._window_start()
         self._read(window_L)
 
-    def append(self, channel: int, atom_D: torch.Tensor, time_us: int) -> None:
+    def append(self, channel: int, atom_D: torch.Tensor, time_us: int, id_row: int) -> None:
         gap = 0
         if self.latest is not None:
             if (time_us, channel) < self.latest:
@@ -151,7 +161,7 @@ class _Sequence:
                 )
             gap = int(gap_buckets(np.array(time_us - self.latest[0])))
         self.latest = time_us, channel
-        behavior = _Behavior(atom_D, channel, gap)
+        behavior = _Behavior(atom_D, channel, gap, id_row)
         self.length += 1
         before, self.start = self.start, self._window_start()
         if self.start != before:
@@ -167,21 +177,22 @@ class _Sequence:
         deep: Any = self.model.aggregator.deep
         self.window_L = window_L
         self.cache = DynamicCache(config=deep.config)
+        config = self.model.config
         self.sum_K = torch.zeros(
-            self.model.profile.projection.out_features, device=self.model.aggregator.start_D.device
+            config.vector_width - config.deep_width, device=self.model.aggregator.start_D.device
         )
         self._step(window_L, self.model.aggregator.start_D[None])
 
     def _step(self, behaviors: list[_Behavior], start_1D: torch.Tensor | None = None) -> None:
-        """Let the deep layers read on from what is cached, and add the behaviors to the profile's sum."""
+        """Let the deep layers read on from what is cached, and add the behaviors to the sums."""
         inputs = [] if start_1D is None else [start_1D]
         if behaviors:
             atoms_1LD = torch.stack([behavior.atom_D for behavior in behaviors])[None]
-            marks = [[[getattr(b, name) for b in behaviors]] for name in ("channel", "gap")]
-            channel_1L, gap_1L = torch.tensor(marks, device=atoms_1LD.device)
+            marks = [[[getattr(b, name) for b in behaviors]] for name in ("channel", "gap", "id_row")]
+            channel_1L, gap_1L, id_row_1L = torch.tensor(marks, device=atoms_1LD.device)
             inputs.append(self.model.behaviors(atoms_1LD, channel_1L, gap_1L)[0])
             present_1L = torch.ones_like(channel_1L, dtype=torch.bool)
-            self.sum_K = self.sum_K + self.model.profile(atoms_1LD, present_1L, channel_1L)[0, -1]
+            self.sum_K = self.sum_K + self.model.sums(atoms_1LD, present_1L, channel_1L, id_row_1L)[0, -1]
         output = self.model.aggregator.deep(
             inputs_embeds=torch.cat(inputs)[None], past_key_values=self.cache, use_cache=True
         )

@@ -1,17 +1,19 @@
 """The BAHE model: user aggregator (deep layers), item tower and CTR head.
 
-A user vector has two parts. The *deep* part is the deep layers' state, as in the paper. The *profile*
+A user vector has three parts. The *deep* part is the deep layers' state, as in the paper. The *profile*
 part is a running sum of projected atoms, each weighted by a learned gate; its inner product with the
-item's projected text says how alike the item is to what the user liked. The sum is causal, so both
-parts come from one pass, and neither sees the candidate item, so both can be stored (invariant 7).
-The profile is our own addition: on small logs the deep layers alone learn it poorly.
+item's projected text says how alike the item is to what the user liked. The *collaborative* part does
+the same with ID embeddings in place of texts (see `bahe_models.collaborative`). The sums are causal, so
+all parts come from one pass, and none sees the candidate item, so all can be stored (invariant 7).
+Profile and collaborative part are our own additions: on small logs the deep layers alone learn poorly
+what they say.
 
 With the `target` head the candidate also looks at the raw history; the vectors stay what they are, but
 no longer suffice for a score.
 
 Shape letters: N impressions, C channels, S sequences (C, or 1 where the channels are merged), W
-windows, L positions, D backbone width, V deep part of a vector, K profile part, F dense features, X
-context columns.
+windows, L positions, A atoms, D backbone width, V deep part of a vector, K its sums (profile and
+collaborative part), F dense features, X context columns.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import torch
 from torch import nn
 
 from bahe_models.behaviors import BehaviorInput
+from bahe_models.collaborative import Collaborative
 from bahe_models.context import ContextEmbedding
 from bahe_models.heads import Head, HeadName
 from bahe_models.target import TargetAttention, recent_behaviors
@@ -60,8 +63,12 @@ class ModelConfig:
     """Latest behaviors of each channel that the `target` head attends to."""
     dropout: float = 0.2
     """Dropout on the user state and in the head."""
+    behavior_ids: bool = True
+    """Whether vectors have a collaborative part, from ID embeddings of behaviors and items."""
+    id_width: int = 16
+    """Width of the collaborative part."""
     item_ids: bool = True
-    """Whether items have an ID embedding beside their text."""
+    """Whether the deep part of an item's vector has an ID embedding beside the text."""
     item_id_dropout: float = 0.3
     """Share of items whose ID embedding is hidden in a training step, so that text is learned too."""
     context_buckets: int = 2**14
@@ -87,7 +94,7 @@ class ModelConfig:
     @property
     def vector_width(self) -> int:
         """Width of the stored vectors."""
-        return self.deep_width + self.profile_width
+        return self.deep_width + self.profile_width + (self.id_width if self.behavior_ids else 0)
 
     @property
     def vectors_suffice(self) -> bool:
@@ -187,8 +194,12 @@ class BaheModel(nn.Module):
         dense_features: int,
         config: ModelConfig,
         context: Sequence[str] = (),
+        behaviors: int = 0,
     ) -> None:
-        """`context` names the context columns, in the order of `score`'s; without any there is no table."""
+        """`items` and `behaviors` are how many ids training has seen of each.
+
+        `context` names the context columns, in the order of `score`'s; without any there is no table.
+        """
         super().__init__()
         vector, profile = config.deep_width, config.profile_width
         sequences = 1 if config.merged else channels
@@ -206,12 +217,15 @@ class BaheModel(nn.Module):
         nn.init.normal_(self.item_id.weight, std=0.01)
         with torch.no_grad():
             self.item_id.weight[0] = 0
+        self.collaborative = (
+            Collaborative(behaviors, items, config.id_width) if config.behavior_ids else None
+        )
         self.dropout = nn.Dropout(config.dropout)
         self.context = context_embedding(context, config)
         self.head = Head(
             config.head,
             vector=vector,
-            facts=dense_features + 1,
+            facts=dense_features + (1 if self.collaborative is None else 2),
             hidden=config.head_width,
             dropout=config.dropout,
             crosses=config.cross_layers,
@@ -221,46 +235,75 @@ class BaheModel(nn.Module):
         self.target: TargetAttention | None = None
         if not config.vectors_suffice:
             self.target = TargetAttention(
-                channels=channels, profile_width=profile, item_width=vector + profile
+                channels=channels, profile_width=profile, item_width=config.vector_width
             )
 
-    def user_vectors(self, atoms_AD: torch.Tensor, batch: WindowBatch) -> torch.Tensor:
-        """User vectors [N, V + K] of the impressions of a planned batch (`merged` as the model is)."""
+    def behavior_rows(self, atom_ids_A: torch.Tensor) -> torch.Tensor:
+        """Each atom's row in the collaborative part [A], for `user_vectors`; 0 where it is unknown."""
+        if self.collaborative is None:
+            return torch.zeros_like(atom_ids_A)
+        return self.collaborative.rows(atom_ids_A)
+
+    def user_vectors(
+        self, atoms_AD: torch.Tensor, batch: WindowBatch, id_row_A: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """User vectors [N, V + K] of the impressions of a planned batch (`merged` as the model is).
+
+        `id_row_A` is each atom's row of the collaborative part (`Collaborative.rows`); without it all
+        behaviors count as unseen in training.
+        """
         device = self.user_projection.weight.device
         states, sums = [], []
         for block in batch.blocks:
             rows_WL = torch.from_numpy(block.atoms_WL).to(device)
-            atoms_WLD = atoms_AD[rows_WL.clamp_min(0)]
+            present_WL, known_WL = rows_WL >= 0, rows_WL.clamp_min(0)
+            atoms_WLD = atoms_AD[known_WL]
             channel_WL = torch.from_numpy(block.channel_WL).to(device)
             gap_WL = torch.from_numpy(block.gap_WL).to(device)
             inputs_WLD = self.behaviors(atoms_WLD, channel_WL, gap_WL)
+            id_row_WL = torch.zeros_like(rows_WL) if id_row_A is None else id_row_A[known_WL] * present_WL
             states.append(self.aggregator(inputs_WLD).flatten(0, 1))
-            sums.append(self.profile(atoms_WLD, rows_WL >= 0, channel_WL).flatten(0, 1))
+            sums.append(self.sums(atoms_WLD, present_WL, channel_WL, id_row_WL).flatten(0, 1))
         state_NS = torch.from_numpy(batch.state_NS).to(device)
         states_NSD = torch.cat(states)[state_NS].float()
         sum_NK = torch.cat(sums)[state_NS].float().sum(dim=1)
         behaviors_N = torch.from_numpy(batch.position_NS).to(device).sum(dim=1)
         return self.join_sequences(states_NSD, sum_NK, behaviors_N)
 
+    def sums(
+        self,
+        atoms_WLD: torch.Tensor,
+        present_WL: torch.Tensor,
+        channel_WL: torch.Tensor,
+        id_row_WL: torch.Tensor,
+    ) -> torch.Tensor:
+        """Running sums [W, L, K] of profile and collaborative part, over the window's behaviors so far."""
+        profile_WLK: torch.Tensor = self.profile(atoms_WLD, present_WL, channel_WL)
+        if self.collaborative is None:
+            return profile_WLK
+        return torch.cat([profile_WLK.float(), self.collaborative(id_row_WL)], dim=2)
+
     def join_sequences(
         self, states_NSD: torch.Tensor, sum_NK: torch.Tensor, behaviors_N: torch.Tensor
     ) -> torch.Tensor:
-        """User vectors [N, V + K] from the sequences' states, profile sums and counts of behaviors."""
+        """User vectors [N, V + K] from the sequences' states, sums and counts of behaviors."""
         deep_NV = self.user_projection(self.dropout(self.user_norm(states_NSD.flatten(1))))
-        profile_NK = sum_NK / (behaviors_N[:, None] + 5).sqrt()
-        return torch.cat([deep_NV.float(), profile_NK], dim=1)
+        scaled_NK = sum_NK / (behaviors_N[:, None] + 5).sqrt()
+        return torch.cat([deep_NV.float(), scaled_NK], dim=1)
 
     def item_vectors(self, atoms_ND: torch.Tensor, item_N: torch.Tensor) -> torch.Tensor:
         """Item vectors [N, V + K] from the item texts' atoms and rows of the ID table (0: unseen)."""
+        standard_ND = self.profile.standard_items(atoms_ND)
+        sums_NK = self.profile.items(standard_ND)
+        if self.collaborative is not None:
+            sums_NK = torch.cat([sums_NK, self.collaborative.item(item_N)], dim=1)
         if not self.config.item_ids:
             item_N = torch.zeros_like(item_N)
         elif self.training and self.config.item_id_dropout:
             hidden = torch.rand(len(item_N), device=item_N.device) < self.config.item_id_dropout
             item_N = item_N.masked_fill(hidden, 0)
-        standard_ND = self.profile.standard_items(atoms_ND)
-        text_NV = self.item_projection(standard_ND)
-        deep_NV = text_NV + self.item_id(item_N)
-        return torch.cat([deep_NV, self.profile.items(standard_ND)], dim=1)
+        deep_NV = self.item_projection(standard_ND) + self.item_id(item_N)
+        return torch.cat([deep_NV, sums_NK], dim=1)
 
     def interests(
         self,
@@ -295,8 +338,10 @@ class BaheModel(nn.Module):
     ) -> torch.Tensor:
         """Click logits [N] of pairs of vectors, dense features, hashed context if any, and `interests`."""
         width = self.config.deep_width
-        likeness_N1 = (user_NV[:, width:] * item_NV[:, width:]).sum(dim=1, keepdim=True)
-        facts = torch.cat([dense_NF, likeness_N1], dim=1)
+        products_NK = user_NV[:, width:] * item_NV[:, width:]
+        parts = products_NK.tensor_split([self.config.profile_width], dim=1)
+        likenesses = [part.sum(dim=1, keepdim=True) for part in parts if part.shape[1]]
+        facts = torch.cat([dense_NF, *likenesses], dim=1)
         extra = [] if interest_NT is None else [interest_NT]
         if self.context is not None:
             extra.append(self.context(context_NX))

@@ -39,6 +39,18 @@ def table_ids(item_row_I: Int64, item_ids: Sequence[str | int]) -> tuple[str | i
     return tuple(item for _, item in seen)
 
 
+def seen_atoms(data: TrainingData) -> Int64:
+    """Rows of the atoms that some training impression has in its timelines."""
+    train, timelines = data.splits["train"], data.timelines
+    longest_UC = np.zeros((timelines.users, len(timelines.channels)), dtype=np.int64)
+    np.maximum.at(longest_UC, train.user_N, train.length_NC)
+    seen = []
+    for longest_U, offsets, atoms in zip(longest_UC.T, timelines.offsets, timelines.atoms, strict=True):
+        position_B = np.arange(len(atoms)) - np.repeat(offsets[:-1], np.diff(offsets))
+        seen.append(atoms[position_B < np.repeat(longest_U, np.diff(offsets))])
+    return np.unique(np.concatenate(seen))
+
+
 def context_rows(split: Impressions, rows: Int64, device: torch.device) -> torch.Tensor | None:
     """Hashed context [n, X] of some impressions; None in a log without any."""
     if split.context_NX is None:
@@ -88,6 +100,7 @@ class Batches:
         self.atoms_AD = torch.from_numpy(data.atoms_AD).to(device)
         self.item_row_I = torch.from_numpy(item_row_I).to(device)
         self.item_atom_I = torch.from_numpy(data.item_atom_I).to(device)
+        self.id_row_A = model.behavior_rows(torch.from_numpy(data.atom_ids).to(device))
 
     def dense_features(self, split: Impressions) -> torch.Tensor:
         """Dense features [N, F] of a whole split."""
@@ -107,7 +120,7 @@ class Batches:
             merged=self.model.config.merged,
         )
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
-            user_NV = self.model.user_vectors(self.atoms_AD, batch)
+            user_NV = self.model.user_vectors(self.atoms_AD, batch, self.id_row_A)
         item_N = torch.from_numpy(split.item_N[rows]).to(self.device)
         # Many impressions of a step share an item; each distinct one is projected once.
         distinct_M, place_N = torch.unique(item_N, return_inverse=True)
@@ -153,9 +166,18 @@ def build_model(
     dense: DenseFeatures,
     config: ModelConfig,
     item_row_I: Int64,
+    *,
+    also_known: Int64 | None = None,
 ) -> BaheModel:
-    """A fresh model whose profile and wide part start from the training data."""
+    """A fresh model whose profile and wide part start from the training data.
+
+    Its collaborative part knows the behaviors before the training impressions, and the atoms in the
+    rows `also_known`.
+    """
     train = data.splits["train"]
+    seen = seen_atoms(data)
+    if also_known is not None:
+        seen = np.union1d(seen, also_known)
     model = BaheModel(
         deep,
         width=data.atoms_AD.shape[1],
@@ -164,14 +186,19 @@ def build_model(
         dense_features=len(dense.names),
         config=config,
         context=data.context,
+        behaviors=len(seen),
     )
+    if model.collaborative is not None:
+        model.collaborative.atom_ids_B.copy_(torch.from_numpy(np.sort(data.atom_ids[seen])))
     used = [np.unique(atoms) for atoms in data.timelines.atoms]
     behaviors = torch.from_numpy(data.atoms_AD[np.unique(np.concatenate(used))])
     items = torch.from_numpy(data.atoms_AD[data.item_atom_I])
     model.profile.fit(behaviors, items, _channel_lift(train))
     # The first prediction is close to the floor itself; training learns what is left to know.
-    weights_F = torch.zeros(len(dense.names) + 1)
-    weights_F[0], weights_F[-1] = dense.deviation[0], 0.1
+    weights_F = torch.zeros(model.head.wide.in_features)
+    weights_F[0], weights_F[len(dense.names)] = dense.deviation[0], 0.1
+    if model.collaborative is not None:
+        weights_F[-1] = 0.3
     model.head.start_from(weights_F, dense.mean[0])
     return model
 

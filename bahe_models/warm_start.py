@@ -1,4 +1,4 @@
-"""Going on from yesterday's model: its weights, its standardisation and what it knows of each item."""
+"""Going on from yesterday's model: its weights, its standardisation and what it knows of each id."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from bahe_models.artifact import Artifact
 from bahe_models.timelines import Int64
 from bahe_models.training import Batches, table_ids
 
-_ID_TABLE = "item_id.weight"
-_SHAPES = ("deep_width", "profile_width", "head_width", "channels")
+_ATOM_IDS = "collaborative.atom_ids_B"
+_OF_IDS = (_ATOM_IDS, "item_id.weight", "collaborative.item.weight", "collaborative.behavior.weight")
+_SHAPES = ("deep_width", "profile_width", "head_width", "channels", "behavior_ids", "id_width")
 _OF_CONTEXT = ("context_buckets", "context_width")
 
 
@@ -26,14 +27,19 @@ def known_items(artifact: Artifact, item_ids: Sequence[str | int]) -> Int64:
     return np.flatnonzero([item in known for item in item_ids]).astype(np.int64)
 
 
+def known_behaviors(artifact: Artifact, atom_ids: Int64) -> Int64:
+    """Which of these atoms the artifact's collaborative part knows, as positions."""
+    return np.flatnonzero(artifact.model.behavior_rows(torch.from_numpy(atom_ids)).numpy())
+
+
 @torch.no_grad()
 def start_from(artifact: Artifact, batches: Batches, *, encoder_version: str) -> None:
     """Let a fresh model predict what the artifact does, before its first step.
 
-    Weights are taken where their shapes agree. Rows of the ID table go by item id; an item that is new
-    starts at zero, as the artifact's row for unseen items is; so do embeddings of time gaps that the
-    artifact does not have. The dense features take the artifact's standardisation, which its weights
-    belong to. Raises BadInput when the two do not fit together.
+    Weights are taken where their shapes agree. Rows of the ID tables go by id; an item or behavior that
+    is new starts at zero, as the artifact's row for unseen ones is; so do embeddings of time gaps that
+    the artifact does not have. The dense features take the artifact's standardisation, which its
+    weights belong to. Raises BadInput when the two do not fit together.
     """
     if artifact.encoder_version != encoder_version:
         raise BadInput(
@@ -69,11 +75,16 @@ def start_from(artifact: Artifact, batches: Batches, *, encoder_version: str) ->
     own = batches.model.state_dict()
     theirs = artifact.model.state_dict()
     for name, value in theirs.items():
-        if name != _ID_TABLE and name in own and own[name].shape == value.shape:
+        if name not in _OF_IDS and name in own and own[name].shape == value.shape:
             own[name].copy_(value)
     ids = table_ids(batches.item_row_I.cpu().numpy(), batches.data.item_ids)
-    # Row 0, of unseen items, is zero; so is what an item starts from that the artifact has not seen.
-    rows = torch.cat([torch.zeros(1, dtype=torch.long), artifact.id_table_rows(ids)])
-    own[_ID_TABLE].copy_(theirs[_ID_TABLE].cpu()[rows])
+    of_items = artifact.id_table_rows(ids)
+    rows = {"item_id.weight": of_items, "collaborative.item.weight": of_items}
+    if _ATOM_IDS in own:
+        rows["collaborative.behavior.weight"] = artifact.model.behavior_rows(own[_ATOM_IDS].cpu())
+    for name in own.keys() & rows.keys():
+        # Row 0, of unseen ids, is zero; so is what an id starts from that the artifact has not seen.
+        with_unseen = torch.cat([torch.zeros(1, dtype=torch.long), rows[name]])
+        own[name].copy_(theirs[name].cpu()[with_unseen])
     batches.dense = artifact.dense
     batches.logit_shift = artifact.logit_shift

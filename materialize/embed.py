@@ -127,7 +127,7 @@ def _embed_users(
             part = users.slice(start, USERS_PER_BATCH)
             timelines = read_timelines(connection, atoms, part["user_id"].combine_chunks(), channels)
             vectors = artifact.user_vectors(
-                atoms_AD, timelines, np.arange(part.num_rows), timelines.lengths()
+                atoms_AD, atoms.ids, timelines, np.arange(part.num_rows), timelines.lengths()
             )
             _replace(connection, "user_embedding", "user_id", part, vectors, artifact)
             advance(part.num_rows)

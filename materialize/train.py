@@ -39,7 +39,7 @@ from bahe_models.training import (
     table_ids,
     train,
 )
-from bahe_models.warm_start import known_items, start_from
+from bahe_models.warm_start import known_behaviors, known_items, start_from
 from materialize import runs, tracking
 from materialize.dataset import Dataset
 from materialize.encode import encoder_settings
@@ -210,12 +210,15 @@ def train_all(
     scored["id_only"] = _Scored(scores, id_only.seconds, memory.mebibytes)
 
     config = settings.training
-    seen = split.item_N
+    seen, also_known = split.item_N, None
     if warm_start is not None:
+        also_known = known_behaviors(warm_start, data.atom_ids)
         seen = np.union1d(seen, known_items(warm_start, data.item_ids))
     item_row_I = id_rows(seen, len(data.item_ids))
     with seeded(config.seed):
-        model = build_model(halves.deep, data, dense, settings.model, item_row_I).to(where)
+        model = build_model(halves.deep, data, dense, settings.model, item_row_I, also_known=also_known).to(
+            where
+        )
         batches = Batches(
             model,
             data,

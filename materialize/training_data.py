@@ -118,6 +118,7 @@ def read_training_data(
 
     data = TrainingData(
         atoms_AD=atoms.vectors,
+        atom_ids=atoms.ids,
         timelines=read_timelines(connection, atoms, users.dictionary, channels),
         item_atom_I=atoms.rows(items["atom_id"]),
         item_ids=tuple(items["item_id"].to_pylist()),

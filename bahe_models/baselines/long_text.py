@@ -108,7 +108,7 @@ class LongText(nn.Module):
         packed: bool,
         tokens_per_pass: int = 16_384,
     ) -> torch.Tensor:
-        """User vectors [N, V + K] after the first `length_N` behaviors, their profile part zero."""
+        """User vectors [N, V + K] after the first `length_N` behaviors, their sums zero."""
         head = self.head
         device = head.user_projection.weight.device
         begin_N, end_N = timelines.spans(user_N, length_N, max_tokens, packed=packed)
@@ -138,7 +138,7 @@ class LongText(nn.Module):
         read_N = torch.from_numpy(row_W[window_N] + end_N - begin_N).to(device)
         state_ND = torch.cat(states)[read_N].float()
         deep_NV = head.user_projection(head.dropout(head.user_norm(state_ND))).float()
-        return nn.functional.pad(deep_NV, (0, head.config.profile_width))
+        return nn.functional.pad(deep_NV, (0, head.config.vector_width - head.config.deep_width))
 
     def _states(self, ids_WS: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():

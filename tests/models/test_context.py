@@ -75,7 +75,7 @@ def trained(tiny_backbone: Path) -> tuple[Artifact, Batches]:
 def score(artifact: Artifact, data: TrainingData, context: object) -> np.ndarray:
     split = data.splits["test"]
     user = artifact.user_vectors(
-        torch.from_numpy(data.atoms_AD), data.timelines, split.user_N, split.length_NC
+        torch.from_numpy(data.atoms_AD), data.atom_ids, data.timelines, split.user_N, split.length_NC
     )
     item = artifact.item_vectors(
         torch.from_numpy(data.atoms_AD[data.item_atom_I[split.item_N]]), split.item_N.tolist()

@@ -33,6 +33,7 @@ from bahe_models import (
 )
 from bahe_models.backbone import FAMILIES, cut, deep_from_config, longest_input
 from tests.families import SETTINGS, tiny_model
+from tests.models.toy import know_behaviors
 
 CPU = torch.device("cpu")
 CUT = BackboneConfig(path="tiny", shallow_layers=1, deep_layers=2)
@@ -53,7 +54,9 @@ def build(halves: Backbone) -> BaheModel:
         items=5,
         dense_features=3,
         config=ModelConfig(deep_width=8, profile_width=8, head_width=8),
+        behaviors=30,
     )
+    know_behaviors(model, np.arange(30))
     torch.nn.init.normal_(model.profile.gate.weight, std=0.1)
     return model.eval()
 
@@ -94,8 +97,11 @@ def test_one_pass_equals_per_impression_and_later_atoms_change_nothing(family: s
     atoms = torch.from_numpy(rng.normal(size=(40, 32)).astype(np.float32))
     window = WindowConfig(size=12, overlap=7)
     with torch.inference_mode():
-        one_pass = model.user_vectors(atoms, window_batch(timelines, user, length, window))
-        reference = model.user_vectors(atoms, window_batch(timelines, user, length, window, share=False))
+        id_row = model.behavior_rows(torch.arange(40))
+        one_pass, reference = (
+            model.user_vectors(atoms, window_batch(timelines, user, length, window, share=share), id_row)
+            for share in (True, False)
+        )
     torch.testing.assert_close(one_pass, reference, atol=1e-4, rtol=0)
     assert one_pass.std(dim=0).min() > 1e-4
 
@@ -246,7 +252,7 @@ def test_an_artifact_of_any_family_gives_the_same_users(family: str, tmp_path: P
     )
     artifact.save(tmp_path / "m")
     timelines = Timelines(("a", "b"), (np.array([0, 30]),) * 2, (np.arange(30),) * 2, (np.arange(30),) * 2)
-    request = torch.randn(30, 32), timelines, np.array([0, 0]), np.array([[30, 12], [0, 3]])
+    request = torch.randn(30, 32), np.arange(30), timelines, np.array([0, 0]), np.array([[30, 12], [0, 3]])
     np.testing.assert_allclose(
         load(tmp_path / "m").user_vectors(*request), artifact.user_vectors(*request), atol=1e-5
     )

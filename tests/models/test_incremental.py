@@ -25,11 +25,14 @@ from bahe_models import (
 from bahe_models.backbone import cut
 from bahe_models.timelines import window_start
 from tests.families import SETTINGS, tiny_model
+from tests.models.toy import know_behaviors
 
 Behavior = tuple[int, int, int]
 """Channel, atom and time of one behavior."""
 CHANNELS: tuple[Literal["parallel", "merged"], ...] = ("parallel", "merged")
 MODES = [(channels, gaps) for channels in CHANNELS for gaps in (False, True)]
+ATOM_IDS = np.arange(40) + 100
+"""The collaborative part knows the first thirty."""
 ATOMS = torch.from_numpy(np.random.default_rng(0).normal(size=(40, 32)).astype(np.float32))
 
 
@@ -41,7 +44,10 @@ def build(
     config = ModelConfig(
         deep_width=8, profile_width=8, head_width=8, channels=channels, time_gaps=time_gaps
     )
-    model = BaheModel(halves.deep, width=32, channels=2, items=5, dense_features=3, config=config)
+    model = BaheModel(
+        halves.deep, width=32, channels=2, items=5, dense_features=3, config=config, behaviors=30
+    )
+    know_behaviors(model, ATOM_IDS[:30])
     torch.nn.init.normal_(model.profile.gate.weight, std=0.1)
     torch.nn.init.normal_(model.profile.gate.bias)
     for embedding in model.behaviors.parameters():
@@ -58,7 +64,9 @@ def of_channels(behaviors: list[Behavior]) -> tuple[list[np.ndarray], list[np.nd
 
 def read_at_once(model: BaheModel, window: WindowConfig, behaviors: list[Behavior]) -> UserState:
     rows, times = of_channels(behaviors)
-    return UserState(model, window, [ATOMS[part] for part in rows], times)
+    return UserState(
+        model, window, [ATOMS[part] for part in rows], times, [ATOM_IDS[part] for part in rows]
+    )
 
 
 def full_pass(
@@ -71,7 +79,7 @@ def full_pass(
     merged = model.config.merged
     batch = window_batch(one_user, np.array([0]), one_user.lengths(), window, merged=merged)
     with torch.inference_mode():
-        return model.user_vectors(atoms, batch)[0]
+        return model.user_vectors(atoms, batch, model.behavior_rows(torch.from_numpy(ATOM_IDS)))[0]
 
 
 def next_time(rng: np.random.Generator, time_us: int) -> int:
@@ -110,7 +118,7 @@ def test_every_append_equals_a_full_pass_and_costs_one_position(
         channel, row = int(rng.integers(2)), int(rng.integers(40))
         time_us = next_time(rng, time_us)
         counted.positions.clear()
-        state.append(channel, ATOMS[row], time_us)
+        state.append(channel, ATOMS[row], time_us, ATOM_IDS[row])
         behaviors.append((channel, row, time_us))
         length = len(behaviors) if model.config.merged else state.lengths[channel]
         start, before = window_start(np.array([length, length - 1]), window)
@@ -145,7 +153,7 @@ def test_where_a_state_begins_changes_nothing(
     state = read_at_once(model, window, behaviors[:first])
     for channel, row, time_us in behaviors[first:]:
         reused = ATOMS[row].clone()
-        state.append(channel, reused, time_us)
+        state.append(channel, reused, time_us, ATOM_IDS[row])
         reused.zero_()  # the caller's memory is the caller's
     torch.testing.assert_close(state.vector(), full_pass(model, window, behaviors), atol=1e-4, rtol=0)
 
@@ -184,7 +192,7 @@ def test_an_append_equals_a_full_pass_on_the_real_model(
     for _ in range(60):
         channel, row = int(rng.integers(2)), int(rng.integers(40))
         time_us = next_time(rng, time_us)
-        state.append(channel, atoms[row], time_us)
+        state.append(channel, atoms[row], time_us, ATOM_IDS[row])
         behaviors.append((channel, row, time_us))
         expected = full_pass(model, window, behaviors, atoms)
         torch.testing.assert_close(state.vector(), expected, atol=1e-4, rtol=0)
@@ -197,20 +205,24 @@ def test_what_does_not_fit_the_model_is_refused() -> None:
     before = state.vector()
     for channel in (-1, 2):
         with pytest.raises(ValueError, match=f"channel {channel} is not one of the model's 2"):
-            state.append(channel, ATOMS[0], 0)
+            state.append(channel, ATOMS[0], 0, ATOM_IDS[0])
     with pytest.raises(ValueError, match=r"shape \(31,\)"):
-        state.append(0, ATOMS[0, :31], 0)
+        state.append(0, ATOMS[0, :31], 0, ATOM_IDS[0])
     times = np.arange(40)
-    with pytest.raises(ValueError, match="1 timelines were given"):
-        UserState(model, window, [ATOMS], [times])
-    with pytest.raises(ValueError, match="1 timelines' times were given"):
-        UserState(model, window, [ATOMS, ATOMS], [times])
+    with pytest.raises(ValueError, match="timelines of 1 channels were given"):
+        UserState(model, window, [ATOMS], [times], [ATOM_IDS])
+    with pytest.raises(ValueError, match="times of 1 channels were given"):
+        UserState(model, window, [ATOMS, ATOMS], [times], [ATOM_IDS] * 2)
+    with pytest.raises(ValueError, match="atom ids of 1 channels were given"):
+        UserState(model, window, [ATOMS, ATOMS], [times] * 2, [ATOM_IDS])
     with pytest.raises(ValueError, match="as many times"):
-        UserState(model, window, [ATOMS, ATOMS], [times, times[1:]])
+        UserState(model, window, [ATOMS, ATOMS], [times, times[1:]], [ATOM_IDS] * 2)
+    with pytest.raises(ValueError, match="as many times or atom ids"):
+        UserState(model, window, [ATOMS, ATOMS], [times, times], [ATOM_IDS, ATOM_IDS[1:]])
     with pytest.raises(ValueError, match=r"shape \(31,\)"):
-        UserState(model, window, [ATOMS, ATOMS[:, :31]], [times, times])
+        UserState(model, window, [ATOMS, ATOMS[:, :31]], [times, times], [ATOM_IDS] * 2)
     with pytest.raises(ValueError, match="time goes back"):
-        UserState(model, window, [ATOMS, ATOMS], [times, times[::-1]])
+        UserState(model, window, [ATOMS, ATOMS], [times, times[::-1]], [ATOM_IDS] * 2)
     assert torch.equal(state.vector(), before)
     assert state.lengths == (0, 0)
 
@@ -224,15 +236,15 @@ def test_a_behavior_that_does_not_come_last_is_refused(
     seen: list[Behavior] = [(0, 1, 3), (1, 2, 5)]
     state = read_at_once(model, window, seen if read else [])
     for channel, row, time_us in [] if read else seen:
-        state.append(channel, ATOMS[row], time_us)
+        state.append(channel, ATOMS[row], time_us, ATOM_IDS[row])
     before = state.vector()
     late = [(1, 4)] if mode[0] == "parallel" else [(1, 4), (0, 4), (0, 5)]
     for channel, time_us in late:
         with pytest.raises(ValueError, match=f"channel {channel} at {time_us} comes after"):
-            state.append(channel, ATOMS[0], time_us)
+            state.append(channel, ATOMS[0], time_us, ATOM_IDS[0])
     assert torch.equal(state.vector(), before)
     assert state.lengths == (1, 1)
     for channel, time_us in [(0, 4), (1, 5)] if mode[0] == "parallel" else [(1, 5), (0, 6)]:
-        state.append(channel, ATOMS[0], time_us)
+        state.append(channel, ATOMS[0], time_us, ATOM_IDS[0])
         seen.append((channel, 0, time_us))
     torch.testing.assert_close(state.vector(), full_pass(model, window, seen), atol=1e-4, rtol=0)

@@ -23,6 +23,7 @@ from bahe_models import (
     window_batch,
 )
 from bahe_models.timelines import GAP_BUCKETS, Int64, gap_buckets, plan_steps, window_start
+from tests.models.toy import know_behaviors
 
 SECOND = 10**6
 Channels = Literal["parallel", "merged"]
@@ -72,7 +73,8 @@ def build(
     config = ModelConfig(
         deep_width=8, profile_width=8, head_width=8, channels=channels, time_gaps=time_gaps
     )
-    model = BaheModel(deep, width=width, channels=2, items=5, dense_features=3, config=config)
+    model = BaheModel(deep, width=width, channels=2, items=5, dense_features=3, config=config, behaviors=30)
+    know_behaviors(model, np.arange(30))
     torch.nn.init.normal_(model.profile.gate.weight, std=0.1)
     for embedding in model.behaviors.parameters():
         torch.nn.init.normal_(embedding)
@@ -98,7 +100,9 @@ def test_one_pass_equals_per_impression(
     with torch.inference_mode():
         one_pass, reference = (
             model.user_vectors(
-                atoms, window_batch(timelines, user, length, window, share=share, merged=merged)
+                atoms,
+                window_batch(timelines, user, length, window, share=share, merged=merged),
+                model.behavior_rows(torch.arange(40)),
             )
             for share in (True, False)
         )
@@ -158,7 +162,9 @@ def test_later_behaviors_change_no_earlier_state(
     with torch.inference_mode():
         before, after = (
             model.user_vectors(
-                atoms, window_batch(lines, users, lengths, WindowConfig(), merged=channels == "merged")
+                atoms,
+                window_batch(lines, users, lengths, WindowConfig(), merged=channels == "merged"),
+                model.behavior_rows(torch.arange(40)),
             )
             for lines in (timelines, changed)
         )

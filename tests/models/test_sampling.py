@@ -45,7 +45,7 @@ def test_predictions_keep_the_logs_click_rate(
     toy_artifact(batches).save(tmp_path / "model")
     artifact = load(tmp_path / "model")
     user = artifact.user_vectors(
-        torch.from_numpy(data.atoms_AD), data.timelines, test.user_N, test.length_NC
+        torch.from_numpy(data.atoms_AD), data.atom_ids, data.timelines, test.user_N, test.length_NC
     )
     item = artifact.item_vectors(
         torch.from_numpy(data.atoms_AD[data.item_atom_I[test.item_N]]), test.item_N.tolist()

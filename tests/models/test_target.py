@@ -41,6 +41,7 @@ def scores(
 ) -> np.ndarray:
     return artifact.score_timelines(
         torch.from_numpy(data.atoms_AD),
+        data.atom_ids,
         timelines or data.timelines,
         part.user_N,
         part.length_NC,
@@ -126,7 +127,7 @@ def test_an_artifact_scores_from_timelines_and_not_from_vectors(trained: Batches
     assert loaded.model.config == artifact.model.config
     np.testing.assert_array_equal(scores(loaded, data, test), scores(artifact, data, test))
     atoms = torch.from_numpy(data.atoms_AD)
-    user = loaded.user_vectors(atoms, data.timelines, test.user_N, test.length_NC)
+    user = loaded.user_vectors(atoms, data.atom_ids, data.timelines, test.user_N, test.length_NC)
     item = loaded.item_vectors(atoms[data.item_atom_I[test.item_N]], test.item_N.tolist())
     with pytest.raises(NotServable, match=r"bahe-toy has the target head.*dnn or dcn"):
         loaded.score(user, item, test.columns, test.length_NC, test.time_us_N)
@@ -140,7 +141,7 @@ def test_scores_from_timelines_are_those_from_vectors_where_these_suffice(tiny_b
     atoms = torch.from_numpy(data.atoms_AD)
     assert artifact.vectors_suffice
     from_vectors = artifact.score(
-        artifact.user_vectors(atoms, data.timelines, test.user_N, test.length_NC),
+        artifact.user_vectors(atoms, data.atom_ids, data.timelines, test.user_N, test.length_NC),
         artifact.item_vectors(atoms[data.item_atom_I[test.item_N]], test.item_N.tolist()),
         test.columns,
         test.length_NC,
@@ -176,10 +177,11 @@ def test_it_learns_what_a_narrow_vector_cannot_say(tiny_backbone: Path) -> None:
     reached = {}
     for head in ("dnn", "target"):
         with seeded(0):
-            batches = toy_batches(data, tiny_backbone, head=head, deep_width=4, dropout=0.0)
+            batches = toy_batches(
+                data, tiny_backbone, head=head, deep_width=4, dropout=0.0, behavior_ids=False
+            )
             train(batches, toy_config(epochs=3, impressions_per_step=250, learning_rate=2e-2))
         reached[head] = auc(test.clicked_N, batches.predict(test))
-    print(reached)
     assert reached["target"] > reached["dnn"] + 0.05
 
 

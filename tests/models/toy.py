@@ -12,6 +12,7 @@ import torch
 from bahe_models import (
     Artifact,
     BackboneConfig,
+    BaheModel,
     Batches,
     DenseFeatures,
     Impressions,
@@ -66,6 +67,7 @@ def toy_data(
 
     return TrainingData(
         atoms_AD=atoms,
+        atom_ids=np.arange(items) + 1000,
         timelines=Timelines(
             ("liked", "disliked"),
             offsets,
@@ -148,3 +150,11 @@ def toy_artifact(batches: Batches) -> Artifact:
         facts={},
         logit_shift=batches.logit_shift,
     )
+
+
+def know_behaviors(model: BaheModel, atom_ids: Int64) -> None:
+    """Give the collaborative part these behaviors, with embeddings as large as trained ones."""
+    assert model.collaborative is not None
+    model.collaborative.atom_ids_B.copy_(torch.from_numpy(atom_ids))
+    for table in (model.collaborative.behavior, model.collaborative.item):
+        torch.nn.init.normal_(table.weight[1:])
