@@ -54,6 +54,16 @@ class TrainingData:
     context: tuple[str, ...] = ()
     """Names of the context columns."""
 
+    def known_lengths(self) -> Int64:
+        """How much of each timeline training may read, [users, C].
+
+        What follows a user's last training impression belongs to validation or test.
+        """
+        train = self.splits["train"]
+        lengths_UC = np.zeros_like(self.timelines.lengths())
+        np.maximum.at(lengths_UC, train.user_N, train.length_NC)
+        return lengths_UC
+
     def check(self) -> None:
         """Raises BadInput before any step is taken when the data cannot be trained on."""
         if not np.isfinite(self.atoms_AD).all():

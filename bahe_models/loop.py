@@ -30,6 +30,8 @@ class TrainingConfig:
 
     epochs: int = 4
     """Most passes over the training impressions."""
+    pretraining_epochs: int = 0
+    """Passes over the timelines before the impressions' turn; see `bahe_models.pretraining`."""
     patience: int = 1
     """Epochs without a better validation AUC before training stops."""
     impressions_per_step: int = 1000
@@ -57,6 +59,8 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.impressions_per_step < 1:
             raise ValueError("`epochs` and `impressions_per_step` must be at least 1")
+        if self.pretraining_epochs < 0:
+            raise ValueError("`pretraining_epochs` must not be negative")
         if self.accumulate < 1:
             raise ValueError("`accumulate` must be at least 1")
         if not 0 < self.negative_rate <= 1:

@@ -19,6 +19,7 @@ from bahe_models.features import DenseFeatures
 from bahe_models.loop import Epoch, Task, Trained, TrainingConfig, fit
 from bahe_models.metrics import auc
 from bahe_models.model import BaheModel, ModelConfig
+from bahe_models.pretraining import pretrain
 from bahe_models.sampling import sampled_rows
 from bahe_models.timelines import Int64, WindowConfig, plan_steps, window_batch
 
@@ -41,11 +42,11 @@ def table_ids(item_row_I: Int64, item_ids: Sequence[str | int]) -> tuple[str | i
 
 def seen_atoms(data: TrainingData) -> Int64:
     """Rows of the atoms that some training impression has in its timelines."""
-    train, timelines = data.splits["train"], data.timelines
-    longest_UC = np.zeros((timelines.users, len(timelines.channels)), dtype=np.int64)
-    np.maximum.at(longest_UC, train.user_N, train.length_NC)
+    timelines = data.timelines
     seen = []
-    for longest_U, offsets, atoms in zip(longest_UC.T, timelines.offsets, timelines.atoms, strict=True):
+    for longest_U, offsets, atoms in zip(
+        data.known_lengths().T, timelines.offsets, timelines.atoms, strict=True
+    ):
         position_B = np.arange(len(atoms)) - np.repeat(offsets[:-1], np.diff(offsets))
         seen.append(atoms[position_B < np.repeat(longest_U, np.diff(offsets))])
     return np.unique(np.concatenate(seen))
@@ -227,13 +228,17 @@ def train(
     checkpoint: Checkpoint | None = None,
     on_step: Callable[[int, float], None] = lambda impressions, loss: None,
     on_epoch: Callable[[Epoch], None] = lambda epoch: None,
+    on_pretraining: Callable[[int, float], None] = lambda behaviors, loss: None,
 ) -> Trained:
     """Train the model of `batches` in place and leave it with the weights of its best epoch.
 
     Under torchrun every process calls this with the same arguments; see `bahe_models.distributed`.
-    `checkpoint`, `on_step` and `on_epoch` are those of `fit`.
+    `checkpoint`, `on_step` and `on_epoch` are those of `fit`, `on_pretraining` is `pretrain`'s `on_step`.
+    A run killed while pre-training starts that again.
     """
     model, data = batches.model, batches.data
+    if config.pretraining_epochs and (checkpoint is None or not checkpoint.path.is_file()):
+        pretrain(model, data, batches.window, config, bfloat16=batches.bfloat16, on_step=on_pretraining)
     split = data.splits["train"]
     dense_NF = batches.dense_features(split)
     with torch.no_grad():

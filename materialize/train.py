@@ -246,6 +246,7 @@ def train_all(
                 checkpoint=checkpoint,
                 on_step=lambda n, loss: advance(n, note=f"loss {loss:.4f}  {note}"),
                 on_epoch=on_epoch,
+                on_pretraining=lambda n, loss: advance(0, note=f"pre-training, loss {loss:.3f}"),
             )
     scores = {name: batches.predict(data.splits[name]) for name in EVALUATED}
     scored["bahe"] = _Scored(scores, trained.seconds, memory.mebibytes)

@@ -1,0 +1,117 @@
+"""Pre-training of the deep layers on timelines alone: predict the next behavior.
+
+Logs of behaviors are much larger than logs of impressions, and need no clicks. The state at position
+k scores the step's atoms as candidates for behavior k + 1: sampled softmax whose negatives are what
+other positions of the step hold, corrected for how often each occurs there (Yi et al., RecSys 2019).
+
+Shape letters: W windows, L positions, P predicted positions, M distinct atoms of a step, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import nn
+
+from bahe_models.data import TrainingData
+from bahe_models.loop import TrainingConfig
+from bahe_models.model import BaheModel
+from bahe_models.timelines import WindowConfig, plan_steps, window_batch
+
+TEMPERATURE = 0.1
+SPACE = 64
+"""Width of the space in which states and atoms are compared."""
+POSITIONS_PER_STEP = 2000
+HEAD_RATE = 10.0
+"""The comparison learns this much faster than the deep layers, which already know much."""
+
+
+class NextAtom(nn.Module):
+    """Scores of candidate atoms as the next behavior; thrown away after pre-training."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.state = nn.Linear(width, SPACE)
+        self.atom = nn.Linear(width, SPACE)
+
+    def forward(self, states_PD: torch.Tensor, atoms_MD: torch.Tensor) -> torch.Tensor:
+        """Logits [P, M]: cosine of the projections, over a temperature."""
+        states = nn.functional.normalize(self.state(states_PD), dim=1)
+        atoms = nn.functional.normalize(self.atom(atoms_MD), dim=1)
+        return states @ atoms.T / TEMPERATURE
+
+
+def pretrain(
+    model: BaheModel,
+    data: TrainingData,
+    window: WindowConfig,
+    config: TrainingConfig,
+    *,
+    bfloat16: bool,
+    on_step: Callable[[int, float], None] = lambda behaviors, loss: None,
+) -> list[float]:
+    """Train the model's deep layers in place on the training part of the timelines.
+
+    Takes `pretraining_epochs` passes over them, of a timeline longer than a window over its last
+    window. Returns the mean loss of each pass; `on_step` hears of each step's predicted behaviors and
+    the pass's mean loss so far. Deterministic by `config.seed` and torch's generator.
+    """
+    device = model.user_projection.weight.device
+    atoms_AD = torch.from_numpy(data.atoms_AD).to(device)
+    lengths_UC = data.known_lengths()
+    users = np.flatnonzero(lengths_UC.sum(axis=1))
+    lengths_UC = lengths_UC[users]
+    head = NextAtom(atoms_AD.shape[1]).to(device)
+    read = [*model.behaviors.parameters(), *model.aggregator.parameters()]
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": read, "lr": config.deep_learning_rate},
+            {"params": list(head.parameters()), "lr": HEAD_RATE * config.deep_learning_rate},
+        ]
+    )
+    rng = np.random.default_rng(config.seed)
+    merged = model.config.merged
+    per_user = max(1.0, float(lengths_UC.sum(axis=1).mean()))
+    model.train()
+    losses: list[float] = []
+    for _ in range(config.pretraining_epochs):
+        total, predicted = 0.0, 0
+        for rows in plan_steps(
+            users,
+            lengths_UC,
+            impressions_per_step=max(1, round(POSITIONS_PER_STEP / per_user)),
+            rng=rng,
+            merged=merged,
+        ):
+            batch = window_batch(data.timelines, users[rows], lengths_UC[rows], window, merged=merged)
+            states, targets = [], []
+            with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+                for block in batch.blocks:
+                    rows_WL, channel_WL, gap_WL = (
+                        torch.from_numpy(part).to(device)
+                        for part in (block.atoms_WL, block.channel_WL, block.gap_WL)
+                    )
+                    inputs_WLD = model.behaviors(atoms_AD[rows_WL.clamp_min(0)], channel_WL, gap_WL)
+                    following_WL = rows_WL[:, 1:]
+                    present_WL = following_WL >= 0
+                    states.append(model.aggregator(inputs_WLD)[:, :-1][present_WL])
+                    targets.append(following_WL[present_WL])
+                distinct_M, target_P, count_M = torch.unique(
+                    torch.cat(targets), return_inverse=True, return_counts=True
+                )
+                standard_MD = model.profile.standard_behaviors(atoms_AD[distinct_M])
+                logits_PM = head(torch.cat(states), standard_MD).float()
+            # What occurs often is often a negative; uncorrected, it would be pushed away.
+            logits_PM = logits_PM - (count_M / count_M.sum()).log()
+            loss = nn.functional.cross_entropy(logits_PM, target_P)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            nn.utils.clip_grad_norm_([*read, *head.parameters()], config.gradient_norm)
+            optimizer.step()
+            total += loss.item() * len(target_P)
+            predicted += len(target_P)
+            on_step(len(target_P), total / predicted)
+        losses.append(total / max(predicted, 1))
+    return losses
