@@ -48,7 +48,8 @@ def filled(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> tup
     shown = log["impressions"]
     shown["device"] = np.array(["phone", "tv", None])[shown.index % 3]
     shown["hour"] = shown["event_timestamp"].dt.hour
-    impressions = {"files": "impressions.parquet", "context": ["device", "hour"]}
+    shown["campaign"] = None  # a column that nobody has filled yet
+    impressions = {"files": "impressions.parquet", "context": ["device", "hour", "campaign"]}
     dataset = write_dataset(folder / "log", log, tiny_backbone, impressions=impressions)
     result = call("run", dataset, "--tracker", "none", home=folder / "home")
     assert result.exit_code == 0, result.output
@@ -74,7 +75,7 @@ def test_every_part_left_what_it_should(filled: tuple[Home, Path]) -> None:
         columns
     )
     assert "recent_atoms" not in columns  # by reference
-    shown = pq.read_table(frame, columns=["context_device", "context_hour"])
+    shown = pq.read_table(frame, columns=["context_device", "context_hour", "context_campaign"])
     assert set(map(str, shown.schema.types)) == {"string"}
     assert set(shown["context_device"].to_pylist()) == {"phone", "tv", None}
     assert set(shown["context_hour"].to_pylist()) <= set(map(str, range(24)))
@@ -177,7 +178,7 @@ def test_serving_reads_context_as_training_did(filled: tuple[Home, Path]) -> Non
             )
             for entity in ("user", "item")
         }
-    assert data.context == ("device", "hour")
+    assert data.context == ("device", "hour", "campaign")
     lookup, client = OnlineLookup(home), TestClient(create_app(home))
     artifact = lookup.artifact(lookup.live_version())
     split = data.splits["test"]
@@ -224,7 +225,7 @@ def test_context_of_a_request(filled: tuple[Home, Path]) -> None:
     assert best() == best("device=", "hour= ") != best("device=phone") != phone
     told = lookup.recommend("u1", 5, at, include_seen=True, context={"device": "phone", "hour": 8})
     assert [s.probability for s in told.scores] == phone
-    words = "colour is not a context column of the model; choose from device, hour."
+    words = "colour is not a context column of the model; choose from device, hour, campaign."
     refused = client.get("/recommend", params={"user_id": "u1", "context": "colour=red"})
     assert (refused.status_code, refused.json()["detail"]) == (400, words)
     body = {"user_id": "u1", "item_ids": [1], "context": {"colour": "red"}}

@@ -182,9 +182,9 @@ def test_a_column_that_decides_the_click_is_learned(head: str, tiny_backbone: Pa
 
 
 def test_baselines_learn_it_too() -> None:
-    data, _ = context_data(rows=5000, train=4000)
+    data, _ = context_data(rows=2500, train=2000)
     test = data.splits["test"]
-    config = TrainingConfig(learning_rate=1e-2)
+    config = TrainingConfig(learning_rate=3e-2)
     settings = ModelConfig(context_buckets=100, context_width=4)
     by_id, _ = train_id_only(data, config, model_config=settings)
     by_din, _ = train_din(data, fit_dense(data), config, model_config=settings)
