@@ -300,13 +300,16 @@ def serve(
     home: HomeOption = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
+    live: Annotated[
+        bool, typer.Option("--live", help="Also take behaviors at /behaviors; loads the language model.")
+    ] = False,
 ) -> None:
     """Serve the live model over HTTP: /health, /features, /score, /recommend, and /docs to try them."""
     import uvicorn
 
     from serving.api import create_app
 
-    application = create_app(Home.at(home))
+    application = create_app(Home.at(home), live=live)
     say(f"  http://{host}:{port}/docs")
     uvicorn.run(application, host=host, port=port, log_level="warning")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import duckdb
@@ -23,6 +24,8 @@ from materialize.encode import vector_matrix
 from materialize.frame import SPLITS, Frame
 from materialize.lake import quoted
 
+_NOT_ENCODED = "some atoms have no vector yet; run `bahe encode` first."
+
 
 @dataclass(frozen=True)
 class Atoms:
@@ -40,7 +43,7 @@ class Atoms:
         if len(wanted) and (
             not len(self.ids) or (self.ids[np.minimum(rows, len(self.ids) - 1)] != wanted).any()
         ):
-            raise NotReady("some atoms have no vector yet; run `bahe encode` first.")
+            raise NotReady(_NOT_ENCODED)
         return np.asarray(rows, dtype=np.int64)
 
 
@@ -82,6 +85,31 @@ def read_timelines(
         times.append(table["time_us"].to_numpy())
     connection.unregister("wanted_users")
     return Timelines(tuple(channels), tuple(offsets), tuple(rows), tuple(times))
+
+
+def read_user(
+    connection: duckdb.DuckDBPyConnection, version: str, user_id: str | int, channels: Sequence[str]
+) -> tuple[list[np.ndarray], list[Int64], list[Int64]]:
+    """One user's timelines: per channel the atoms' vectors [L, width], times in microseconds and ids [L].
+
+    A user without behaviors has empty ones. Raises NotReady when an atom has no vector.
+    """
+    vectors, times, ids = [], [], []
+    for channel in channels:
+        table = connection.execute(
+            "SELECT t.atom_id, a.embedding, epoch_us(t.event_timestamp) AS time_us FROM user_timeline t"
+            " LEFT JOIN atomic_behavior_embedding a ON a.atom_id = t.atom_id AND a.encoder_version = ?"
+            " WHERE t.user_id = ? AND t.channel = ? ORDER BY t.position",
+            [version, user_id, channel],
+        ).to_arrow_table()
+        if table["embedding"].null_count:
+            raise NotReady(_NOT_ENCODED)
+        vectors.append(
+            vector_matrix(table["embedding"]) if table.num_rows else np.empty((0, 0), dtype=np.float32)
+        )
+        times.append(table["time_us"].to_numpy())
+        ids.append(table["atom_id"].to_numpy())
+    return vectors, times, ids
 
 
 def read_training_data(

@@ -1,4 +1,4 @@
-"""The HTTP API: health, features, score, recommend."""
+"""The HTTP API: health, features, score, recommend, and behaviors where the service is live."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pydantic import BaseModel, Field
 from bahe_core.errors import BaheError, Damaged, NotReady, UnknownEntity
 from bahe_core.home import Home
 from bahe_models.context import Value
+from serving.live import LiveLookup
 from serving.lookup import Answer, Identifier, OnlineLookup, parsed_context
 
 _STATUS = {UnknownEntity: 404, NotReady: 503, Damaged: 503}
@@ -47,6 +48,26 @@ class ScoreAnswer(BaseModel):
     scores: list[ScoredItem]
 
 
+class BehaviorRequest(BaseModel):
+    """One thing that a user did, as a row of the log's behaviors."""
+
+    user_id: Identifier
+    channel: str
+    text: str
+    event_timestamp: datetime
+    """UTC unless it says otherwise; not before the user's latest behavior."""
+    item_id: Identifier | None = None
+    """The item acted on, which is then recommended no more."""
+
+
+class BehaviorAnswer(BaseModel):
+    """The user after the behavior."""
+
+    user_id: Identifier
+    model_version: str
+    behaviors: int
+
+
 class FeaturesAnswer(BaseModel):
     """What the online store holds of a user."""
 
@@ -58,9 +79,12 @@ class FeaturesAnswer(BaseModel):
     embedding: list[float]
 
 
-def create_app(home: Home) -> FastAPI:
-    """The application for one home. Raises NotReady before the first publish."""
-    lookup = OnlineLookup(home)
+def create_app(home: Home, *, live: bool = False) -> FastAPI:
+    """The application for one home; `live` adds /behaviors, which needs the shallow layers in memory.
+
+    Raises NotReady before the first publish.
+    """
+    lookup = LiveLookup(home) if live else OnlineLookup(home)
     lookup.artifact(lookup.live_version())
     app = FastAPI(
         title="bahe",
@@ -109,7 +133,21 @@ def create_app(home: Home) -> FastAPI:
         known = parsed_context(context or ())
         return _answer(lookup.recommend(user_id, k, at, include_seen=include_seen, context=known))
 
+    if isinstance(lookup, LiveLookup):
+        _add_behaviors(app, lookup)
     return app
+
+
+def _add_behaviors(app: FastAPI, lookup: LiveLookup) -> None:
+    @app.post("/behaviors")
+    def behaviors(request: BehaviorRequest) -> BehaviorAnswer:
+        """Take in what a user just did: until the next publish, this process answers with it."""
+        user = lookup.append(
+            request.user_id, request.channel, request.text, request.event_timestamp, request.item_id
+        )
+        return BehaviorAnswer(
+            user_id=user.user_id, model_version=user.model_version, behaviors=user.behaviors
+        )
 
 
 def _answer(answer: Answer) -> ScoreAnswer:

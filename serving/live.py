@@ -1,0 +1,185 @@
+"""Behaviors that reach a running service: their user's next answer knows them.
+
+A service started with `--live` holds the shallow layers as well. A behavior sent to it is encoded and
+appended to its user's `UserState`, which is made from the lake when the user first sends one. The states
+live in this process alone: they bridge the time between two publishes, and replace no ingest. A user's
+state is dropped when another model goes live, when a publish brings a vector of more behaviors than the
+one it went beyond, and when too many others were used since.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+
+import duckdb
+import numpy as np
+import torch
+
+from bahe_core.errors import BadInput, NotReady
+from bahe_core.home import Home
+from bahe_models.artifact import Artifact
+from bahe_models.backbone import load_backbone
+from bahe_models.encoder import AtomicEncoder, encoder_version
+from bahe_models.incremental import UserState
+from materialize.encode import encoder_settings
+from materialize.ingest import ATOM_ID, NORMAL_TEXT, home_dataset
+from materialize.lake import lake
+from materialize.training_data import read_user
+from serving.lookup import Identifier, OnlineLookup, UserFeatures
+
+STATES = 256
+"""Users whose states are kept; with SmolLM2 a full window of 512 behaviors takes about 3 MB."""
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+@dataclass(frozen=True)
+class _Fresh:
+    """A user's state, and what an answer takes from it."""
+
+    state: UserState
+    model_version: str
+    stored_behaviors: int
+    """Behaviors of the stored vector when the state was made."""
+    lengths: tuple[int, ...]
+    vector: np.ndarray
+    seen_items: frozenset[str]
+
+
+class LiveLookup(OnlineLookup):
+    """A lookup that also takes behaviors in. Raises NotReady when the live model's encoder is not here."""
+
+    def __init__(self, home: Home, *, states: int = STATES) -> None:
+        super().__init__(home)
+        self._most = states
+        self._fresh: OrderedDict[Identifier, _Fresh] = OrderedDict()
+        self._fresh_lock = threading.Lock()
+        self._appending = threading.Lock()  # a state belongs to one thread at a time
+        self._sql = duckdb.connect()
+        self._encoder, self._encoder_version = self._load_encoder()
+        self._check_encoder(self.artifact(self.live_version()))
+
+    def user(self, user_id: Identifier) -> UserFeatures:
+        """A user's features, with the behaviors sent here. Raises UnknownEntity as `OnlineLookup.user`."""
+        stored = super().user(user_id)
+        fresh = self._fresh_of(stored)
+        if fresh is None:
+            return stored
+        channels = self.artifact(stored.model_version).dense.channels
+        named = {f"length_{channel}": float(n) for channel, n in zip(channels, fresh.lengths, strict=True)}
+        return replace(
+            stored,
+            cold=False,
+            behaviors=sum(fresh.lengths),
+            vector=fresh.vector,
+            statistics={**stored.statistics, **named},
+            seen_items=stored.seen_items | fresh.seen_items,
+        )
+
+    def append(
+        self,
+        user_id: Identifier,
+        channel: str,
+        text: str,
+        at: datetime,
+        item_id: Identifier | None = None,
+    ) -> UserFeatures:
+        """Take in one more behavior (the same one twice counts twice); returns the user's features then.
+
+        `at` is UTC unless it says otherwise. Raises UnknownEntity when the user is not in the online
+        store, and BadInput on an unknown channel, an empty text or a time before the user's latest.
+        """
+        with self._appending:
+            stored = super().user(user_id)
+            artifact = self.artifact(stored.model_version)
+            channels = artifact.dense.channels
+            if channel not in channels:
+                raise BadInput(f"channel {channel} is not known; choose from {', '.join(channels)}.")
+            normal, atom_id = self._atom(channel, text)
+            if not normal:
+                raise BadInput(f"the text of user {user_id}'s behavior is empty; say what the user did.")
+            self._check_encoder(artifact)
+            fresh = self._fresh_of(stored) or self._from_lake(stored, artifact)
+            atom_D = torch.from_numpy(self._encoder.encode([channel], [normal])[0])
+            at = at if at.tzinfo else at.replace(tzinfo=UTC)
+            try:
+                time_us = (at - _EPOCH) // timedelta(microseconds=1)
+                fresh.state.append(channels.index(channel), atom_D, time_us, atom_id)
+            except ValueError:
+                raise BadInput(
+                    f"a behavior at {at.isoformat()} does not follow the latest of user {user_id}, and a"
+                    " service takes them in order only; leave it to the next ingest."
+                ) from None
+            seen = frozenset() if item_id is None else frozenset([str(item_id)])
+            with self._fresh_lock:
+                self._fresh[stored.user_id] = replace(
+                    fresh,
+                    lengths=fresh.state.lengths,
+                    vector=fresh.state.vector().cpu().numpy(),
+                    seen_items=fresh.seen_items | seen,
+                )
+                self._fresh.move_to_end(stored.user_id)
+                while len(self._fresh) > self._most:
+                    self._fresh.popitem(last=False)
+        return self.user(user_id)
+
+    def _fresh_of(self, stored: UserFeatures) -> _Fresh | None:
+        """The user's state, unless what is published has gone past it."""
+        with self._fresh_lock:
+            fresh = self._fresh.get(stored.user_id)
+            if fresh is None:
+                return None
+            if fresh.model_version != stored.model_version:
+                self._fresh.clear()  # all are of a model that is live no more
+                return None
+            if fresh.stored_behaviors != stored.behaviors:
+                del self._fresh[stored.user_id]
+                return None
+            self._fresh.move_to_end(stored.user_id)
+            return fresh
+
+    def _from_lake(self, stored: UserFeatures, artifact: Artifact) -> _Fresh:
+        with lake(self._home) as connection:
+            atoms_CLD, time_us_CL, atom_ids_CL = read_user(
+                connection, artifact.encoder_version, stored.user_id, artifact.dense.channels
+            )
+        width = self._encoder.width
+        state = UserState(
+            artifact.model,
+            artifact.window,
+            [torch.from_numpy(vectors.reshape(-1, width)) for vectors in atoms_CLD],
+            time_us_CL,
+            atom_ids_CL,
+        )
+        return _Fresh(
+            state, stored.model_version, stored.behaviors, state.lengths, stored.vector, frozenset()
+        )
+
+    def _atom(self, channel: str, text: str) -> tuple[str, int]:
+        """The text as ingest keeps it, and the id that ingest gives it in this channel."""
+        normal = NORMAL_TEXT.format(text="$text")
+        found = self._sql.execute(
+            f"SELECT {normal}, {ATOM_ID.format(channel='$channel', text=normal)}",
+            {"text": text, "channel": channel},
+        ).fetchone()
+        assert found is not None
+        return found[0], found[1]
+
+    def _load_encoder(self) -> tuple[AtomicEncoder, str]:
+        backbone, settings = encoder_settings(home_dataset(self._home))
+        halves = load_backbone(backbone)
+        version = encoder_version(halves, settings, backbone.shallow_layers)
+        return AtomicEncoder(halves, settings), version
+
+    def _check_encoder(self, artifact: Artifact) -> None:
+        """Have the encoder that the model reads; another may have come with a publish."""
+        if self._encoder_version != artifact.encoder_version:
+            self._encoder, self._encoder_version = self._load_encoder()
+        if self._encoder_version != artifact.encoder_version:
+            raise NotReady(
+                f"{artifact.model_version} reads vectors of {artifact.encoder_version}, but"
+                f" {self._home.root}/dataset.yaml now describes {self._encoder_version}; publish a model"
+                " of it, or serve without --live."
+            )
