@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from bahe_core.errors import BadInput
-from bahe_models.backbone import longest_input
+from bahe_models.backbone import attend_by_products, longest_input
 from bahe_models.checkpoint import Checkpoint
 from bahe_models.data import Impressions, TrainingData
 from bahe_models.distributed import Processes
@@ -22,6 +22,9 @@ from bahe_models.model import BaheModel, ModelConfig
 from bahe_models.pretraining import pretrain
 from bahe_models.sampling import sampled_rows
 from bahe_models.timelines import Int64, WindowConfig, plan_steps, window_batch
+
+_SHORT = 1024
+"""Windows up to this size can keep their attention probabilities."""
 
 Scores = npt.NDArray[np.float64]
 
@@ -94,6 +97,8 @@ class Batches:
                 f"window.size is {window.size}, but the backbone reads at most {limit - 1} behaviors"
                 " after the start position; lower it."
             )
+        if bfloat16 and device.type == "cpu" and window.size <= _SHORT:
+            attend_by_products(model.aggregator.deep)
         self.model, self.data, self.dense, self.window = model, data, dense, window
         self.device, self.bfloat16 = device, bfloat16
         self.logit_shift = 0.0

@@ -2,18 +2,20 @@
 
 All contenders train the same deep layers on the same impressions of the same users: those with at least
 the longest prompt's tokens of history, so that no prompt is short. The peer is measured with several
-impressions per step and its fastest counts. A step is forward, backward and optimiser.
+impressions per step and two ways of attention, and its fastest counts. A step is forward, backward and optimiser.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import ctypes
 import gc
 import multiprocessing
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
@@ -42,6 +44,8 @@ Step = Callable[[Int64], "torch.Tensor"]
 PROMPT_TOKENS = (512, 1024, 2048)
 LONGEST = max(PROMPT_TOKENS)
 PEER_IMPRESSIONS_PER_STEP = (1, 4)
+PEER_ATTENTION = ("sdpa", "eager")
+"""Torch's fused kernel, and plain products, which BAHE's short windows take on a CPU."""
 MEMORY_IMPRESSIONS = 8
 HISTORY_LENGTHS = (10, 30, 100, 300, 1000)
 POSITIONS_PER_STEP = 4000
@@ -117,8 +121,6 @@ def read_scene(home: Home) -> Scene:
 
 def fresh_deep(scene: Scene) -> torch.nn.Module:
     """The deep layers as loaded; no two contenders train the same copy."""
-    import copy
-
     return copy.deepcopy(scene.halves.deep)
 
 
@@ -141,8 +143,8 @@ def bahe_batches(scene: Scene) -> Batches:
     )
 
 
-def long_text(scene: Scene) -> LongText:
-    """The peer with the same deep layers and the same head."""
+def long_text(scene: Scene, attention: str) -> LongText:
+    """The peer with the same deep layers and the same head; `attention` is transformers' name of a kernel."""
     from bahe_models.baselines import LongText
     from bahe_models.model import BaheModel
 
@@ -154,7 +156,10 @@ def long_text(scene: Scene) -> LongText:
         dense_features=len(scene.dense.names),
         config=scene.settings.model,
     )
-    return LongText(scene.halves.shallow, head).train()
+    shallow = copy.deepcopy(scene.halves.shallow)
+    shallow.set_attn_implementation(attention)  # type: ignore[operator]
+    head.aggregator.deep.set_attn_implementation(attention)  # type: ignore[operator]
+    return LongText(shallow, head).train()
 
 
 def bahe_step(batches: Batches, *, share: bool) -> Step:
@@ -195,7 +200,7 @@ def stepper(step: Step, model: torch.nn.Module, scene: Scene) -> Callable[[Int64
     import torch
 
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-5)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True)
     clicked_N = torch.from_numpy(scene.split.clicked_N)
 
     def run(rows: Int64) -> float:
@@ -248,7 +253,7 @@ def step_times(
     prompts = (PROMPT_TOKENS[0], LONGEST) if quick else PROMPT_TOKENS
     among = scene.long_histories()
     rng = np.random.default_rng(0)
-    model = long_text(scene)
+    models = {attention: long_text(scene, attention) for attention in PEER_ATTENTION}
     whole_users = planned(scene, among, scene.settings.training.impressions_per_step)
     # A packed step holds fewer users than BAHE's: its activations are those of every token.
     few_users = [rows for rows in planned(scene, among, 200) if len(rows) >= 100]
@@ -256,25 +261,26 @@ def step_times(
     def some(rows: list[Int64]) -> Int64:
         return rows[rng.integers(len(rows))]
 
-    contenders: dict[tuple[str, int], tuple[Callable[[Int64], float], Callable[[], Int64]]] = {
-        ("one pass", 0): (one_pass, lambda: some(whole_users)),
-        ("per impression", 0): (
+    # By name, tokens and, for the peer, attention and impressions a step.
+    contenders: dict[tuple[str, int, str], tuple[Callable[[Int64], float], Callable[[], Int64]]] = {
+        ("one pass", 0, ""): (one_pass, lambda: some(whole_users)),
+        ("per impression", 0, ""): (
             stepper(bahe_step(batches, share=False), batches.model, scene),
             lambda: rng.choice(among, 32, replace=False),
         ),
     }
-    for tokens in prompts:
+    for tokens, (attention, model) in product(prompts, models.items()):
         single = stepper(long_text_step(model, scene, tokens, packed=False), model, scene)
         packed = stepper(long_text_step(model, scene, tokens, packed=True), model, scene)
-        contenders["packed", tokens] = (packed, lambda: some(few_users))
+        contenders["packed", tokens, attention] = (packed, lambda: some(few_users))
         for count in PEER_IMPRESSIONS_PER_STEP:
-            contenders[f"text x {count}", tokens] = (
+            contenders["text", tokens, f"{attention}, {count}"] = (
                 single,
                 lambda count=count: rng.choice(among, count, replace=False),  # type: ignore[misc]
             )
-    one_pass(some(whole_users))  # the first step also allocates and compiles kernels
-    contenders[f"text x {PEER_IMPRESSIONS_PER_STEP[0]}", prompts[0]][0](among[:1])
-    taken: dict[tuple[str, int], list[float]] = {name: [] for name in contenders}
+        single(among[:1])
+    one_pass(some(whole_users))  # a first step also allocates and compiles kernels
+    taken: dict[tuple[str, int, str], list[float]] = {name: [] for name in contenders}
     for _ in range(2 if quick else 7):
         for name, (step, rows_of) in contenders.items():
             # Cheap contenders are noisier, and repeating them costs little.
@@ -282,20 +288,23 @@ def step_times(
                 rows = rows_of()
                 taken[name].append(step(rows) / len(rows))
     milliseconds = {name: median(seconds) * 1e3 for name, seconds in taken.items()}
-    ours = milliseconds["one pass", 0]
+    ours = milliseconds["one pass", 0, ""]
+
+    def fastest(peer: str, tokens: int) -> float:
+        return min(value for (*name, _), value in milliseconds.items() if name == [peer, tokens])
+
     unit = "ms / impression"
     yield Row(
         metric="training step, one pass per user",
         value=ours,
         unit=unit,
         peer="BAHE per impression",
-        peer_value=milliseconds["per impression", 0],
+        peer_value=milliseconds["per impression", 0, ""],
     )
     for tokens in prompts:
-        fastest = min(milliseconds[f"text x {count}", tokens] for count in PEER_IMPRESSIONS_PER_STEP)
         for peer, theirs, least in (
-            ("long text per impression", fastest, 4000),
-            ("long text packed", milliseconds["packed", tokens], 40),
+            ("long text per impression", fastest("text", tokens), 4000),
+            ("long text packed", fastest("packed", tokens), 40),
         ):
             goal = tokens == LONGEST
             yield Row(
@@ -339,7 +348,7 @@ def memory_of_step(kind: str, home_path: Path) -> float:
         batches = bahe_batches(scene)
         step, model = bahe_step(batches, share=True), batches.model
     else:
-        text = long_text(scene)
+        text = long_text(scene, "sdpa")  # the one that needs less memory
         step, model = long_text_step(text, scene, LONGEST, packed=kind == "packed"), text
     among = scene.long_histories()
     rows = np.random.default_rng(0).choice(among, MEMORY_IMPRESSIONS, replace=False)

@@ -308,7 +308,7 @@ def test_the_http_api(filled: tuple[Home, Path]) -> None:
     assert health["status"] == "ok"
     assert health["model_version"].startswith("bahe-")
     features = client.get("/features", params={"user_id": "u1"}).json()
-    assert len(features["embedding"]) == 16
+    assert len(features["embedding"]) == 32
     answer = client.post("/score", json={"user_id": "u1", "item_ids": [1, 2, 3]}).json()
     assert [s["probability"] for s in answer["scores"]] == sorted(
         (s["probability"] for s in answer["scores"]), reverse=True
