@@ -179,6 +179,15 @@ def attend_by_products(half: nn.Module) -> None:
     hf_half.set_attn_implementation("eager")
 
 
+def recompute_activations(half: nn.Module, on: bool) -> None:
+    """Whether each layer keeps its input alone and computes the rest again for its gradients."""
+    hf_half: Any = half
+    if on:
+        hf_half.gradient_checkpointing_enable({"use_reentrant": False})
+    else:
+        hf_half.gradient_checkpointing_disable()
+
+
 def longest_input(half: nn.Module) -> int | None:
     """How many positions a half can read: rows of its table of learned positions, None without one."""
     hf_half: Any = half

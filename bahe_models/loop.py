@@ -23,6 +23,8 @@ from bahe_models.checkpoint import Checkpoint, random_state, set_random_state
 from bahe_models.distributed import Processes
 from bahe_models.timelines import Int64
 
+_NOT_OF_THE_WEIGHTS = ("checkpoint_seconds", "recompute")
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
@@ -52,6 +54,9 @@ class TrainingConfig:
     """Share of the unclicked impressions that each epoch draws; predictions are corrected for it."""
     bfloat16: bool | None = None
     """Mixed precision; by default where the hardware multiplies bfloat16 matrices itself."""
+    recompute: bool = False
+    """Deep layers compute their activations again in the backward pass instead of keeping them: less
+    memory, more time, the same weights."""
     seed: int = 0
     checkpoint_seconds: float = 60.0
     """Most training that a kill costs, for a run with a checkpoint; no effect on the weights."""
@@ -77,7 +82,7 @@ class TrainingConfig:
 
     def of_the_weights(self) -> dict[str, Any]:
         """The fields that move the trained weights."""
-        return {name: value for name, value in asdict(self).items() if name != "checkpoint_seconds"}
+        return {name: value for name, value in asdict(self).items() if name not in _NOT_OF_THE_WEIGHTS}
 
 
 @dataclass(frozen=True)

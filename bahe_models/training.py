@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from bahe_core.errors import BadInput
-from bahe_models.backbone import attend_by_products, longest_input
+from bahe_models.backbone import attend_by_products, longest_input, recompute_activations
 from bahe_models.checkpoint import Checkpoint
 from bahe_models.data import Impressions, TrainingData
 from bahe_models.distributed import Processes
@@ -276,7 +276,13 @@ def train(
             data.splits["validation"].clicked_N, batches.predict(data.splits["validation"])
         ),
     )
-    return fit(task, config, checkpoint=checkpoint, on_step=on_step, on_epoch=on_epoch)
+    if config.recompute:
+        recompute_activations(model.aggregator.deep, True)
+    try:
+        return fit(task, config, checkpoint=checkpoint, on_step=on_step, on_epoch=on_epoch)
+    finally:
+        if config.recompute:
+            recompute_activations(model.aggregator.deep, False)
 
 
 def precision(config: TrainingConfig, device: torch.device) -> bool:

@@ -180,3 +180,12 @@ def test_cross_layers_and_models_without_ids(tiny_backbone: Path, tmp_path: Path
     atoms = torch.from_numpy(data.atoms_AD[:1])
     known, unseen = (by_text.item_vectors(atoms, [item]) for item in (0, "never seen"))
     np.testing.assert_array_equal(known, unseen)
+
+
+def test_recomputed_activations_give_the_same_weights(tiny_backbone: Path) -> None:
+    data = toy_data()
+    kept, _, _ = fit_toy(data, tiny_backbone, epochs=1)
+    again, _, _ = fit_toy(data, tiny_backbone, epochs=1, recompute=True)
+    for name, value in kept.model.state_dict().items():
+        torch.testing.assert_close(again.model.state_dict()[name], value, atol=1e-6, rtol=0)
+    assert toy_config(recompute=True).of_the_weights() == toy_config().of_the_weights()
