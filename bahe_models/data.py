@@ -35,6 +35,18 @@ class Impressions:
     def __len__(self) -> int:
         return len(self.user_N)
 
+    def take(self, rows: Int64) -> Impressions:
+        """Some of them, in the order of `rows`."""
+        return Impressions(
+            user_N=self.user_N[rows],
+            item_N=self.item_N[rows],
+            length_NC=self.length_NC[rows],
+            time_us_N=self.time_us_N[rows],
+            clicked_N=self.clicked_N[rows],
+            columns={name: values[rows] for name, values in self.columns.items()},
+            context_NX=None if self.context_NX is None else self.context_NX[rows],
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingData:

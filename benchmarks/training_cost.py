@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -125,14 +125,15 @@ def fresh_deep(scene: Scene) -> torch.nn.Module:
     return copy.deepcopy(scene.halves.deep)
 
 
-def bahe_batches(scene: Scene) -> Batches:
-    """BAHE, ready to train."""
+def bahe_batches(scene: Scene, **changes: Any) -> Batches:
+    """BAHE, ready to train; `changes` are of its ModelConfig."""
     import torch
 
     from bahe_models.training import Batches, build_model, precision
 
     settings, cpu = scene.settings, torch.device("cpu")
-    model = build_model(fresh_deep(scene), scene.data, scene.dense, settings.model, scene.item_row_I)
+    config = replace(settings.model, **changes)
+    model = build_model(fresh_deep(scene), scene.data, scene.dense, config, scene.item_row_I)
     return Batches(
         model.train(),
         scene.data,
@@ -147,16 +148,11 @@ def bahe_batches(scene: Scene) -> Batches:
 def long_text(scene: Scene, attention: str) -> LongText:
     """The peer with the same deep layers and head; `attention` is transformers' name of a kernel."""
     from bahe_models.baselines import LongText
-    from bahe_models.model import BaheModel
+    from bahe_models.training import build_model
 
-    head = BaheModel(
-        fresh_deep(scene),
-        width=scene.halves.width,
-        channels=1,
-        items=int(scene.item_row_I.max()),
-        dense_features=len(scene.dense.names),
-        config=scene.settings.model,
-    )
+    # A prompt is one sequence, whatever channels its behaviors are of.
+    merged = replace(scene.settings.model, channels="merged")
+    head = build_model(fresh_deep(scene), scene.data, scene.dense, merged, scene.item_row_I)
     shallow = copy.deepcopy(scene.halves.shallow)
     shallow.set_attn_implementation(attention)  # type: ignore[operator]
     head.aggregator.deep.set_attn_implementation(attention)  # type: ignore[operator]
@@ -170,13 +166,15 @@ def bahe_step(batches: Batches, *, share: bool) -> Step:
     return lambda rows: batches.logits(split, dense_NF, rows, share=share)
 
 
-def long_text_step(model: LongText, scene: Scene, max_tokens: int, *, packed: bool) -> Step:
+def long_text_step(
+    model: LongText, scene: Scene, max_tokens: int, *, packed: bool, split_name: str = "train"
+) -> Step:
     """Logits by text prompts, in the precision that BAHE has."""
     import torch
 
     from bahe_models.training import precision
 
-    split, data = scene.split, scene.data
+    split, data = scene.data.splits[split_name], scene.data
     dense_NF = torch.from_numpy(scene.dense.transform(split.columns, split.length_NC, split.time_us_N))
     atoms_AD = torch.from_numpy(data.atoms_AD)
     bfloat16 = precision(scene.settings.training, torch.device("cpu"))
@@ -218,11 +216,13 @@ def stepper(step: Step, model: torch.nn.Module, scene: Scene) -> Callable[[Int64
     return run
 
 
-def planned(scene: Scene, among: Int64, impressions_per_step: int) -> list[Int64]:
+def planned(
+    scene: Scene, among: Int64, impressions_per_step: int, *, split_name: str = "train"
+) -> list[Int64]:
     """Steps as the trainer plans them: whole users, users of like length together."""
     from bahe_models.timelines import plan_steps
 
-    split, rng = scene.split, np.random.default_rng(0)
+    split, rng = scene.data.splits[split_name], np.random.default_rng(0)
     steps = plan_steps(
         split.user_N[among],
         split.length_NC[among],
