@@ -84,6 +84,7 @@ class Artifact:
 
         `atoms_AD` must be of this artifact's encoder_version, and on the model's device.
         """
+        self._check_width(atoms_AD)
         self.model.eval()
         vectors = np.empty((len(user_N), self.vector_width), dtype=np.float32)
         for rows in plan_steps(user_N, length_NC, impressions_per_step=256, rng=None):
@@ -101,6 +102,7 @@ class Artifact:
         self, atoms_ND: torch.Tensor, item_ids: Sequence[str | int]
     ) -> npt.NDArray[np.float32]:
         """Item vectors [N, width] from the vectors of the items' texts, in the order of the ids."""
+        self._check_width(atoms_ND)
         self.model.eval()
         rows_N = self.id_table_rows(item_ids).to(atoms_ND.device)
         vectors: npt.NDArray[np.float32] = self.model.item_vectors(atoms_ND, rows_N).cpu().numpy()
@@ -143,6 +145,7 @@ class Artifact:
         device; `item_atom_N` are the rows of the items' texts in it, and `length_NC` how many behaviors
         of each timeline came strictly before the impression.
         """
+        self._check_width(atoms_AD)
         self.model.eval()
         device = atoms_AD.device
         dense_NF = torch.from_numpy(self.dense.transform(columns, length_NC, now_us_N)).to(device)
@@ -156,6 +159,14 @@ class Artifact:
             interest_NT = self.model.interests(atoms_AD, timelines, user_N[rows], length_NC[rows], item_NV)
             logits_N[part] = self.model.score(user_NV, item_NV, dense_NF[part], interest_NT)
         return self._probabilities(logits_N)
+
+    def _check_width(self, atoms_AD: torch.Tensor) -> None:
+        width = self.model.aggregator.start_D.numel()
+        if atoms_AD.shape[1] != width:
+            raise BadInput(
+                f"the atom vectors have {atoms_AD.shape[1]} numbers and {self.model_version} reads {width};"
+                f" give it those of {self.encoder_version}."
+            )
 
     def _probabilities(self, logits_N: torch.Tensor) -> npt.NDArray[np.float64]:
         corrected_N = logits_N.double() + self.logit_shift

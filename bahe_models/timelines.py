@@ -68,6 +68,10 @@ class Block:
     """Channel of each window."""
 
 
+EMPTY_BLOCK = Block(np.full((1, 1), -1), np.zeros(1, dtype=np.int64))
+"""One window of nothing but the start position."""
+
+
 @dataclass(frozen=True)
 class WindowBatch:
     """The windows that a set of impressions needs, and where each impression reads."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,7 @@ from bahe_models.loop import Epoch, Task, Trained, TrainingConfig, fit
 from bahe_models.metrics import auc
 from bahe_models.model import BaheModel, ModelConfig
 from bahe_models.sampling import sampled_rows
+from bahe_models.sharding import agreed_blocks, is_sharded
 from bahe_models.timelines import Int64, WindowConfig, plan_steps, window_batch
 
 Scores = npt.NDArray[np.float64]
@@ -51,10 +53,27 @@ def fit_dense(data: TrainingData) -> DenseFeatures:
     )
 
 
+def require_fit(deep: nn.Module, data: TrainingData, window: WindowConfig) -> None:
+    """Raises BadInput when the deep layers cannot read these atoms, or windows of this size."""
+    hf_deep: Any = deep
+    width, expected = data.atoms_AD.shape[1], int(hf_deep.config.hidden_size)
+    if width != expected:
+        raise BadInput(
+            f"the atom vectors have {width} numbers and the backbone reads {expected}; encode them by the"
+            " same backbone."
+        )
+    limit = longest_input(deep)
+    if limit is not None and window.size >= limit:
+        raise BadInput(
+            f"window.size is {window.size}, but the backbone reads at most {limit - 1} behaviors"
+            " after the start position; lower it."
+        )
+
+
 class Batches:
     """Feeds a model with planned batches of one data set.
 
-    Raises BadInput when a window is longer than the backbone has positions for.
+    Raises BadInput when the model's deep layers cannot read the data; see `require_fit`.
     """
 
     def __init__(
@@ -68,12 +87,7 @@ class Batches:
         device: torch.device,
         bfloat16: bool,
     ) -> None:
-        limit = longest_input(model.aggregator.deep)
-        if limit is not None and window.size >= limit:
-            raise BadInput(
-                f"window.size is {window.size}, but the backbone reads at most {limit - 1} behaviors"
-                " after the start position; lower it."
-            )
+        require_fit(model.aggregator.deep, data, window)
         self.model, self.data, self.dense, self.window = model, data, dense, window
         self.device, self.bfloat16 = device, bfloat16
         self.logit_shift = 0.0
@@ -94,6 +108,8 @@ class Batches:
         batch = window_batch(
             self.data.timelines, split.user_N[rows], split.length_NC[rows], self.window, share=share
         )
+        if is_sharded(self.model):
+            batch = agreed_blocks(batch, self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
             user_NV = self.model.user_vectors(self.atoms_AD, batch)
         item_N = torch.from_numpy(split.item_N[rows]).to(self.device)
@@ -109,22 +125,24 @@ class Batches:
         dense_NF = dense_NF[torch.from_numpy(rows).to(self.device)]
         return self.model.score(user_NV.float(), item_NV, dense_NF, interest_NT)
 
-    @torch.inference_mode()
+    @torch.no_grad()  # in inference mode FSDP would keep tensors that cannot be trained on afterwards
     def predict(self, split: Impressions, impressions_per_step: int = 4000) -> Scores:
         """Click logits [N] of a split, in its order, corrected for sampling and weights.
 
-        Of several processes each computes some steps, and all of them get all scores.
+        Of several processes each computes some steps, and all of them get all scores. Those of a sharded
+        model take equally many steps, some without rows.
         """
         self.model.eval()
         processes = Processes.here()
         dense_NF = self.dense_features(split)
         scores = np.zeros(len(split), dtype=np.float64)
-        steps = plan_steps(
-            split.user_N, split.length_NC, impressions_per_step=impressions_per_step, rng=None
+        steps = list(
+            plan_steps(split.user_N, split.length_NC, impressions_per_step=impressions_per_step, rng=None)
         )
-        for index, rows in enumerate(steps):
-            if index % processes.size == processes.rank:
-                scores[rows] = self.logits(split, dense_NF, rows).cpu().numpy()
+        if is_sharded(self.model):
+            steps += [np.empty(0, dtype=np.int64)] * (-len(steps) % processes.size)
+        for rows in steps[processes.rank :: processes.size]:
+            scores[rows] = self.logits(split, dense_NF, rows).cpu().numpy()
         if processes.size > 1:
             scores = processes.sum(torch.from_numpy(scores).to(self.device)).cpu().numpy()
         return scores + self.logit_shift
@@ -186,9 +204,11 @@ def train(
     """Train the model of `batches` in place and leave it with the weights of its best epoch.
 
     Under torchrun every process calls this with the same arguments; see `bahe_models.distributed`.
-    `checkpoint`, `on_step` and `on_epoch` are those of `fit`.
+    `checkpoint`, `on_step` and `on_epoch` are those of `fit`. Raises BadInput before any step when the
+    data cannot be trained on, or the checkpoint is of another run.
     """
     model, data = batches.model, batches.data
+    data.check()
     split = data.splits["train"]
     dense_NF = batches.dense_features(split)
     with torch.no_grad():

@@ -9,6 +9,7 @@ import torch
 
 from bahe_core.errors import BadInput
 from bahe_models.artifact import Artifact
+from bahe_models.model import ModelConfig
 from bahe_models.timelines import Int64
 from bahe_models.training import Batches, table_ids
 
@@ -25,6 +26,29 @@ def known_items(artifact: Artifact, item_ids: Sequence[str | int]) -> Int64:
     return np.flatnonzero([item in known for item in item_ids]).astype(np.int64)
 
 
+def require_fit(
+    artifact: Artifact, *, encoder_version: str, channels: Sequence[str], config: ModelConfig
+) -> None:
+    """Raises BadInput when a model of this configuration cannot start from the artifact."""
+    if artifact.encoder_version != encoder_version:
+        raise BadInput(
+            f"{artifact.model_version} reads vectors of {artifact.encoder_version}, and these are of"
+            f" {encoder_version}; train without --warm-start."
+        )
+    if tuple(artifact.dense.channels) != tuple(channels):
+        raise BadInput(
+            f"{artifact.model_version} knows the channels {', '.join(artifact.dense.channels)}, not"
+            f" {', '.join(channels)}; train without --warm-start."
+        )
+    for name in _WIDTHS:
+        theirs, ours = (getattr(c, name) for c in (artifact.model.config, config))
+        if theirs != ours:
+            raise BadInput(
+                f"{artifact.model_version} has model.{name} {theirs}, not {ours}; set it back, or train"
+                " without --warm-start."
+            )
+
+
 @torch.no_grad()
 def start_from(artifact: Artifact, batches: Batches, *, encoder_version: str) -> None:
     """Let a fresh model predict what the artifact does, before its first step.
@@ -33,24 +57,12 @@ def start_from(artifact: Artifact, batches: Batches, *, encoder_version: str) ->
     starts at zero, as the artifact's row for unseen items is. The dense features take the artifact's
     standardisation, which its weights belong to. Raises BadInput when the two do not fit together.
     """
-    if artifact.encoder_version != encoder_version:
-        raise BadInput(
-            f"{artifact.model_version} reads vectors of {artifact.encoder_version}, and these are of"
-            f" {encoder_version}; train without --warm-start."
-        )
-    channels = batches.data.timelines.channels
-    if tuple(artifact.dense.channels) != tuple(channels):
-        raise BadInput(
-            f"{artifact.model_version} knows the channels {', '.join(artifact.dense.channels)}, not"
-            f" {', '.join(channels)}; train without --warm-start."
-        )
-    for name in _WIDTHS:
-        theirs, ours = (getattr(m.config, name) for m in (artifact.model, batches.model))
-        if theirs != ours:
-            raise BadInput(
-                f"{artifact.model_version} has model.{name} {theirs}, not {ours}; set it back, or train"
-                " without --warm-start."
-            )
+    require_fit(
+        artifact,
+        encoder_version=encoder_version,
+        channels=batches.data.timelines.channels,
+        config=batches.model.config,
+    )
     own = batches.model.state_dict()
     theirs = artifact.model.state_dict()
     for name, value in theirs.items():
