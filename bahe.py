@@ -138,6 +138,9 @@ def train(
     warm_start: Annotated[
         str | None, typer.Option(help="A model_version to start from, as yesterday's.", metavar="VERSION")
     ] = None,
+    shard: Annotated[
+        bool, typer.Option("--shard", help="Under torchrun: each process holds a share of the deep layers.")
+    ] = False,
 ) -> None:
     """Train BAHE, the ID-only network and the floor on the last frame; print the results table.
 
@@ -145,7 +148,7 @@ def train(
     """
     from materialize.train import train_models as job
 
-    done = job(Home.at(home), device_name=device, tracker=tracker, warm_start=warm_start)
+    done = job(Home.at(home), device_name=device, tracker=tracker, warm_start=warm_start, shard=shard)
     if int(os.environ.get("RANK", "0")):
         return  # of torchrun's processes, the first one speaks
     say(f"  {done.model_version}" + (" (unchanged)" if done.skipped else ""))

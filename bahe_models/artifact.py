@@ -97,6 +97,7 @@ class Artifact:
         `atoms_AD` must be of this artifact's encoder_version, and on the model's device; `atom_ids_A`
         says which atoms they are of.
         """
+        self._check_width(atoms_AD)
         self.model.eval()
         id_row_A = self.model.behavior_rows(torch.from_numpy(atom_ids_A).to(atoms_AD.device))
         vectors = np.empty((len(user_N), self.vector_width), dtype=np.float32)
@@ -116,6 +117,7 @@ class Artifact:
         self, atoms_ND: torch.Tensor, item_ids: Sequence[str | int]
     ) -> npt.NDArray[np.float32]:
         """Item vectors [N, width] from the vectors of the items' texts, in the order of the ids."""
+        self._check_width(atoms_ND)
         self.model.eval()
         rows_N = self.id_table_rows(item_ids).to(atoms_ND.device)
         vectors: npt.NDArray[np.float32] = self.model.item_vectors(atoms_ND, rows_N).cpu().numpy()
@@ -166,6 +168,7 @@ class Artifact:
         device; `item_atom_N` are the rows of the items' texts in it, and `length_NC` how many behaviors
         of each timeline came strictly before the impression. `context` is that of `score`.
         """
+        self._check_width(atoms_AD)
         self.model.eval()
         hashed_NX = torch.from_numpy(self._hashed(context, len(user_N))).to(atoms_AD.device)
         device = atoms_AD.device
@@ -184,6 +187,14 @@ class Artifact:
                 user_NV, item_NV, dense_NF[part], hashed_NX[part], interest_NT
             )
         return self._probabilities(logits_N)
+
+    def _check_width(self, atoms_AD: torch.Tensor) -> None:
+        width = self.model.aggregator.start_D.numel()
+        if atoms_AD.shape[1] != width:
+            raise BadInput(
+                f"the atom vectors have {atoms_AD.shape[1]} numbers and {self.model_version} reads {width};"
+                f" give it those of {self.encoder_version}."
+            )
 
     def _probabilities(self, logits_N: torch.Tensor) -> npt.NDArray[np.float64]:
         corrected_N = logits_N.double() + self.logit_shift

@@ -188,6 +188,13 @@ def recompute_activations(half: nn.Module, on: bool) -> None:
         hf_half.gradient_checkpointing_disable()
 
 
+def decoder_layers(half: nn.Module) -> nn.ModuleList:
+    """The layers of a half, in order."""
+    hf_half: Any = half
+    layers: nn.ModuleList = getattr(half, FAMILIES[hf_half.config.model_type].layers)
+    return layers
+
+
 def longest_input(half: nn.Module) -> int | None:
     """How many positions a half can read: rows of its table of learned positions, None without one."""
     hf_half: Any = half

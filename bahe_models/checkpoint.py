@@ -30,11 +30,18 @@ class Checkpoint:
 
         Raises BadInput when the file is damaged or belongs to another run.
         """
+        return self._read(mmap=False)
+
+    def check(self) -> None:
+        """Raises BadInput as `load` would, without reading the tensors."""
+        self._read(mmap=True)
+
+    def _read(self, *, mmap: bool) -> dict[str, Any] | None:
         if not self.path.is_file():
             return None
         try:
             # Only tensors and plain values are unpickled: a file can run no code.
-            found = torch.load(self.path, map_location="cpu", weights_only=True)
+            found = torch.load(self.path, map_location="cpu", weights_only=True, mmap=mmap)
             identity, state = found["identity"], found["state"]
         except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError):
             raise BadInput(

@@ -81,24 +81,45 @@ class TrainingData:
         if not np.isfinite(self.atoms_AD).all():
             bad = int((~np.isfinite(self.atoms_AD).all(axis=1)).sum())
             raise BadInput(f"{bad} atom vectors hold NaN or infinity; encode them again.")
+        for channel, atoms in zip(self.timelines.channels, self.timelines.atoms, strict=True):
+            self._check_rows(atoms, len(self.atoms_AD), f"the {channel} timelines", "atoms")
+        self._check_rows(self.item_atom_I, len(self.atoms_AD), "the items' texts", "atoms")
         for name in ("train", "validation", "test"):
-            split = self.splits[name]
-            missing = [c for c in needed_columns() if c not in split.columns]
-            if missing:
-                raise BadInput(f"the frame has no column {missing[0]}; pull it by ctr_training.")
-            hashed = 0 if split.context_NX is None else split.context_NX.shape[1]
-            if hashed != len(self.context):
-                raise BadInput(
-                    f"the {name} split has {hashed} context columns, not {len(self.context)}; pull the"
-                    " frame again."
-                )
-            if not np.isin(split.clicked_N, (0.0, 1.0)).all():
-                raise BadInput(f"clicked is not 0 or 1 everywhere in the {name} split.")
-            if len(np.unique(split.clicked_N)) < 2:
-                raise BadInput(f"the {name} split has only one class; move the cut-offs under `split`.")
-            held = self.timelines.lengths()[split.user_N]
-            if (split.length_NC > held).any():
-                raise BadInput(
-                    f"the {name} split points beyond a timeline's end; the frame is newer than the"
-                    " timelines, so pull it again."
-                )
+            self._check_split(name, self.splits[name])
+
+    def _check_split(self, name: str, split: Impressions) -> None:
+        missing = [c for c in needed_columns() if c not in split.columns]
+        if missing:
+            raise BadInput(f"the frame has no column {missing[0]}; pull it by ctr_training.")
+        for column in needed_columns():  # NaN is allowed: it says unknown
+            if np.isinf(split.columns[column]).any():
+                raise BadInput(f"{column} is infinite in the {name} split; pull the frame again.")
+        hashed = 0 if split.context_NX is None else split.context_NX.shape[1]
+        if hashed != len(self.context):
+            raise BadInput(
+                f"the {name} split has {hashed} context columns, not {len(self.context)}; pull the frame"
+                " again."
+            )
+        if not np.isin(split.clicked_N, (0.0, 1.0)).all():
+            raise BadInput(f"clicked is not 0 or 1 everywhere in the {name} split.")
+        if len(np.unique(split.clicked_N)) < 2:
+            raise BadInput(f"the {name} split has only one class; move the cut-offs under `split`.")
+        self._check_rows(split.user_N, self.timelines.users, f"the {name} split", "users")
+        self._check_rows(split.item_N, len(self.item_atom_I), f"the {name} split", "items")
+        if (split.length_NC < 0).any():
+            raise BadInput(f"the {name} split has negative timeline lengths; pull the frame again.")
+        held = self.timelines.lengths()[split.user_N]
+        if (split.length_NC > held).any():
+            raise BadInput(
+                f"the {name} split points beyond a timeline's end; the frame is newer than the"
+                " timelines, so pull it again."
+            )
+
+    @staticmethod
+    def _check_rows(rows: Int64, count: int, where: str, what: str) -> None:
+        bad = rows[(rows < 0) | (rows >= count)]
+        if len(bad):
+            raise BadInput(
+                f"{len(bad)} rows of {where} name {what} that do not exist (row {bad[0]}, of {count});"
+                " read both from the same state of the log."
+            )

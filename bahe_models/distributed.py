@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from bahe_models.timelines import Int64
 
@@ -54,15 +55,19 @@ class Processes:
         """Give every process the parameters and buffers of the first."""
         if self.size > 1:
             for tensor in model.state_dict().values():
-                dist.broadcast(tensor, src=0)
+                if not isinstance(tensor, DTensor):  # no process but its own has a share
+                    dist.broadcast(tensor, src=0)
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Replace each gradient by its sum over the processes; one without rows adds nothing."""
+        """Replace each gradient by its sum over the processes; one without rows adds nothing.
+
+        Gradients of sharded parameters are left alone: they are summed as they arise.
+        """
         if self.size == 1:
             return
         waiting = []
         for parameter in parameters:
-            if parameter.requires_grad:
+            if parameter.requires_grad and not isinstance(parameter, DTensor):
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
                 waiting.append(dist.all_reduce(parameter.grad, async_op=True))

@@ -21,6 +21,14 @@ from bahe_core.errors import BadInput
 from bahe_models import sampling
 from bahe_models.checkpoint import Checkpoint, random_state, set_random_state
 from bahe_models.distributed import Processes
+from bahe_models.sharding import (
+    clip_gradients,
+    is_sharded,
+    load_optimizer,
+    load_weights,
+    sharded_weights,
+    whole_tensors,
+)
 from bahe_models.timelines import Int64
 
 _NOT_OF_THE_WEIGHTS = ("checkpoint_seconds", "recompute")
@@ -198,7 +206,7 @@ def fit(
             optimizer.zero_grad(set_to_none=True)
             parts = _backward(task, config, steps, processes)
             processes.sum_gradients(model.parameters())
-            nn.utils.clip_grad_norm_(model.parameters(), config.gradient_norm)
+            clip_gradients(model.parameters(), config.gradient_norm)
             optimizer.step()
             # Users are not split evenly, so there may be more updates than planned.
             if schedule.last_epoch < schedule.total_steps - 1:
@@ -213,9 +221,9 @@ def fit(
             at.updates += 1
             at.seconds = before + time.perf_counter() - start
             if due and checkpoint is not None:
-                generators = processes.gather(random_state())
+                state = _state(at, model, optimizer, schedule, at_start, processes)
                 if processes.rank == 0:
-                    checkpoint.save(_state(at, model, optimizer, schedule, at_start, generators))
+                    checkpoint.save(state)
                 saved = time.monotonic()
             on_step(impressions, at.losses / at.seen)
         row = Epoch(at.epoch, at.losses / at.seen, task.validate(), at.seconds)
@@ -260,6 +268,8 @@ def _backward(
     for step in steps:
         rows = processes.share(step, task.user_N)
         if not len(rows):
+            if is_sharded(task.model):  # the others wait for this process in every layer
+                task.logits(rows).sum().backward()  # type: ignore[no-untyped-call]
             continue
         target_N = task.clicked_N[torch.from_numpy(rows).to(device)]
         loss = nn.functional.binary_cross_entropy_with_logits(
@@ -277,18 +287,23 @@ def _state(
     optimizer: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LRScheduler,
     rng_at_start: Any,
-    generators: list[dict[str, Any]],
+    processes: Processes,
 ) -> dict[str, Any]:
-    """Everything that decides how the run goes on, as tensors and plain values."""
-    return {
+    """Everything that decides how the run goes on, as tensors and plain values.
+
+    Processes call it together; sharded tensors are whole in the first one's answer alone.
+    """
+    state = {
         # Not asdict, which would copy the weights once more.
         "standing": {**vars(at), "history": [asdict(row) for row in at.history]},
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "schedule": schedule.state_dict(),
         "rng_at_start": rng_at_start,
-        "generators": generators,
+        "generators": processes.gather(random_state()),
     }
+    whole: dict[str, Any] = whole_tensors(state, keep=processes.rank == 0)
+    return whole
 
 
 def _restore(
@@ -306,13 +321,14 @@ def _restore(
             f"the checkpoint was written by {len(generators)} processes and this run has"
             f" {processes.size}; start as many again, or delete it to train from the start."
         )
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
+    load_weights(model, state["model"])
+    load_optimizer(optimizer, state["optimizer"])
     schedule.load_state_dict(state["schedule"])
     rng.bit_generator.state = state["rng_at_start"]
     set_random_state(generators[processes.rank])
     standing = dict(state["standing"])
     standing["history"] = [Epoch(**row) for row in standing["history"]]
+    standing["weights"] = sharded_weights(model, standing["weights"])
     return _Standing(**standing)
 
 

@@ -154,6 +154,10 @@ class Block:
     """`gap_buckets` of each behavior; 0 where there is none."""
 
 
+EMPTY_BLOCK = Block(np.full((1, 1), -1), *(np.zeros((1, 1), dtype=np.int64),) * 2)
+"""One window of nothing but the start position."""
+
+
 @dataclass(frozen=True)
 class WindowBatch:
     """The windows that a set of impressions needs, and where each impression reads."""

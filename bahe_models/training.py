@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +22,7 @@ from bahe_models.metrics import auc
 from bahe_models.model import BaheModel, ModelConfig
 from bahe_models.pretraining import pretrain
 from bahe_models.sampling import sampled_rows
+from bahe_models.sharding import agreed_blocks, is_sharded
 from bahe_models.timelines import Int64, WindowConfig, plan_steps, window_batch
 
 _SHORT = 1024
@@ -74,10 +76,27 @@ def fit_dense(data: TrainingData) -> DenseFeatures:
     )
 
 
+def require_fit(deep: nn.Module, data: TrainingData, window: WindowConfig) -> None:
+    """Raises BadInput when the deep layers cannot read these atoms, or windows of this size."""
+    hf_deep: Any = deep
+    width, expected = data.atoms_AD.shape[1], int(hf_deep.config.hidden_size)
+    if width != expected:
+        raise BadInput(
+            f"the atom vectors have {width} numbers and the backbone reads {expected}; encode them by the"
+            " same backbone."
+        )
+    limit = longest_input(deep)
+    if limit is not None and window.size >= limit:
+        raise BadInput(
+            f"window.size is {window.size}, but the backbone reads at most {limit - 1} behaviors"
+            " after the start position; lower it."
+        )
+
+
 class Batches:
     """Feeds a model with planned batches of one data set.
 
-    Raises BadInput when a window is longer than the backbone has positions for.
+    Raises BadInput when the model's deep layers cannot read the data; see `require_fit`.
     """
 
     def __init__(
@@ -91,12 +110,7 @@ class Batches:
         device: torch.device,
         bfloat16: bool,
     ) -> None:
-        limit = longest_input(model.aggregator.deep)
-        if limit is not None and window.size >= limit:
-            raise BadInput(
-                f"window.size is {window.size}, but the backbone reads at most {limit - 1} behaviors"
-                " after the start position; lower it."
-            )
+        require_fit(model.aggregator.deep, data, window)
         if bfloat16 and device.type == "cpu" and window.size <= _SHORT:
             attend_by_products(model.aggregator.deep)
         self.model, self.data, self.dense, self.window = model, data, dense, window
@@ -125,6 +139,8 @@ class Batches:
             share=share,
             merged=self.model.config.merged,
         )
+        if is_sharded(self.model):
+            batch = agreed_blocks(batch, self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
             user_NV = self.model.user_vectors(self.atoms_AD, batch, self.id_row_A)
         item_N = torch.from_numpy(split.item_N[rows]).to(self.device)
@@ -141,26 +157,30 @@ class Batches:
         context_NX = context_rows(split, rows, self.device)
         return self.model.score(user_NV.float(), item_NV, dense_NF, context_NX, interest_NT)
 
-    @torch.inference_mode()
+    @torch.no_grad()  # in inference mode FSDP would keep tensors that cannot be trained on afterwards
     def predict(self, split: Impressions, impressions_per_step: int = 4000) -> Scores:
         """Click logits [N] of a split, in its order, corrected for sampling and weights.
 
-        Of several processes each computes some steps, and all of them get all scores.
+        Of several processes each computes some steps, and all of them get all scores. Those of a sharded
+        model take equally many steps, some without rows.
         """
         self.model.eval()
         processes = Processes.here()
         dense_NF = self.dense_features(split)
         scores = np.zeros(len(split), dtype=np.float64)
-        steps = plan_steps(
-            split.user_N,
-            split.length_NC,
-            impressions_per_step=impressions_per_step,
-            rng=None,
-            merged=self.model.config.merged,
+        steps = list(
+            plan_steps(
+                split.user_N,
+                split.length_NC,
+                impressions_per_step=impressions_per_step,
+                rng=None,
+                merged=self.model.config.merged,
+            )
         )
-        for index, rows in enumerate(steps):
-            if index % processes.size == processes.rank:
-                scores[rows] = self.logits(split, dense_NF, rows).cpu().numpy()
+        if is_sharded(self.model):
+            steps += [np.empty(0, dtype=np.int64)] * (-len(steps) % processes.size)
+        for rows in steps[processes.rank :: processes.size]:
+            scores[rows] = self.logits(split, dense_NF, rows).cpu().numpy()
         if processes.size > 1:
             scores = processes.sum(torch.from_numpy(scores).to(self.device)).cpu().numpy()
         return scores + self.logit_shift
@@ -239,9 +259,16 @@ def train(
 
     Under torchrun every process calls this with the same arguments; see `bahe_models.distributed`.
     `checkpoint`, `on_step` and `on_epoch` are those of `fit`, `on_pretraining` is `pretrain`'s `on_step`.
-    A run killed while pre-training starts that again.
+    A run killed while pre-training starts that again. Raises BadInput before any step when the data
+    cannot be trained on, or the checkpoint is of another run.
     """
     model, data = batches.model, batches.data
+    data.check()
+    if config.pretraining_epochs and is_sharded(model):
+        raise BadInput(
+            "training.pretraining_epochs works on whole models; train with it once without --shard, and"
+            " --warm-start from that model."
+        )
     if config.pretraining_epochs and (checkpoint is None or not checkpoint.path.is_file()):
         pretrain(model, data, batches.window, config, bfloat16=batches.bfloat16, on_step=on_pretraining)
     split = data.splits["train"]

@@ -9,6 +9,7 @@ import torch
 
 from bahe_core.errors import BadInput
 from bahe_models.artifact import Artifact
+from bahe_models.model import ModelConfig
 from bahe_models.timelines import Int64
 from bahe_models.training import Batches, table_ids
 
@@ -32,6 +33,43 @@ def known_behaviors(artifact: Artifact, atom_ids: Int64) -> Int64:
     return np.flatnonzero(artifact.model.behavior_rows(torch.from_numpy(atom_ids)).numpy())
 
 
+def require_fit(
+    artifact: Artifact,
+    *,
+    encoder_version: str,
+    channels: Sequence[str],
+    context: Sequence[str],
+    config: ModelConfig,
+) -> None:
+    """Raises BadInput when a model of this configuration cannot start from the artifact."""
+    if artifact.encoder_version != encoder_version:
+        raise BadInput(
+            f"{artifact.model_version} reads vectors of {artifact.encoder_version}, and these are of"
+            f" {encoder_version}; train without --warm-start."
+        )
+    for what, known, wanted in (
+        ("channels", artifact.dense.channels, channels),
+        ("context columns", artifact.context_columns, context),
+    ):
+        if tuple(known) != tuple(wanted):
+            raise BadInput(
+                f"{artifact.model_version} knows the {what} {', '.join(known) or 'none'}, not"
+                f" {', '.join(wanted) or 'none'}; train without --warm-start."
+            )
+    if artifact.model.config.time_gaps and not config.time_gaps:
+        raise BadInput(
+            f"{artifact.model_version} reads time gaps; set model.time_gaps to true, or train without"
+            " --warm-start."
+        )
+    for name in (*_SHAPES, *(_OF_CONTEXT if context else ())):
+        theirs, ours = (getattr(c, name) for c in (artifact.model.config, config))
+        if theirs != ours:
+            raise BadInput(
+                f"{artifact.model_version} has model.{name} {theirs}, not {ours}; set it back, or train"
+                " without --warm-start."
+            )
+
+
 @torch.no_grad()
 def start_from(artifact: Artifact, batches: Batches, *, encoder_version: str) -> None:
     """Let a fresh model predict what the artifact does, before its first step.
@@ -41,37 +79,13 @@ def start_from(artifact: Artifact, batches: Batches, *, encoder_version: str) ->
     the artifact does not have. The dense features take the artifact's standardisation, which its
     weights belong to. Raises BadInput when the two do not fit together.
     """
-    if artifact.encoder_version != encoder_version:
-        raise BadInput(
-            f"{artifact.model_version} reads vectors of {artifact.encoder_version}, and these are of"
-            f" {encoder_version}; train without --warm-start."
-        )
-    channels = batches.data.timelines.channels
-    if tuple(artifact.dense.channels) != tuple(channels):
-        raise BadInput(
-            f"{artifact.model_version} knows the channels {', '.join(artifact.dense.channels)}, not"
-            f" {', '.join(channels)}; train without --warm-start."
-        )
-    if artifact.context_columns != batches.data.context:
-        known, wanted = (
-            ", ".join(columns) or "none" for columns in (artifact.context_columns, batches.data.context)
-        )
-        raise BadInput(
-            f"{artifact.model_version} knows the context columns {known}, not {wanted}; train without"
-            " --warm-start."
-        )
-    if artifact.model.config.time_gaps and not batches.model.config.time_gaps:
-        raise BadInput(
-            f"{artifact.model_version} reads time gaps; set model.time_gaps to true, or train without"
-            " --warm-start."
-        )
-    for name in (*_SHAPES, *(_OF_CONTEXT if batches.data.context else ())):
-        theirs, ours = (getattr(m.config, name) for m in (artifact.model, batches.model))
-        if theirs != ours:
-            raise BadInput(
-                f"{artifact.model_version} has model.{name} {theirs}, not {ours}; set it back, or train"
-                " without --warm-start."
-            )
+    require_fit(
+        artifact,
+        encoder_version=encoder_version,
+        channels=batches.data.timelines.channels,
+        context=batches.data.context,
+        config=batches.model.config,
+    )
     own = batches.model.state_dict()
     theirs = artifact.model.state_dict()
     for name, value in theirs.items():

@@ -8,7 +8,9 @@ from datetime import UTC, datetime
 import duckdb
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from bahe_core.errors import BadInput
 from bahe_core.home import Home
 from bahe_core.machine import device
 from bahe_core.progress import progress
@@ -132,6 +134,16 @@ def vector_column(vectors: np.ndarray) -> pa.ListArray:
 
 
 def vector_matrix(column: pa.ChunkedArray) -> np.ndarray:
-    """An Arrow column of equally long lists as float32 [rows, width]."""
+    """An Arrow column of equally long lists as float32 [rows, width].
+
+    Raises BadInput when they are not equally long.
+    """
+    lengths = pc.list_value_length(column)
+    shortest, longest = pc.min_max(lengths).as_py().values()
+    if lengths.null_count or shortest != longest:
+        raise BadInput(
+            f"the vectors of one version have {shortest} to {longest} numbers, or none at all; restore the"
+            " table, or ingest and encode into a new home."
+        )
     flat = pa.concat_arrays([chunk.flatten() for chunk in column.chunks]).to_numpy()
     return np.array(flat, dtype=np.float32).reshape(len(column), -1)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from bahe_core.errors import BadInput
+from bahe_core.errors import BadInput, NotReady
 from bahe_core.home import Home
 from bahe_core.machine import PeakMemory, device, threads
 from bahe_core.progress import progress
@@ -24,10 +24,13 @@ from bahe_models.backbone import load_backbone
 from bahe_models.checkpoint import Checkpoint
 from bahe_models.data import TrainingData
 from bahe_models.distributed import own_device, processes
+from bahe_models.encoder import encoder_version
 from bahe_models.evaluation import SplitEvaluation, evaluate
 from bahe_models.loop import Epoch, TrainingConfig, seeded
 from bahe_models.model import ModelConfig
 from bahe_models.options import build
+from bahe_models.sharding import gathered, require_processes
+from bahe_models.sharding import shard as shard_deep_layers
 from bahe_models.timelines import WindowConfig
 from bahe_models.training import (
     Batches,
@@ -36,10 +39,12 @@ from bahe_models.training import (
     fit_dense,
     id_rows,
     precision,
+    require_fit,
     table_ids,
     train,
 )
 from bahe_models.warm_start import known_behaviors, known_items, start_from
+from bahe_models.warm_start import require_fit as warm_start_fits
 from materialize import runs, tracking
 from materialize.dataset import Dataset
 from materialize.encode import encoder_settings
@@ -104,11 +109,13 @@ def train_models(
     device_name: str | None = None,
     tracker: tracking.Tracker = "mlflow",
     warm_start: str | None = None,
+    shard: bool = False,
 ) -> TrainingOutcome:
     """Train on the latest frame; does nothing when frame, encoder and settings are unchanged.
 
     A killed run goes on from its checkpoint. `warm_start` names the model_version to start from. Under
-    torchrun all processes train, and the first one alone writes.
+    torchrun all processes train, and the first one alone writes; with `shard` each holds a share of the
+    deep layers. Raises BadInput when there is nothing to share them with.
     """
     dataset = home_dataset(home)
     settings = Settings.of(dataset)
@@ -119,9 +126,11 @@ def train_models(
         nullcontext() if here.rank else home.exclusive(),
         lake(home) as connection,
     ):
+        if shard:
+            require_processes()
         encoder = current_encoder(connection, home)
         require_gates(connection, "embed")
-        backbone, _ = encoder_settings(dataset)
+        backbone, encoder_config = encoder_settings(dataset)
         identity = json.dumps(
             [
                 FORMAT,
@@ -140,9 +149,25 @@ def train_models(
             return TrainingOutcome(version, artifact_path, last.facts["results"], report, skipped=True)
 
         earlier = None if warm_start is None else _earlier_model(home, warm_start)
+        if earlier is not None:
+            warm_start_fits(
+                earlier,
+                encoder_version=encoder,
+                channels=dataset.channels,
+                context=dataset.impressions.context,
+                config=settings.model,
+            )
+        checkpoint = Checkpoint(home.checkpoint(version), version)
+        checkpoint.check()
         data = read_training_data(connection, frame, encoder, dataset.channels)
         halves = load_backbone(backbone)
-        checkpoint = Checkpoint(home.checkpoint(version), version)
+        wanted = encoder_version(halves, encoder_config, backbone.shallow_layers)
+        if wanted != encoder:
+            raise NotReady(
+                f"the atoms are encoded by {encoder} and dataset.yaml asks for {wanted}; run `bahe encode`"
+                " first."
+            )
+        require_fit(halves.deep, data, settings.window)
         do_train = partial(
             train_all,
             data,
@@ -153,6 +178,7 @@ def train_models(
             version,
             checkpoint=checkpoint,
             warm_start=earlier,
+            shard=shard,
         )
         if here.rank:
             _, results, *_ = do_train(tracking.Log())
@@ -186,6 +212,7 @@ def train_all(
     *,
     checkpoint: Checkpoint | None = None,
     warm_start: Artifact | None = None,
+    shard: bool = False,
 ) -> tuple[Artifact, list[dict[str, Any]], dict[str, list[Epoch]], dict[str, SplitEvaluation]]:
     """Floor, ID-only and BAHE on one data set.
 
@@ -216,9 +243,7 @@ def train_all(
         seen = np.union1d(seen, known_items(warm_start, data.item_ids))
     item_row_I = id_rows(seen, len(data.item_ids))
     with seeded(config.seed):
-        model = build_model(halves.deep, data, dense, settings.model, item_row_I, also_known=also_known).to(
-            where
-        )
+        model = build_model(halves.deep, data, dense, settings.model, item_row_I, also_known=also_known)
         batches = Batches(
             model,
             data,
@@ -230,6 +255,9 @@ def train_all(
         )
         if warm_start is not None:
             start_from(warm_start, batches, encoder_version=encoder)
+        if shard:
+            shard_deep_layers(model, where)
+        model.to(where)
         total = len(split) * config.epochs
         with progress("training BAHE", total) as advance, PeakMemory() as memory:
             note = ""
@@ -255,7 +283,7 @@ def train_all(
         for name in EVALUATED
     }
     artifact = Artifact(
-        model=model.cpu(),
+        model=gathered(model) if shard else model.cpu(),
         model_version=version,
         encoder_version=encoder,
         deep_config=halves.deep.config.to_dict(),

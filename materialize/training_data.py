@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from bahe_core.errors import NotReady
+from bahe_core.errors import BadInput, NotReady
 from bahe_core.home import Home
 from bahe_models.context import MISSING, hash_values
 from bahe_models.data import Impressions, TrainingData
@@ -115,12 +115,21 @@ def read_user(
 def read_training_data(
     connection: duckdb.DuckDBPyConnection, frame: Frame, version: str, channels: list[str]
 ) -> TrainingData:
-    """Everything a training run reads, from the frame on disk and the lake."""
+    """Everything a training run reads, from the frame on disk and the lake.
+
+    Raises BadInput when it cannot be trained on, NotReady when atoms have no vector of that version.
+    """
     atoms = read_atoms(connection, version)
     table = pq.read_table(frame.path)
     users = table["user_id"].combine_chunks().dictionary_encode()
     items = connection.execute("SELECT item_id, atom_id FROM items ORDER BY item_id").to_arrow_table()
     item_index = pc.index_in(table["item_id"], value_set=items["item_id"]).combine_chunks()
+    if item_index.null_count:
+        unknown = table["item_id"].filter(pc.is_null(item_index))[0].as_py()
+        raise BadInput(
+            f"{item_index.null_count} impressions of the frame show items that the log does not have"
+            f" (item {unknown} among them); ingest the items, then run `bahe frame` again."
+        )
     user_row = users.indices.to_numpy().astype(np.int64)
     item_row = item_index.to_numpy().astype(np.int64)
     lengths = np.stack(

@@ -129,16 +129,30 @@ def test_a_warm_start_is_a_model_of_its_own(undisturbed: tuple[Home, int], tmp_p
         call("train", "--warm-start", "bahe-none", home=home)
 
 
-def test_bahe_train_runs_under_torchrun(ready: Home, undisturbed: tuple[Home, int], tmp_path: Path) -> None:
+@pytest.mark.parametrize("more", [(), ("--shard",)])
+def test_bahe_train_runs_under_torchrun(
+    more: tuple[str, ...], ready: Home, undisturbed: tuple[Home, int], tmp_path: Path
+) -> None:
     home = copy_of(ready, tmp_path)
     done = child(
         *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
-        *("bahe.py", "train", "--tracker", "none", "--home", home.root),
+        *("bahe.py", "train", "--tracker", "none", "--home", home.root, *more),
     )
     assert done.returncode == 0, done.stderr
     assert versions(home) == versions(undisturbed[0])
     (version,) = versions(home)
-    weights = load_file(home.models / version / "model.safetensors")
+    weights, whole = (load_file(h.models / version / "model.safetensors") for h in (home, undisturbed[0]))
+    assert {name: value.shape for name, value in weights.items()} == {
+        name: value.shape for name, value in whole.items()
+    }
     assert all(value.isfinite().all() for value in weights.values())
+    assert load(home.models / version).vectors_suffice
     assert done.stderr.count("report:") == 1, "one process speaks"
     assert counted_training(home) == 0
+
+
+def test_a_process_alone_cannot_shard(ready: Home, tmp_path: Path) -> None:
+    home = copy_of(ready, tmp_path)
+    with pytest.raises(BadInput, match="start them with torchrun"):
+        call("train", "--tracker", "none", "--shard", home=home)
+    assert not home.models.exists() or not versions(home)

@@ -151,22 +151,79 @@ def broken(data: TrainingData, **changes: object) -> TrainingData:
     return replace(data, splits={**data.splits, "train": train_split})
 
 
-def test_data_that_cannot_be_trained_on_is_refused() -> None:
-    data = toy_data()
-    data.check()
+def with_timelines(data: TrainingData, row: int) -> TrainingData:
+    atoms = tuple(channel.copy() for channel in data.timelines.atoms)
+    atoms[1][7] = row
+    return replace(data, timelines=replace(data.timelines, atoms=atoms))
+
+
+def with_hole(data: TrainingData, value: float) -> TrainingData:
     holes = data.atoms_AD.copy()
-    holes[3, 4] = np.nan
-    clicked = data.splits["train"].clicked_N
-    cases = {
-        "1 atom vectors hold NaN": replace(data, atoms_AD=holes),
-        "only one class": broken(data, clicked_N=np.zeros_like(clicked)),
-        "not 0 or 1": broken(data, clicked_N=clicked + 0.5),
-        "beyond a timeline's end": broken(data, length_NC=data.splits["train"].length_NC + 20),
-        "no column user_impressions": broken(data, columns={}),
-    }
-    for words, bad in cases.items():
-        with pytest.raises(BadInput, match=words):
-            bad.check()
+    holes[3, 4] = value
+    return replace(data, atoms_AD=holes)
+
+
+def with_first(data: TrainingData, field: str, value: float) -> TrainingData:
+    """The training split with one wrong value."""
+    values = getattr(data.splits["train"], field).copy()
+    values[0] = value
+    return broken(data, **{field: values})
+
+
+def with_statistic(data: TrainingData, value: float) -> TrainingData:
+    columns = dict(data.splits["train"].columns)
+    columns["user_impressions"] = np.full_like(columns["user_impressions"], value)
+    return broken(data, columns=columns)
+
+
+BAD_DATA: dict[str, Callable[[TrainingData], TrainingData]] = {
+    "1 atom vectors hold NaN": lambda d: with_hole(d, np.nan),
+    "1 atom vectors hold NaN or infinity": lambda d: with_hole(d, -np.inf),
+    r"1 rows of the disliked timelines name atoms .* \(row 20, of 20\)": lambda d: with_timelines(d, 20),
+    r"the disliked timelines name atoms .* \(row -1, of 20\)": lambda d: with_timelines(d, -1),
+    "the items' texts name atoms": lambda d: replace(d, item_atom_I=d.item_atom_I + 1),
+    "the train split name items": lambda d: with_first(d, "item_N", 20),
+    "the train split name users": lambda d: with_first(d, "user_N", -1),
+    "only one class": lambda d: broken(d, clicked_N=np.zeros(len(d.splits["train"]), dtype=np.float32)),
+    "not 0 or 1": lambda d: with_first(d, "clicked_N", 0.5),
+    "clicked is not 0 or 1 everywhere in the train": lambda d: with_first(d, "clicked_N", np.nan),
+    "beyond a timeline's end": lambda d: with_first(d, "length_NC", 13),
+    "negative timeline lengths": lambda d: with_first(d, "length_NC", -1),
+    "no column user_impressions": lambda d: broken(d, columns={}),
+    "user_impressions is infinite in the train": lambda d: with_statistic(d, np.inf),
+}
+
+
+@pytest.mark.parametrize("words", BAD_DATA)
+def test_data_that_cannot_be_trained_on_is_refused(words: str) -> None:
+    with pytest.raises(BadInput, match=words):
+        BAD_DATA[words](toy_data()).check()
+
+
+def test_unknown_statistics_can_be_trained_on() -> None:
+    with_statistic(toy_data(), np.nan).check()
+
+
+def test_training_refuses_bad_data_before_any_step(tiny_backbone: Path) -> None:
+    batches = toy_batches(toy_data(), tiny_backbone)
+    batches.data = with_first(batches.data, "clicked_N", np.nan)
+    before = {name: value.clone() for name, value in batches.model.state_dict().items()}
+    with pytest.raises(BadInput, match="not 0 or 1"):
+        train(batches, toy_config())
+    assert all(torch.equal(value, before[name]) for name, value in batches.model.state_dict().items())
+
+
+def test_vectors_of_another_width_are_refused(tiny_backbone: Path) -> None:
+    data = toy_data()
+    artifact = toy_artifact(toy_batches(data, tiny_backbone))
+    narrow = data.atoms_AD[:, :16]
+    with pytest.raises(BadInput, match="16 numbers and the backbone reads 32"):
+        toy_batches(replace(data, atoms_AD=narrow), tiny_backbone)
+    atoms, test = torch.from_numpy(narrow), data.splits["test"]
+    with pytest.raises(BadInput, match="bahe-toy reads 32; give it those of enc-toy"):
+        artifact.user_vectors(atoms, data.timelines, test.user_N, test.length_NC)
+    with pytest.raises(BadInput, match="bahe-toy reads 32; give it those of enc-toy"):
+        artifact.item_vectors(atoms, list(data.item_ids))
 
 
 def test_cross_layers_and_models_without_ids(tiny_backbone: Path, tmp_path: Path) -> None:
