@@ -99,7 +99,7 @@ class Artifact:
         """
         self._check_width(atoms_AD)
         self.model.eval()
-        id_row_A = self.model.behavior_rows(torch.from_numpy(atom_ids_A).to(atoms_AD.device))
+        id_row_A = self.model.behavior_rows(torch.tensor(atom_ids_A, device=atoms_AD.device))
         vectors = np.empty((len(user_N), self.vector_width), dtype=np.float32)
         merged = self.model.config.merged
         for rows in plan_steps(user_N, length_NC, impressions_per_step=256, rng=None, merged=merged):
@@ -172,7 +172,7 @@ class Artifact:
         self.model.eval()
         hashed_NX = torch.from_numpy(self._hashed(context, len(user_N))).to(atoms_AD.device)
         device = atoms_AD.device
-        id_row_A = self.model.behavior_rows(torch.from_numpy(atom_ids_A).to(device))
+        id_row_A = self.model.behavior_rows(torch.tensor(atom_ids_A, device=device))
         dense_NF = torch.from_numpy(self.dense.transform(columns, length_NC, now_us_N)).to(device)
         item_row_N = self.id_table_rows(item_ids).to(device)
         logits_N = torch.empty(len(user_N), device=device)

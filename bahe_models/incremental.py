@@ -68,7 +68,7 @@ class UserState:
         merged = model.config.merged
         read = timelines.merged if merged else timelines.parallel
         atoms_BD = torch.cat(list(atoms_CLD))
-        id_row_B = model.behavior_rows(torch.from_numpy(np.concatenate(list(atom_ids_CL)))).numpy()
+        id_row_B = model.behavior_rows(torch.tensor(np.concatenate(list(atom_ids_CL)))).numpy()
         self._sequences = []
         for index, (begin, end) in enumerate(read.offsets):
             seen = slice(begin + int(window_start(end - begin, window)), end)

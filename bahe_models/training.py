@@ -120,7 +120,7 @@ class Batches:
         self.atoms_AD = torch.from_numpy(data.atoms_AD).to(device)
         self.item_row_I = torch.from_numpy(item_row_I).to(device)
         self.item_atom_I = torch.from_numpy(data.item_atom_I).to(device)
-        self.id_row_A = model.behavior_rows(torch.from_numpy(data.atom_ids).to(device))
+        self.id_row_A = model.behavior_rows(torch.tensor(data.atom_ids, device=device))
 
     def dense_features(self, split: Impressions) -> torch.Tensor:
         """Dense features [N, F] of a whole split."""

@@ -30,7 +30,7 @@ def known_items(artifact: Artifact, item_ids: Sequence[str | int]) -> Int64:
 
 def known_behaviors(artifact: Artifact, atom_ids: Int64) -> Int64:
     """Which of these atoms the artifact's collaborative part knows, as positions."""
-    return np.flatnonzero(artifact.model.behavior_rows(torch.from_numpy(atom_ids)).numpy())
+    return np.flatnonzero(artifact.model.behavior_rows(torch.tensor(atom_ids)).numpy())
 
 
 def require_fit(
