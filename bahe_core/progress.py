@@ -24,7 +24,7 @@ def say(message: str) -> None:
 
 @contextmanager
 def progress(description: str, total: float | None) -> Iterator[Callable[..., None]]:
-    """A bar with rate and time left; yields `advance(amount, note="")`. None is a total that is not known."""
+    """A bar with rate and time left; yields `advance(amount, note="")`. A total of None is unknown."""
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,

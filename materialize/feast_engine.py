@@ -26,7 +26,8 @@ from feast.utils import _convert_arrow_to_proto, _get_column_names, _validate_ve
 from bahe_core.errors import BadInput
 from bahe_core.progress import progress
 from materialize.wire import Int64, entity_keys, value_bytes
-from materialize.wire_store import NO_TIME, WireOnlineStore, WireRows
+from materialize.wire_rows import NO_TIME, WireRows
+from materialize.wire_store import WireOnlineStore
 
 ROWS_PER_BATCH = 10_000
 """Unless `materialization.online_write_batch_size` says otherwise."""

@@ -12,6 +12,7 @@ import os
 import sqlite3
 import threading
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
@@ -23,10 +24,14 @@ from feast.protos.feast.types.Value_pb2 import Value
 from feast.repo_config import FeastConfigBaseModel, RepoConfig
 
 from materialize.lake import name
-from materialize.wire_store import NO_TIME, Found, Request, WireOnlineStore, WireRows
+from materialize.wire_rows import NO_TIME, Found, Request, WireRows
+from materialize.wire_store import WireOnlineStore
 
 _KEYS_PER_QUERY = 10_000
 """SQLite takes at most 32,766 values in a query."""
+
+_VERSIONS = "wire_versions"
+_CREATE_VERSIONS = f"CREATE TABLE IF NOT EXISTS {_VERSIONS} (view TEXT PRIMARY KEY, version TEXT)"
 
 _COLUMNS = {
     "entity_key": "BLOB",
@@ -62,6 +67,7 @@ class GuardedSqliteOnlineStore(WireOnlineStore):
     """Online store in one SQLite file in WAL mode: readers never wait, writers wait for each other."""
 
     def __init__(self) -> None:
+        super().__init__()
         self._local = threading.local()
 
     def write_rows(self, config: RepoConfig, view: FeatureView, rows: WireRows) -> None:
@@ -73,12 +79,45 @@ class GuardedSqliteOnlineStore(WireOnlineStore):
         connection = self._connection(config)
         with _transaction(connection):
             _create(connection, table)
+            before = connection.total_changes
             for feature, values in rows.values.items():
                 texts = _texts(view, feature, values)
                 connection.executemany(
                     _upsert(table),
                     ((rows.keys[i], feature, values[i], texts[i], events[i], created[i]) for i in order),
                 )
+            if connection.total_changes > before:
+                connection.execute(
+                    f"INSERT OR REPLACE INTO {_VERSIONS} VALUES (?, ?)", [table, uuid.uuid4().hex]
+                )
+
+    def scan(self, config: RepoConfig, view: FeatureView, feature: str) -> tuple[list[bytes], Found]:
+        """Keys of all entities of a view, and what is stored of one feature."""
+        rows = (
+            self._connection(config)
+            .execute(
+                f"SELECT entity_key, value, {_exact('event')} FROM {_table(config, view)}"
+                " WHERE feature_name = ?",
+                [feature],
+            )
+            .fetchall()
+        )
+        event_us = np.array([row[2] for row in rows], dtype=np.int64)
+        return [row[0] for row in rows], Found({feature: [row[1] for row in rows]}, event_us)
+
+    def version(self, config: RepoConfig, view: FeatureView) -> str | None:
+        """Another one after each write to the view; none when nothing is stored."""
+        try:
+            row = (
+                self._connection(config)
+                .execute(f"SELECT version FROM {_VERSIONS} WHERE view = ?", [_table(config, view)])
+                .fetchone()
+            )
+        except sqlite3.OperationalError as error:
+            if "no such table" not in str(error):
+                raise
+            return None
+        return None if row is None else str(row[0])
 
     def read_stored(self, config: RepoConfig, requests: Sequence[Request]) -> list[Found]:
         """What is stored for each request, whatever its age; a view never written to holds nothing."""
@@ -100,7 +139,10 @@ class GuardedSqliteOnlineStore(WireOnlineStore):
             for view in tables_to_keep:
                 _create(connection, _table(config, view))
             for view in tables_to_delete:
-                connection.execute(f"DROP TABLE IF EXISTS {_table(config, view)}")
+                table = _table(config, view)
+                connection.execute(f"DROP TABLE IF EXISTS {table}")
+                connection.execute(_CREATE_VERSIONS)
+                connection.execute(f"DELETE FROM {_VERSIONS} WHERE view = ?", [table])
 
     def teardown(
         self, config: RepoConfig, tables: Sequence[FeatureView], entities: Sequence[Entity]
@@ -108,7 +150,8 @@ class GuardedSqliteOnlineStore(WireOnlineStore):
         """Remove the views' tables, and with the last one the file."""
         self.update(config, tables, [], [], [], partial=False)
         connection = self._connection(config)
-        if connection.execute("SELECT count(*) FROM sqlite_master").fetchone() == (0,):
+        left = connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
+        if left == [(_VERSIONS,)]:
             connection.close()
             del self._local.connection
             for suffix in ("", "-wal", "-shm"):
@@ -176,6 +219,7 @@ def _create(connection: sqlite3.Connection, table: str) -> None:
     connection.execute(
         f"CREATE TABLE IF NOT EXISTS {table} ({columns}, PRIMARY KEY (entity_key, feature_name))"
     )
+    connection.execute(_CREATE_VERSIONS)
     there = {row[1] for row in connection.execute(f"PRAGMA table_info({table})")}
     for column, kind in _COLUMNS.items():
         if column not in there:  # made by stock Feast

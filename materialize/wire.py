@@ -268,7 +268,7 @@ def _list_bytes(column: pa.Array, value_type: ValueType, element: ValueType) -> 
         ]
     packed, bounds = _packed(elements, element)
     return _sliced(
-        memoryview(packed), bounds[rows], lambda length: _list_header(value_type, length), _valid(column)
+        packed.data, bounds[rows], lambda length: _list_header(value_type, length), _valid(column)
     )
 
 

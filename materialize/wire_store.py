@@ -10,18 +10,15 @@ earlier (where either has none, the last write counts). It holds between process
 from __future__ import annotations
 
 import asyncio
-import time
 from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
-from typing import Any, NamedTuple
+from datetime import datetime
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from feast import FeatureView, utils
-from feast.infra.key_encoding_utils import serialize_entity_key
+from feast.infra.key_encoding_utils import deserialize_entity_key, serialize_entity_key
 from feast.infra.online_stores.online_store import OnlineStore
 from feast.infra.supported_async_methods import SupportedAsyncMethods
 from feast.protos.feast.types.EntityKey_pb2 import EntityKey
@@ -29,75 +26,29 @@ from feast.protos.feast.types.Value_pb2 import Value
 from feast.repo_config import RepoConfig
 
 from bahe_core.errors import BadInput
-from materialize.wire import Int64, read_floats
-
-NO_TIME = int(np.iinfo(np.int64).min)
-"""Stands for a missing time among microseconds since 1970."""
-
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_MICROSECOND = timedelta(microseconds=1)
+from materialize.search import VectorSearch
+from materialize.wire_rows import (
+    EPOCH,
+    MICROSECOND,
+    NO_TIME,
+    Found,
+    Request,
+    Vectors,
+    WireRows,
+    as_vectors,
+    microseconds,
+    within_ttl,
+)
 
 FeastRow = tuple[EntityKey, dict[str, Value], datetime, datetime | None]
 FeastAnswer = tuple[datetime | None, dict[str, Value] | None]
 
 
-@dataclass(frozen=True, kw_only=True)
-class WireRows:
-    """Rows of one view, ready to be stored."""
-
-    keys: list[bytes]
-    """Serialised entity keys [N]; one may occur several times."""
-    values: dict[str, list[bytes]]
-    """Serialised values by feature, [N] each."""
-    event_us: Int64
-    """Event times [N], microseconds since 1970, UTC."""
-    created_us: Int64 | None = None
-    """Created times [N], NO_TIME where there is none."""
-
-    def times(self) -> tuple[list[int], list[int | None]]:
-        """Event and created times as Python integers."""
-        if self.created_us is None:
-            return self.event_us.tolist(), [None] * len(self.keys)
-        return self.event_us.tolist(), [None if us == NO_TIME else us for us in self.created_us.tolist()]
-
-
-class Request(NamedTuple):
-    """Some features of some entities of one view."""
-
-    view: FeatureView
-    keys: Sequence[bytes]
-    features: Sequence[str]
-
-
-@dataclass(frozen=True)
-class Found:
-    """What is stored for a request, in its order."""
-
-    values: dict[str, list[bytes | None]]
-    """By feature; none where it is not stored."""
-    event_us: Int64
-    """[N]; NO_TIME where nothing is stored, or what is stored has outlived the view's ttl."""
-
-
-@dataclass(frozen=True)
-class Vectors:
-    """Embeddings of some entities."""
-
-    vectors_ND: npt.NDArray[np.float32]
-    """Zero where nothing is found."""
-    found_N: npt.NDArray[np.bool_]
-    event_us_N: Int64
-    """Microseconds since 1970; NO_TIME where nothing is found."""
-
-
-def microseconds(moment: datetime) -> int:
-    """Since 1970; a time without a zone is UTC, as everywhere in Feast."""
-    aware = moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment
-    return (aware - _EPOCH) // _MICROSECOND
-
-
 class WireOnlineStore(OnlineStore):
     """Feast's online store interface over `write_rows` and `read_stored`."""
+
+    def __init__(self) -> None:
+        self._search = VectorSearch()
 
     @abstractmethod
     def write_rows(self, config: RepoConfig, view: FeatureView, rows: WireRows) -> None:
@@ -106,6 +57,14 @@ class WireOnlineStore(OnlineStore):
     @abstractmethod
     def read_stored(self, config: RepoConfig, requests: Sequence[Request]) -> list[Found]:
         """What is stored for each request, whatever its age, in one round trip."""
+
+    @abstractmethod
+    def scan(self, config: RepoConfig, view: FeatureView, feature: str) -> tuple[list[bytes], Found]:
+        """Keys of all entities of a view, and what is stored of one feature."""
+
+    @abstractmethod
+    def version(self, config: RepoConfig, view: FeatureView) -> str | None:
+        """Another one after each write to the view; none when nothing is stored."""
 
     async def read_stored_async(self, config: RepoConfig, requests: Sequence[Request]) -> list[Found]:
         """`read_stored` without blocking the event loop."""
@@ -119,7 +78,7 @@ class WireOnlineStore(OnlineStore):
         Raises BadInput when the stored vectors differ in length.
         """
         (found,) = self.read_stored(config, [Request(view, keys, [feature])])
-        return _vectors(view, feature, _within_ttl(view, found))
+        return as_vectors(view, feature, within_ttl(view, found))
 
     @property
     def async_supported(self) -> SupportedAsyncMethods:
@@ -162,7 +121,7 @@ class WireOnlineStore(OnlineStore):
         """Feast's way to read: event time and values of each entity, or nothing and nothing."""
         request = _request(table, entity_keys, requested_features)
         (found,) = self.read_stored(config, [request])
-        return _answers(_within_ttl(table, found))
+        return _answers(within_ttl(table, found))
 
     async def online_read_async(
         self,
@@ -174,7 +133,43 @@ class WireOnlineStore(OnlineStore):
         """`online_read` without blocking the event loop."""
         request = _request(table, entity_keys, requested_features)
         (found,) = await self.read_stored_async(config, [request])
-        return _answers(_within_ttl(table, found))
+        return _answers(within_ttl(table, found))
+
+    def retrieve_online_documents_v2(
+        self,
+        config: RepoConfig,
+        table: FeatureView,
+        requested_features: list[str] | None,
+        embedding: list[float] | None,
+        top_k: int,
+        distance_metric: str | None = None,
+        query_string: str | None = None,
+        filters: Any = None,
+        include_feature_view_version_metadata: bool = False,
+    ) -> list[tuple[datetime | None, EntityKey, dict[str, Value]]]:
+        """The entities whose vectors are nearest, with their features and `distance`, by entity key.
+
+        Raises BadInput for text queries and filters, which these stores do not have.
+        """
+        if embedding is None or query_string is not None or filters is not None:
+            raise BadInput("this online store searches by embedding only; give `query`, and no filter.")
+        nearest = self._search.nearest(
+            table,
+            embedding,
+            top_k,
+            distance_metric,
+            version=self.version(config, table),
+            scan=lambda feature: self.scan(config, table, feature),
+        )
+        request = Request(table, list(nearest), requested_features or [])
+        (found,) = self.read_stored(config, [request])
+        answers: list[tuple[datetime | None, EntityKey, dict[str, Value]]] = [
+            (event, deserialize_entity_key(key), {**(values or {}), "distance": Value(float_val=distance)})
+            for (key, distance), (event, values) in zip(nearest.items(), _answers(found), strict=True)
+        ]
+        # Not by distance: FeatureStore.retrieve_online_documents_v2 pairs the i-th answer with the i-th
+        # entity in the order of entities.
+        return sorted(answers, key=lambda answer: [_key_value(v) for v in answer[1].entity_values])
 
     def _read_features_per_fv(
         self,
@@ -193,7 +188,7 @@ class WireOnlineStore(OnlineStore):
         ):
             utils._populate_response_from_feature_data(
                 list(request.features),
-                _answers(_within_ttl(request.view, found)),
+                _answers(within_ttl(request.view, found)),
                 rows,
                 online_features_response,
                 full_feature_names,
@@ -219,7 +214,7 @@ class WireOnlineStore(OnlineStore):
         ):
             utils._populate_response_from_feature_data(
                 list(request.features),
-                _answers(_within_ttl(request.view, found)),
+                _answers(within_ttl(request.view, found)),
                 rows,
                 online_features_response,
                 full_feature_names,
@@ -227,6 +222,10 @@ class WireOnlineStore(OnlineStore):
                 count,
                 include_feature_view_version_metadata,
             )
+
+
+def _key_value(value: Value) -> Any:
+    return getattr(value, str(value.WhichOneof("val")))
 
 
 def _wire_rows(features: Sequence[str], rows: Sequence[FeastRow]) -> WireRows:
@@ -259,14 +258,6 @@ def _requests(
     return requests, places
 
 
-def _within_ttl(view: FeatureView, found: Found) -> Found:
-    """What has outlived the view's ttl counts as not stored; a ttl of zero is forever."""
-    if not view.ttl:
-        return found
-    oldest = time.time_ns() // 1000 - view.ttl // _MICROSECOND
-    return Found(found.values, np.where(found.event_us < oldest, NO_TIME, found.event_us))
-
-
 def _answers(found: Found) -> list[FeastAnswer]:
     features = list(found.values)
     answers: list[FeastAnswer] = []
@@ -279,25 +270,5 @@ def _answers(found: Found) -> list[FeastAnswer]:
             for feature, value in zip(features, row, strict=True)
             if value is not None
         }
-        answers.append((_EPOCH + event_us * _MICROSECOND, values))
+        answers.append((EPOCH + event_us * MICROSECOND, values))
     return answers
-
-
-def _vectors(view: FeatureView, feature: str, found: Found) -> Vectors:
-    field = next((field for field in view.features if field.name == feature), None)
-    if field is None:
-        names = ", ".join(field.name for field in view.features)
-        raise BadInput(f"view {view.name} has no feature {feature}; it has {names}.")
-    values = found.values[feature]
-    # A stored null is empty.
-    stored_N = (found.event_us != NO_TIME) & np.fromiter(map(bool, values), dtype=np.bool_)
-    there = [value for value, stored in zip(values, stored_N.tolist(), strict=True) if stored and value]
-    vectors_FD = read_floats(there, field.dtype.to_value_type())
-    event_us_N = np.where(stored_N, found.event_us, NO_TIME)
-    if len(there) == len(values):
-        return Vectors(vectors_FD, stored_N, event_us_N)
-    width = vectors_FD.shape[1] if there else field.vector_length
-    vectors_ND = np.zeros((len(values), width), dtype=np.float32)
-    if there:
-        vectors_ND[stored_N] = vectors_FD
-    return Vectors(vectors_ND, stored_N, event_us_N)
