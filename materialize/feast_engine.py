@@ -95,7 +95,7 @@ def _is_copy(task: MaterializationTask) -> bool:
 
 
 def _batches(job: RetrievalJob, size: int) -> Iterator[pa.RecordBatch]:
-    stream = getattr(job, "stream", None)
+    stream = getattr(job, "to_arrow_batches", None)  # our offline store's; no other has one
     if stream is not None:
         yield from stream(size)
     else:

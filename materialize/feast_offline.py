@@ -6,7 +6,7 @@ Feast finds both classes by their path in feature_store.yaml and in the registry
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -213,16 +213,6 @@ class DuckLakeRetrievalJob(RetrievalJob):
             if self._entities is not None:
                 connection.register("entities", self._entities)
             return connection.execute(self._query).to_arrow_table()
-        finally:
-            connection.close()
-
-    def stream(self, rows: int) -> Iterator[pa.RecordBatch]:
-        """The result in batches of about that many rows, never whole in memory."""
-        connection = connect(_home(self._config))
-        try:
-            if self._entities is not None:
-                connection.register("entities", self._entities)
-            yield from connection.execute(self._query).to_arrow_reader(rows)
         finally:
             connection.close()
 

@@ -23,6 +23,7 @@ from feast.infra.online_stores.helpers import _mmh3, compute_versioned_name
 from feast.repo_config import FeastConfigBaseModel, RepoConfig
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from materialize.wire import varint_fields
 from materialize.wire_rows import NO_TIME, Found, Request, WireRows
 from materialize.wire_store import WireOnlineStore
 
@@ -105,8 +106,8 @@ class GuardedRedisOnlineStore(WireOnlineStore):
         """Each row at once or not at all; another client never sees half of one."""
         project, fields = config.project.encode(), _fields(config, view, list(rows.values))
         keys = [key + project for key in rows.keys]
-        values = [*rows.values.values(), _times(rows)]
-        head = [_settings(config).key_ttl_seconds, len(fields), *fields]
+        values: list[list[bytes]] = [*rows.values.values(), _times(rows)]
+        head: list[bytes | int] = [_settings(config).key_ttl_seconds, len(fields), *fields]
         client = self._connected(config)
         write = client.register_script(_WRITE)
         with client.pipeline(transaction=False) as pipe:
@@ -165,8 +166,8 @@ class GuardedRedisOnlineStore(WireOnlineStore):
             keys = _entities(client, config, view)
             while some := list(islice(keys, 1000)):
                 with client.pipeline(transaction=False) as pipe:
-                    for key in some:
-                        pipe.hdel(key, *fields)  # Redis forgets a hash with its last field
+                    for key in some:  # Redis forgets a hash with its last field
+                        pipe.execute_command("HDEL", key, *fields)
                     pipe.execute()
             client.delete(_version_key(config, view))
 
@@ -201,19 +202,12 @@ def _version_key(config: RepoConfig, view: FeatureView) -> str:
 
 def _times(rows: WireRows) -> list[bytes]:
     """Event times as Feast stores them, and created times in a field that other readers pass over."""
-    times = []
-    for event_us, created_us in zip(*rows.times(), strict=True):
-        seconds, microseconds = divmod(event_us, 1_000_000)
-        time = Timestamp(seconds=seconds, nanos=microseconds * 1000).SerializeToString()
-        if created_us is not None:
-            time += b"\x18" + _varint(created_us)
-        times.append(time)
-    return times
-
-
-def _varint(number: int) -> bytes:
-    """Of a Timestamp whose seconds are the number, all but the field's tag."""
-    return Timestamp(seconds=number).SerializeToString()[1:] or b"\x00"
+    seconds, microseconds = np.divmod(rows.event_us, 1_000_000)
+    fields = [varint_fields(seconds, 1), varint_fields(microseconds * 1000, 2)]
+    if rows.created_us is not None:
+        # Zero is left out: who was computed in 1970 counts as computed nobody knows when.
+        fields.append(varint_fields(np.where(rows.created_us == NO_TIME, 0, rows.created_us), 3))
+    return [b"".join(row) for row in zip(*fields, strict=True)]
 
 
 def _ask(pipe: Any, config: RepoConfig, requests: Sequence[Request]) -> None:
@@ -238,7 +232,7 @@ def _one_found(features: Sequence[str], rows: list[list[bytes | None]]) -> Found
 
 def _event_us(stored: bytes) -> int:
     time = Timestamp.FromString(stored)
-    return time.seconds * 1_000_000 + time.nanos // 1000
+    return int(time.seconds) * 1_000_000 + int(time.nanos) // 1000
 
 
 def _entities(client: redis.Redis, config: RepoConfig, view: FeatureView) -> Iterator[bytes]:

@@ -15,7 +15,7 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from feast import Entity, FeatureView
@@ -93,31 +93,22 @@ class GuardedSqliteOnlineStore(WireOnlineStore):
 
     def scan(self, config: RepoConfig, view: FeatureView, feature: str) -> tuple[list[bytes], Found]:
         """Keys of all entities of a view, and what is stored of one feature."""
-        rows = (
-            self._connection(config)
-            .execute(
-                f"SELECT entity_key, value, {_exact('event')} FROM {_table(config, view)}"
-                " WHERE feature_name = ?",
-                [feature],
-            )
-            .fetchall()
+        table = _table(config, view)
+        rows = _rows(
+            self._connection(config),
+            table,
+            f"SELECT entity_key, value, {_exact('event')} FROM {table} WHERE feature_name = ?",
+            [feature],
         )
         event_us = np.array([row[2] for row in rows], dtype=np.int64)
         return [row[0] for row in rows], Found({feature: [row[1] for row in rows]}, event_us)
 
     def version(self, config: RepoConfig, view: FeatureView) -> str | None:
         """Another one after each write to the view; none when nothing is stored."""
-        try:
-            row = (
-                self._connection(config)
-                .execute(f"SELECT version FROM {_VERSIONS} WHERE view = ?", [_table(config, view)])
-                .fetchone()
-            )
-        except sqlite3.OperationalError as error:
-            if "no such table" not in str(error):
-                raise
-            return None
-        return None if row is None else str(row[0])
+        table = _table(config, view)
+        query = f"SELECT version FROM {_VERSIONS} WHERE view = ?"
+        rows = _rows(self._connection(config), table, query, [table])
+        return str(rows[0][0]) if rows else None
 
     def read_stored(self, config: RepoConfig, requests: Sequence[Request]) -> list[Found]:
         """What is stored for each request, whatever its age; a view never written to holds nothing."""
@@ -186,6 +177,8 @@ def _table(config: RepoConfig, view: FeatureView) -> str:
 def _connect(path: Path, busy_seconds: float) -> sqlite3.Connection:
     path.parent.mkdir(parents=True, exist_ok=True)
     connection = sqlite3.connect(path, timeout=busy_seconds, isolation_level=None)
+    # Of a new file only. Three embeddings would fill SQLite's usual page, with a third of it wasted.
+    connection.execute("PRAGMA page_size = 8192")
     deadline = time.monotonic() + busy_seconds
     while True:
         try:
@@ -250,6 +243,22 @@ def _texts(view: FeatureView, feature: str, values: list[bytes]) -> list[str | N
     return [extract_text_and_num(Value.FromString(value), False)[0] for value in values]
 
 
+def _rows(
+    connection: sqlite3.Connection, table: str, query: str, values: Sequence[bytes | str]
+) -> list[tuple[Any, ...]]:
+    """Rows of a query; none of a table that nothing was written to yet."""
+    try:
+        return connection.execute(query, values).fetchall()
+    except sqlite3.OperationalError as error:
+        if "no such table" in str(error):
+            return []
+        if "no such column" not in str(error):
+            raise
+    with _transaction(connection):
+        _create(connection, table)  # made by stock Feast: it gets the columns that are missing
+    return connection.execute(query, values).fetchall()
+
+
 def _read(connection: sqlite3.Connection, table: str, request: Request) -> Found:
     keys, features = request.keys, request.features
     values: dict[str, dict[bytes, bytes]] = {feature: {} for feature in features}
@@ -261,13 +270,7 @@ def _read(connection: sqlite3.Connection, table: str, request: Request) -> Found
             f" WHERE entity_key IN ({', '.join('?' * len(some))})"
             f" AND feature_name IN ({', '.join('?' * len(features))})"
         )
-        try:
-            rows = connection.execute(query, [*some, *features]).fetchall()
-        except sqlite3.OperationalError as error:
-            if "no such table" not in str(error):
-                raise
-            break
-        for key, feature, value, event_us in rows:
+        for key, feature, value, event_us in _rows(connection, table, query, [*some, *features]):
             values[feature][key] = value
             if event_us > times.get(key, NO_TIME):
                 times[key] = event_us

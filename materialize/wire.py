@@ -100,6 +100,13 @@ def entity_keys(
     return [prefix + b"".join(row) for row in zip(*parts, strict=True)]
 
 
+def varint_fields(numbers: Int64, number: int) -> list[bytes]:
+    """A protocol buffer's integer field of each row; zero is left out, as it is by default."""
+    packed, bounds = _varints(numbers)
+    tag = _varint(number << 3 | _VARINT)
+    return _sliced(packed.tobytes(), bounds, lambda _: tag, numbers != 0)
+
+
 def read_floats(values: Sequence[bytes], value_type: ValueType) -> npt.NDArray[np.float32]:
     """Vectors from the wire bytes of lists of floats or doubles; [N, D] float32.
 
@@ -194,17 +201,17 @@ def _valid(column: pa.Array) -> npt.NDArray[np.bool_]:
     return mask
 
 
-def _packed(elements: pa.Array, kind: ValueType) -> tuple[Bytes, Int64]:
-    """The elements' bytes one after another, and where each begins (with the end behind it)."""
-    count = len(elements)
+def _packed(elements: pa.Array, kind: ValueType, edges: Int64) -> tuple[Bytes, Int64]:
+    """The elements' bytes one after another, and where among them the element of each edge begins."""
     if kind in (ValueType.FLOAT, ValueType.DOUBLE):
         dtype = np.dtype("<f4" if kind == ValueType.FLOAT else "<f8")
         with np.errstate(over="ignore"):  # a double beyond float32 is infinite, as in C
-            numbers = elements.to_numpy(zero_copy_only=False).astype(dtype)
-        return numbers.view(np.uint8), np.arange(count + 1) * dtype.itemsize
+            numbers = elements.to_numpy(zero_copy_only=False).astype(dtype, copy=False)
+        return numbers.view(np.uint8), edges * dtype.itemsize
     if kind == ValueType.BOOL:
-        return elements.cast(pa.uint8()).to_numpy(zero_copy_only=False), np.arange(count + 1)
-    return _varints(elements.cast(pa.int64()).to_numpy(zero_copy_only=False))
+        return elements.cast(pa.uint8()).to_numpy(zero_copy_only=False), edges
+    packed, starts = _varints(elements.cast(pa.int64()).to_numpy(zero_copy_only=False))
+    return packed, starts[edges]
 
 
 def _varints(numbers: Int64) -> tuple[Bytes, Int64]:
@@ -245,7 +252,8 @@ def _scalar_bytes(column: pa.Array, value_type: ValueType) -> list[bytes]:
         valid = valid & ~pc.is_nan(column).fill_null(False).to_numpy(zero_copy_only=False)
     wire_type = {ValueType.FLOAT: _FIXED32, ValueType.DOUBLE: _FIXED64}.get(value_type, _VARINT)
     tag = _tag(value_type, wire_type)
-    packed, bounds = _packed(pc.fill_null(column, pa.scalar(0).cast(column.type)), value_type)
+    filled = pc.fill_null(column, pa.scalar(0).cast(column.type))
+    packed, bounds = _packed(filled, value_type, np.arange(len(column) + 1))
     return _sliced(packed.tobytes(), bounds, lambda _: tag, valid)
 
 
@@ -266,10 +274,8 @@ def _list_bytes(column: pa.Array, value_type: ValueType, element: ValueType) -> 
             tag + _varint(len(row)) + row if there else b""
             for row, there in zip(joined, valid, strict=True)
         ]
-    packed, bounds = _packed(elements, element)
-    return _sliced(
-        packed.data, bounds[rows], lambda length: _list_header(value_type, length), _valid(column)
-    )
+    packed, bounds = _packed(elements, element, rows)
+    return _sliced(packed.data, bounds, lambda length: _list_header(value_type, length), _valid(column))
 
 
 def _key_parts(name: str, column: pa.Array | pa.ChunkedArray, value_type: ValueType) -> list[bytes]:

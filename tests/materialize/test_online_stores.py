@@ -19,10 +19,12 @@ from feast.feature_view import FeatureViewState
 from feast.on_demand_feature_view import on_demand_feature_view
 from feast.protos.feast.types.EntityKey_pb2 import EntityKey
 from feast.protos.feast.types.Value_pb2 import Value
+from feast.repo_config import load_repo_config
 from feast.types import Array, Bool, Float32, Float64, Int64, String, UnixTimestamp
 
 from bahe_core.home import Home
 from materialize.feast_offline import DuckLakeSource
+from materialize.feature_store import TEMPLATE
 from materialize.lake import lake
 from materialize.vectors import VectorReader
 from tests.conftest import require_service
@@ -273,7 +275,8 @@ def test_a_batch_may_hold_an_entity_twice(store: FeatureStore) -> None:
     assert read(store) == (NOW + 3 * HOUR, 3)
 
 
-def _writer(store: FeatureStore, number: int) -> None:
+def _writer(config: RepoConfig, number: int) -> None:
+    store = FeatureStore(config=config)  # connections are not shared between processes
     rng = np.random.default_rng(number)
     for step in rng.permutation(np.arange(number, 80, 4)):
         for user_id in rng.permutation(5):
@@ -282,11 +285,13 @@ def _writer(store: FeatureStore, number: int) -> None:
 
 def test_four_writers_at_once_leave_the_newest(store: FeatureStore) -> None:
     fork = multiprocessing.get_context("fork")
-    writers = [fork.Process(target=_writer, args=(store, number)) for number in range(4)]
+    writers = [
+        fork.Process(target=_writer, args=(store.config, number), daemon=True) for number in range(4)
+    ]
     for writer in writers:
         writer.start()
     for writer in writers:
-        writer.join()
+        writer.join(timeout=120)
     assert [writer.exitcode for writer in writers] == [0] * 4
     for user_id in range(5):
         assert read(store, user_id) == (NOW + timedelta(microseconds=79), 79)
@@ -407,12 +412,18 @@ def test_the_sqlite_table_is_stock_feasts_cell_for_cell(
         table = f"{store.project}_{view}"
         ours = dump(tmp_path / "online.db", table)
         assert ours == dump(tmp_path / "stock" / "online.db", table)
-    # And a stock client goes on with our file.
+    # Our store goes on with a stock client's file, and a stock client with ours.
+    asked = entities(profiles())
+    features = [f"profile:{field.name}" for field in profile.features]
+    other = {**STORES["sqlite"], "path": online["path"]}
+    taken_over = FeatureStore(config=settings.model_copy(update={"online_config": other}))
+    assert (
+        taken_over.get_online_features(features, asked).to_dict()
+        == store.get_online_features(features, asked).to_dict()
+    )
     stock.provider.online_store._conn = sqlite3.connect(
         tmp_path / "online.db", detect_types=sqlite3.PARSE_DECLTYPES
     )
-    asked = entities(profiles())
-    features = [f"profile:{field.name}" for field in profile.features]
     assert (
         stock.get_online_features(features, asked).to_dict()
         == store.get_online_features(features, asked).to_dict()
@@ -479,3 +490,18 @@ def test_a_replaced_file_is_opened_anew(store: FeatureStore, tmp_path: Path) -> 
     assert read(store) == (None, None)
     write(store, 2, NOW - HOUR)
     assert read(store) == (NOW - HOUR, 2)
+
+
+@pytest.mark.parametrize("profile_name", ["redis", "postgres"])
+def test_a_profile_differs_in_its_online_store_only(
+    profile_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BAHE_POSTGRES_PASSWORD", "secret")
+    folder = TEMPLATE.parent
+    config = load_repo_config(folder, folder / "profiles" / f"{profile_name}.yaml")
+    usual = load_repo_config(folder, TEMPLATE)
+    assert config.online_store.type == STORES[profile_name]["type"]
+    left, right = config.model_dump(), usual.model_dump()
+    for settings in (left, right):
+        del settings["online_store"]
+    assert left == right
