@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 COUNTS = (1, 100, 1000)
 RAW_GOAL, STOCK_GOAL = 1.3, 3.0
-HEADER = 8
+HEADER = 7
 """Bytes before the floats of a stored list of 256 float32."""
 
 Users = npt.NDArray[np.int64]

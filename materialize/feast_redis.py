@@ -18,6 +18,7 @@ import numpy as np
 import redis
 import redis.asyncio
 from feast import Entity, FeatureView
+from feast.feature_view import DUMMY_ENTITY_ID
 from feast.infra.key_encoding_utils import serialize_entity_key_prefix
 from feast.infra.online_stores.helpers import _mmh3, compute_versioned_name
 from feast.repo_config import FeastConfigBaseModel, RepoConfig
@@ -167,7 +168,7 @@ class GuardedRedisOnlineStore(WireOnlineStore):
             while some := list(islice(keys, 1000)):
                 with client.pipeline(transaction=False) as pipe:
                     for key in some:  # Redis forgets a hash with its last field
-                        pipe.execute_command("HDEL", key, *fields)
+                        pipe.execute_command("HDEL", key, *fields)  # type: ignore[no-untyped-call]
                     pipe.execute()
             client.delete(_version_key(config, view))
 
@@ -238,11 +239,12 @@ def _event_us(stored: bytes) -> int:
 def _entities(client: redis.Redis, config: RepoConfig, view: FeatureView) -> Iterator[bytes]:
     """Redis keys of this project's entities that the view may describe."""
     project = config.project.encode()
-    prefix = serialize_entity_key_prefix(sorted(view.join_keys))
+    join_keys = sorted(view.join_keys) or [DUMMY_ENTITY_ID]
+    prefix = serialize_entity_key_prefix(join_keys)
     pattern = re.sub(rb"([*?\[\]\\^])", rb"\\\1", prefix)
     for key in client.scan_iter(pattern + b"*" + project, count=1000):
         # A longer project name may end like this one.
-        if _key_length(key, len(prefix), len(view.join_keys)) == len(key) - len(project):
+        if _key_length(key, len(prefix), len(join_keys)) == len(key) - len(project):
             yield key
 
 

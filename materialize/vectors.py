@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 from feast.infra.key_encoding_utils import deserialize_entity_key
 from feast.value_type import ValueType
@@ -31,7 +32,7 @@ class VectorReader:
         self._feature = feature
         self._types = {c.name: c.dtype.to_value_type() for c in self._view.entity_columns}
 
-    def read(self, keys: Mapping[str, Sequence[Any]]) -> Vectors:
+    def read(self, keys: Mapping[str, Sequence[Any] | npt.NDArray[Any]]) -> Vectors:
         """Vectors of entities given as a column for each join key, in their order.
 
         On our stores no number becomes a Python object on the way; on others each does.
