@@ -125,8 +125,8 @@ def read_floats(values: Sequence[bytes], value_type: ValueType) -> npt.NDArray[n
     table = np.frombuffer(joined, dtype=np.uint8).reshape(len(values), size)
     if (table[:, : len(header)] != np.frombuffer(header, dtype=np.uint8)).any():
         raise BadInput("these vectors are not stored as the list type that their view declares.")
-    packed = np.ascontiguousarray(table[:, len(header) :])
-    return packed.view(dtype).astype(np.float32, copy=False)
+    # A copy, since torch refuses arrays that are read-only or begin within a float.
+    return table[:, len(header) :].copy().view(dtype).astype(np.float32, copy=False)
 
 
 def _key_prefix(names: Sequence[str]) -> bytes:

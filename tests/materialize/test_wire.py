@@ -241,6 +241,8 @@ def test_vectors_come_back(rows: int, width: int, value_type: ValueType) -> None
     stored = value_bytes(pa.array(list(vectors), pa.list_(pa.float32())), value_type)
     back = read_floats(stored, value_type)
     assert back.dtype == np.float32
+    assert back.flags.writeable
+    assert not rows or back.strides == vectors.strides
     np.testing.assert_array_equal(back, vectors if rows else np.empty((0, 0)))
 
 
