@@ -23,8 +23,8 @@ def say(message: str) -> None:
 
 
 @contextmanager
-def progress(description: str, total: float) -> Iterator[Callable[..., None]]:
-    """A bar with rate and time left; yields `advance(amount, note="")`."""
+def progress(description: str, total: float | None) -> Iterator[Callable[..., None]]:
+    """A bar with rate and time left; yields `advance(amount, note="")`. A total of None is unknown."""
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +14,12 @@ from bahe_core.home import Home
 
 if TYPE_CHECKING:
     from feast import FeatureStore
+
+# Feast says that the setting does nothing with a registry in a file; without it a view cannot be read while
+# it is materialized.
+logging.getLogger("feast.repo_config").addFilter(
+    lambda record: "serve_features_while_materializing" not in record.getMessage()
+)
 
 TEMPLATE = Path(__file__).resolve().parent.parent / "feature_repo" / "feature_store.yaml"
 

@@ -17,7 +17,6 @@ import pyarrow.parquet as pq
 
 from bahe_core.errors import BaheError, NotReady
 from bahe_core.home import Home
-from bahe_core.progress import progress
 from bahe_models.artifact import require_servable
 from materialize import runs
 from materialize.feature_store import open_store
@@ -79,16 +78,11 @@ def publish(home: Home) -> Published:
             ).fetchone()
             assert newest is not None
             end = max(newest[0], datetime.now(UTC)) + timedelta(seconds=1)
-            with progress("publishing views", len(VIEWS)) as advance:
-                for view in VIEWS:
-                    # Feast prints its own progress on standard output, where answers belong.
-                    with contextlib.redirect_stdout(io.StringIO()):
-                        store.materialize(
-                            start_date=datetime(1970, 1, 2, tzinfo=UTC),
-                            end_date=end,
-                            feature_views=[view],
-                        )
-                    advance(1, note=view)
+            # Feast prints what it does on standard output, where answers belong.
+            with contextlib.redirect_stdout(io.StringIO()):
+                store.materialize(
+                    start_date=datetime(1970, 1, 2, tzinfo=UTC), end_date=end, feature_views=list(VIEWS)
+                )
             sample = connection.execute(
                 "SELECT user_id, embedding FROM user_embedding WHERE model_version = ?"
                 f" ORDER BY hash(user_id) LIMIT {SAMPLE}",

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import sqlite3
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow.parquet as pq
 
 from bahe_core.errors import BadInput, Damaged, NotReady, UnknownEntity
@@ -20,6 +22,8 @@ from bahe_models.context import Value, hash_context, refuse_unknown
 from bahe_models.features import needed_columns
 from materialize.feature_store import open_store
 from materialize.publish import DEPLOYMENT
+from materialize.vectors import VectorReader
+from materialize.wire_rows import Vectors
 
 Identifier = str | int
 VECTOR = "embedding"
@@ -152,14 +156,14 @@ class OnlineLookup:
         user = self.user(user_id)
         wanted = [self._as_stored("item_embedding", "item_id", item) for item in item_ids]
         vectors, statistics = self._item_features(wanted, user.model_version)
-        missing = [item for item, vector in zip(wanted, vectors, strict=True) if vector is None]
+        missing = [item for item, there in zip(wanted, vectors.found_N, strict=True) if not there]
         if missing:
             more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
             raise UnknownEntity(
                 f"item {missing[0]}{more} is not in the online store of {self._home.root}; check"
                 " the id, or ingest, embed and publish the item first."
             )
-        return self._answer(user, wanted, vectors, statistics, at, context)
+        return self._answer(user, wanted, vectors.vectors_ND, statistics, at, context)
 
     def recommend(
         self,
@@ -179,11 +183,11 @@ class OnlineLookup:
         user = self.user(user_id)
         wanted = [item for item in self.catalogue() if include_seen or str(item) not in user.seen_items]
         vectors, statistics = self._item_features(wanted, user.model_version)
-        there = [index for index, vector in enumerate(vectors) if vector is not None]
+        there = np.flatnonzero(vectors.found_N).tolist()
         answer = self._answer(
             user,
             [wanted[i] for i in there],
-            [vectors[i] for i in there],
+            vectors.vectors_ND[there],
             {name: [values[i] for i in there] for name, values in statistics.items()},
             at,
             context,
@@ -194,7 +198,7 @@ class OnlineLookup:
         self,
         user: UserFeatures,
         items: list[Identifier],
-        vectors: Sequence[Any],
+        vectors_NV: npt.NDArray[np.float32],
         statistics: dict[str, list[float | None]],
         at: datetime | None,
         context: Mapping[str, Value] | None,
@@ -217,7 +221,7 @@ class OnlineLookup:
             now = now.replace(tzinfo=UTC)
         probability = artifact.score(
             np.tile(user.vector, (count, 1)),
-            np.asarray(vectors, dtype=np.float32),
+            vectors_NV,
             columns,
             np.tile(np.array(lengths_C, dtype=np.int64), (count, 1)),
             np.full(count, int(now.timestamp() * 1e6), dtype=np.int64),
@@ -230,26 +234,34 @@ class OnlineLookup:
 
     def _item_features(
         self, items: Sequence[Identifier], version: str
-    ) -> tuple[list[Any], dict[str, list[float | None]]]:
+    ) -> tuple[Vectors, dict[str, list[float | None]]]:
+        with self._readable():
+            vectors = self._item_vectors.read({"item_id": items, "model_version": [version] * len(items)})
         if not items:
-            return [], {}
+            return vectors, {}
         names = [c for c in needed_columns() if c.startswith("item_")]
-        found = self._read(
-            [f"item_embedding:{VECTOR}", *(f"item_stats:{name}" for name in names)],
-            [{"item_id": item, "model_version": version} for item in items],
-        )
-        return found[VECTOR], {name: found[name] for name in names}
+        found = self._read([f"item_stats:{name}" for name in names], [{"item_id": item} for item in items])
+        return vectors, {name: found[name] for name in names}
+
+    @cached_property
+    def _item_vectors(self) -> VectorReader:
+        return VectorReader(self._store, "item_embedding", VECTOR)
 
     def _read(self, features: list[str], rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
-        try:
+        with self._readable():
             response = self._store.get_online_features(features, entity_rows=rows)
+        answer: dict[str, list[Any]] = response.to_dict()
+        return answer
+
+    @contextmanager
+    def _readable(self) -> Iterator[None]:
+        try:
+            yield
         except sqlite3.DatabaseError as error:
             raise Damaged(
                 f"the online store {self._home.online_store} cannot be read ({error}); delete it and run"
                 " `bahe publish`."
             ) from None
-        answer: dict[str, list[Any]] = response.to_dict()
-        return answer
 
     def _as_stored(self, view: str, key: str, value: Identifier) -> Identifier:
         """The id in the type that the log has it in."""

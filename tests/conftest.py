@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import socket
 from pathlib import Path
 
 # One thread for each of the test processes that run side by side; a lone one may have two.
@@ -116,6 +118,21 @@ def write_dataset(
     path = folder / "dataset.yaml"
     path.write_text(yaml.safe_dump(sections))
     return path
+
+
+SERVICES = {"redis": (6379, "redis-server"), "postgres": (5432, "pg_ctlcluster")}
+"""Port on this machine, and the program that would be there if the service could be started."""
+
+
+def require_service(name: str) -> None:
+    """Skip the test where the service does not answer; in CI what is installed has to run."""
+    port, program = SERVICES[name]
+    with socket.socket() as probe:
+        if probe.connect_ex(("127.0.0.1", port)) == 0:
+            return
+    if os.environ.get("CI") == "true" and shutil.which(program):
+        pytest.fail(f"{name} is installed and does not answer on port {port}: start it before the tests")
+    pytest.skip(f"{name} does not answer on port {port}")
 
 
 @pytest.fixture

@@ -451,7 +451,7 @@ def test_unknown_entities_are_their_own_error(filled: tuple[Home, Path]) -> None
     ("file", "arguments", "way_out"),
     [
         ("lake/catalogue.sqlite", ("encode",), "restore it from a copy"),
-        ("online.db", ("lookup", "--user", "u1"), "delete it and run `bahe publish`"),
+        ("online.db*", ("lookup", "--user", "u1"), "delete it and run `bahe publish`"),
         ("registry.db", ("lookup", "--user", "u1"), "delete it and run `bahe apply`"),
         ("lake/data/**/user_timeline/**/*.parquet", ("embed",), "restore it from a copy"),
     ],
