@@ -8,12 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pandas as pd
-import pyarrow as pa
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bahe_core.errors import BadInput
 from bahe_core.home import Home
 from materialize.derive import PRIOR_STRENGTH
 from materialize.feature_store import apply, open_store
@@ -125,24 +123,3 @@ def test_the_order_and_the_rows_of_the_entity_frame_are_kept() -> None:
     assert table["length_liked"].to_pylist() == [None, 1, None, None]
     assert table["user_impressions"].to_pylist() == [1, None, None, 1]
     assert "user_timeline__length_liked" in full.columns
-
-
-@pytest.mark.parametrize(
-    ("rows", "words"),
-    [
-        ({"user_id": [1]}, "event_timestamp"),
-        ({"event_timestamp": [START]}, "user_id"),
-        ({"user_id": [1], "event_timestamp": [None]}, "event_timestamp"),
-        ({"user_id": [1], "event_timestamp": ["yesterday"]}, "event_timestamp"),
-    ],
-)
-def test_a_bad_entity_frame_is_refused(rows: dict, words: str) -> None:
-    from materialize.feast_offline import _entity_table
-
-    if "event_timestamp" in words:
-        with pytest.raises(BadInput, match=words):
-            _entity_table(pa.Table.from_pydict(rows))
-        return
-    log = frames([(0, 0, 1, True), (0, 1, 2, False)], [(0, "liked", 0, 0)])
-    with a_home(log) as home, pytest.raises(Exception, match=words):
-        open_store(home).get_historical_features(pd.DataFrame(rows), ["user_stats:user_clicks"]).to_df()
