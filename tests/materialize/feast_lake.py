@@ -25,6 +25,8 @@ def write_tables(home: Home, tables: dict[str, pd.DataFrame | pa.Table]) -> None
     home.create()
     with lake(home, create=True) as connection:
         for table, rows in tables.items():
+            if isinstance(rows, pd.DataFrame):
+                rows = pa.Table.from_pandas(rows, preserve_index=False)
             connection.register("rows", rows)
             commit(connection, [f"CREATE OR REPLACE TABLE {name(table)} AS FROM rows"])
             connection.unregister("rows")

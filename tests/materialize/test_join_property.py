@@ -14,7 +14,7 @@ import pytest
 from feast import Entity, FeatureStore, FeatureView, Field
 from feast.types import Array, Int64
 from feast.value_type import ValueType
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from bahe_core.home import Home
@@ -87,23 +87,26 @@ def brute_force(
     name: str, table: pd.DataFrame, frame: pd.DataFrame, *, strict: bool, cut_off: bool
 ) -> list[object]:
     """For each row of the frame the value of the last row of the table that it may see."""
-    t, e = table["event_timestamp"].to_numpy(), frame["event_timestamp"].to_numpy()[:, None]
-    created = table["created"].to_numpy()
+    t, created = (_ticks(table[column]) for column in ("event_timestamp", "created"))
+    e = _ticks(frame["event_timestamp"])[:, None]
     seen = t < e if strict else t <= e
     for key in KEYS[name]:
         seen &= table[key].to_numpy() == frame[key].to_numpy()[:, None]
     if TTL[name]:
-        seen &= t >= e - np.timedelta64(TTL[name], TICK)
+        seen &= t >= e - TTL[name]
     if cut_off:
-        seen &= created <= e  # of a row without it, this is not known
-    order = np.lexsort(
-        (np.arange(len(table)), table["created"].fillna(pd.Timestamp.min.tz_localize("UTC")), t)
-    )
+        seen &= (created <= e) & table["created"].notna().to_numpy()
+    order = np.lexsort((np.arange(len(table)), created, t))
     rank = np.empty(len(table), dtype=int)
     rank[order] = np.arange(len(table))
     best = np.where(seen, rank, -1).max(axis=1, initial=-1)
     values = table[f"{name}_value"].tolist()
     return [None if b < 0 else values[order[b]] for b in best]
+
+
+def _ticks(times: pd.Series) -> np.ndarray:
+    """As integers; of a missing one the smallest."""
+    return times.dt.tz_localize(None).to_numpy(dtype=f"datetime64[{TICK}]").astype(np.int64)
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +121,8 @@ def stores() -> Iterator[dict[bool, FeatureStore]]:
         }
 
 
-@settings(max_examples=EXAMPLES, deadline=None, derandomize=True)
+# A seed cannot be made smaller, so there is nothing to shrink.
+@settings(max_examples=EXAMPLES, deadline=None, derandomize=True, phases=[Phase.generate])
 @given(
     seed=st.integers(0, 2**32),
     ticks=st.integers(1, 60),

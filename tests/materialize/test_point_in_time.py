@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from bahe_core.errors import BadInput
 from bahe_core.home import Home
 from materialize.derive import PRIOR_STRENGTH
 from materialize.feature_store import apply, open_store
+from materialize.frame import Frame, frame, latest_frame
+from materialize.gates import gate
 from materialize.ingest import ingest
-from tests.conftest import write_dataset
+from tests.conftest import small_log, write_dataset
 
 START = pd.Timestamp("2024-01-01", tz="UTC")
 SECONDS = st.integers(0, 6)  # few distinct instants, so that ties are the rule
@@ -123,3 +128,59 @@ def test_the_order_and_the_rows_of_the_entity_frame_are_kept() -> None:
     assert table["length_liked"].to_pylist() == [None, 1, None, None]
     assert table["user_impressions"].to_pylist() == [1, None, None, 1]
     assert "user_timeline__length_liked" in full.columns
+
+
+@pytest.mark.parametrize(("freshness", "unit"), [("hourly", "h"), ("daily", "D")])
+def test_a_frame_knows_nothing_from_after_serving_was_refreshed(
+    freshness: str, unit: str, tmp_path: Path
+) -> None:
+    log = small_log(rows=400, users=8)  # many impressions of a user on one day
+    home = Home.at(tmp_path / "home")
+    ingest(home, write_dataset(tmp_path / "log", log, freshness=freshness))
+    gate(home, "ingest")
+    apply(home)
+    made = frame(home)
+    gate(home, "frame")
+    assert made.facts["freshness"] == freshness
+    found = pq.read_table(made.path).to_pandas().set_index("impression_id")
+    shown, done = log["impressions"], log["behaviors"].drop_duplicates()
+    assert found["event_timestamp"].sort_index().tolist() == shown["event_timestamp"].tolist()
+    fewer = 0
+    for _, row in shown.sample(60, random_state=0).iterrows():
+        moment = row["event_timestamp"].floor(unit)
+        before = shown[(shown["user_id"] == row["user_id"]) & (shown["event_timestamp"] < moment)]
+        past = done[(done["user_id"] == row["user_id"]) & (done["event_timestamp"] < moment)]
+        got = found.loc[row["impression_id"]].fillna(0)
+        assert got["user_impressions"] == len(before)
+        assert got["user_clicks"] == before["clicked"].sum()
+        assert got["length_liked"] == (past["channel"] == "liked").sum()
+        assert got["user_last_impression_us"] < moment.value // 1000
+        fewer += (
+            (shown["user_id"] == row["user_id"])
+            & (shown["event_timestamp"] >= moment)
+            & (shown["event_timestamp"] < row["event_timestamp"])
+        ).any()
+    assert fewer > 0  # the cut was met
+
+
+def test_a_frame_of_an_old_snapshot_comes_back(tmp_path: Path) -> None:
+    home = Home.at(tmp_path / "home")
+
+    def fill(rows: int) -> Frame:
+        ingest(home, write_dataset(tmp_path / "log", small_log(rows=rows)))
+        gate(home, "ingest")
+        apply(home)
+        return frame(home)
+
+    first = fill(300)
+    before = pq.read_table(first.path)
+    later = fill(400)
+    assert later.frame_id != first.frame_id
+    shutil.rmtree(first.path.parent)
+    again = frame(home, as_of=first.facts["snapshot"])
+    gate(home, "frame")
+    assert (again.frame_id, again.facts) == (first.frame_id, first.facts)
+    assert pq.read_table(again.path).equals(before, check_metadata=True)
+    assert latest_frame(home).frame_id == first.frame_id
+    with pytest.raises(BadInput, match="no snapshot 9999"):
+        frame(home, as_of=9999)
