@@ -40,6 +40,7 @@ format: install ## put the code into the house's format
 bench: install ## every figure of the README, briefly; a whole one: python -m benchmarks.NAME
 	$(BIN)/python -m benchmarks.accuracy --quick
 	$(BIN)/python -m benchmarks.training_cost --quick
+	$(BIN)/python -m benchmarks.frames --quick
 
 lock: install ## write constraints.txt from what is installed now
 	{ echo "# The versions that were tested together; written by 'make lock'. Used by 'make install'."; \

@@ -106,6 +106,53 @@ def test_the_frame_equals_brute_force(impressions: list[tuple], behaviors: list[
                 assert value == pytest.approx(expected), (column, row.to_dict())
 
 
+def windows_by_brute_force(log: dict[str, pd.DataFrame], row: pd.Series) -> dict[str, float]:
+    """0 stands for an entity without history, which has no row."""
+    shown, moment = log["impressions"], row["event_timestamp"]
+    expected = {}
+    for entity in ("user", "item"):
+        mine = shown[(shown[f"{entity}_id"] == row[f"{entity}_id"]) & (shown["event_timestamp"] < moment)]
+        for days in (7, 30):
+            window = mine[mine["event_timestamp"] >= moment - pd.Timedelta(days, "D")]
+            expected[f"{entity}_impressions_{days}d"] = len(window)
+            expected[f"{entity}_clicks_{days}d"] = window["clicked"].sum()
+    return expected
+
+
+@settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    rows=st.lists(
+        st.tuples(
+            st.integers(0, 2),
+            st.integers(0, 2),
+            # Multiples of a day, so that impressions are exactly 7 or 30 days apart, and some just beside.
+            st.tuples(st.integers(0, 45), st.sampled_from([-1, 0, 1])),
+            st.booleans(),
+        ),
+        min_size=20,
+        max_size=120,
+    ).filter(lambda rows: len({row[3] for row in rows}) == 2)
+)
+def test_windows_equal_brute_force(rows: list[tuple]) -> None:
+    log = frames([(user, item, 0, clicked) for user, item, _, clicked in rows], [(0, "liked", 0, 0)])
+    log["impressions"]["event_timestamp"] = [
+        START + pd.Timedelta(day, "D") + pd.Timedelta(offset, "us") for _, _, (day, offset), _ in rows
+    ]
+    with a_home(log) as home:
+        store = open_store(home)
+        service = store.get_feature_service("ctr_training_windows")
+        got = store.get_historical_features(log["impressions"], service).to_df()
+    for index, row in log["impressions"].iterrows():
+        for column, expected in windows_by_brute_force(log, row).items():
+            value = got.loc[index, column]
+            assert (0 if pd.isna(value) else value) == expected, (column, row.to_dict())
+        last = got.loc[index]
+        if not pd.isna(last["user_click_rate_7d"]):
+            strength = last["user_impressions_7d"] + PRIOR_STRENGTH
+            prior = (last["user_click_rate_7d"] * strength - last["user_clicks_7d"]) / PRIOR_STRENGTH
+            assert 0 < prior < 1
+
+
 def test_the_order_and_the_rows_of_the_entity_frame_are_kept() -> None:
     log = frames([(0, 0, 1, True), (0, 1, 2, False), (1, 0, 3, True)], [(0, "liked", 0, 0)])
     with a_home(log) as home:
