@@ -245,6 +245,7 @@ def _pull(
     query = select + where
     with open_lake(config) as connection:
         number = snapshot(connection)
+        source_columns(connection, source.name or relation, relation, columns)
         if latest_of is not None:
             order = [f"{time} DESC", *([f"{name(created)} DESC NULLS LAST"] if created else [])]
             keys = ", ".join(map(name, latest_of)) or "1"

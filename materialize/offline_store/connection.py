@@ -63,6 +63,8 @@ def _instance(home: Home, snapshot: int | None) -> duckdb.DuckDBPyConnection:
     with _lock:
         if key not in _attached:
             _attached[key] = connect(home, as_of=snapshot)
+            # What stays attached would otherwise keep the files it has read, up to its memory limit.
+            _attached[key].execute("SET enable_external_file_cache = false")
             if len(_attached) > KEPT:
                 _attached.popitem(last=False)  # closes when its last connection does
         _attached.move_to_end(key)

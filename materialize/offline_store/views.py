@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
@@ -95,14 +95,9 @@ def _view(
         if key != DUMMY_ENTITY_ID
     }
     where = relation(source)
-    types = source_columns(connection, source.name, where)
     created = context.created_timestamp_column or None
-    for column in [*keys.values(), *features.values(), context.timestamp_field, created]:
-        if column is not None and column not in types:
-            raise BadInput(
-                f"feature view {context.name}: its source {source.name} has no column {column} in the lake"
-                f" (any more); it has {', '.join(types)}. Run the job that writes it, or `bahe apply`."
-            )
+    wanted = [*keys.values(), *features.values(), context.timestamp_field, *([created] if created else [])]
+    types = source_columns(connection, source.name, where, wanted)
     table = getattr(source, "table", None)
     return View(
         name=context.name,
@@ -118,16 +113,23 @@ def _view(
 
 
 def source_columns(
-    connection: duckdb.DuckDBPyConnection, source_name: str, relation: str
+    connection: duckdb.DuckDBPyConnection, source_name: str, relation: str, wanted: Iterable[str] = ()
 ) -> dict[str, str]:
-    """Columns of a data source with DuckDB's types. Raises BadInput when it is not there."""
+    """Columns of a data source with DuckDB's types. Raises BadInput when it or a wanted one is missing."""
     try:
-        return columns(connection, relation)
+        found = columns(connection, relation)
     except duckdb.Error as error:
         raise BadInput(
             f"data source {source_name}: {relation.removeprefix(f'{LAKE}.main.')} cannot be read"
             f" ({one_line(error)}); run the job that writes it first."
         ) from None
+    for column in wanted:
+        if column not in found:
+            raise BadInput(
+                f"data source {source_name} has no column {column} in the lake (any more); it has"
+                f" {', '.join(found)}. Run the job that writes it, or `bahe apply`."
+            )
+    return found
 
 
 def check_key_types(view: View, entity_columns: dict[str, str]) -> None:

@@ -323,6 +323,15 @@ def test_a_registry_out_of_step_with_the_lake_is_named(store: FeatureStore, home
         store.get_historical_features(frame(), ["never_applied:x"])
 
 
+def test_pulling_from_a_table_that_is_not_there_is_refused(store: FeatureStore) -> None:
+    pull = store._get_provider().offline_store.pull_all_from_table_or_query
+    missing = DuckLakeSource(name="gone", table="gone")
+    with pytest.raises(BadInput, match="data source gone: "):
+        pull(store.config, missing, ["user_id"], ["count"], "event_timestamp")
+    with pytest.raises(BadInput, match="clicks has no column nothing"):
+        pull(store.config, store.get_data_source("clicks"), ["user_id"], ["nothing"], "event_timestamp")
+
+
 def test_eight_threads_get_the_same_answer(store: FeatureStore) -> None:
     def ask(_: int) -> dict:
         return store.get_historical_features(frame(), FEATURES).to_arrow().to_pydict()
@@ -343,6 +352,8 @@ def test_a_snapshot_gives_the_old_frame_again(store: FeatureStore, home: Home) -
     again = past.get_historical_features(frame(), FEATURES)
     assert again.to_arrow().equals(before)
     assert again.snapshot == job.snapshot
+    past.create_saved_dataset(again, "old", SavedDatasetDuckLakeStorage("old"))
+    assert store.get_saved_dataset("old").to_arrow()["count"].equals(before["count"])
     store.config.offline_store.as_of = job.snapshot
     assert store.get_historical_features(frame(), FEATURES).to_arrow().equals(before)
     with pytest.raises(BadInput, match="past cannot be written"):

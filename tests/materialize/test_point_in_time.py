@@ -181,7 +181,10 @@ def test_the_order_and_the_rows_of_the_entity_frame_are_kept() -> None:
 def test_a_frame_knows_nothing_from_after_serving_was_refreshed(
     freshness: str, unit: str, tmp_path: Path
 ) -> None:
-    log = small_log(rows=400, users=8)  # many impressions of a user on one day
+    log = small_log(rows=400, users=8)
+    for table in ("impressions", "behaviors"):  # within two days, so that an hour holds several of a user
+        since = log[table]["event_timestamp"] - START
+        log[table]["event_timestamp"] = START + (since / 45).dt.floor("s")
     home = Home.at(tmp_path / "home")
     ingest(home, write_dataset(tmp_path / "log", log, freshness=freshness))
     gate(home, "ingest")
