@@ -117,15 +117,20 @@ def apply(home: HomeOption = None) -> None:
 def frame(
     home: HomeOption = None,
     service: Annotated[str, typer.Option(help="The feature service to pull.")] = "ctr_training",
+    as_of: Annotated[
+        int | None,
+        typer.Option(help="Read the lake as it was at this snapshot.", show_default="the newest"),
+    ] = None,
 ) -> None:
     """Pull the point-in-time training frame through Feast and split it by time. Then its gate."""
     from materialize.frame import frame as job
     from materialize.gates import gate
 
     where = Home.at(home)
-    done = job(where, service=service)
+    done = job(where, service=service, as_of=as_of)
     rows = ", ".join(f"{count:,} {name}" for name, count in done.rows.items())
-    say(f"  frame {done.frame_id}: {rows}" + (" (unchanged)" if done.skipped else ""))
+    snapshot = done.facts["snapshot"]
+    say(f"  frame {done.frame_id}, snapshot {snapshot}: {rows}" + (" (unchanged)" if done.skipped else ""))
     gate(where, "frame")
     typer.echo(done.path)
 

@@ -36,6 +36,11 @@ class Home:
         return self.root / "lake" / "data"
 
     @property
+    def spill(self) -> Path:
+        """Where DuckDB puts what exceeds its memory; there only while it needs it."""
+        return self.root / "lake" / "spill"
+
+    @property
     def registry(self) -> Path:
         """Feast's registry."""
         return self.root / "registry.db"

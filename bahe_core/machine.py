@@ -25,6 +25,11 @@ def threads() -> int:
     return max(1, int(os.environ.get("BAHE_THREADS", usable_cores())))
 
 
+def memory_limit() -> str | None:
+    """How much memory a DuckDB connection may take before it spills to disk: BAHE_MEMORY (as `4GB`)."""
+    return os.environ.get("BAHE_MEMORY") or None
+
+
 def configure_threads() -> int:
     """Give every numerical library the same thread count; call before importing torch.
 

@@ -108,6 +108,28 @@ item_stats = FeatureView(
     source=_source("item_stats"),
     description="Impressions (popularity), clicks and smoothed click rate of the item so far.",
 )
+
+
+def _window(entity: Entity, days: int) -> FeatureView:
+    return FeatureView(
+        name=f"{entity.name}_stats_{days}d",
+        entities=[entity],
+        ttl=FOREVER,
+        schema=[
+            Field(name=f"{entity.name}_impressions_{days}d", dtype=Int64),
+            Field(name=f"{entity.name}_clicks_{days}d", dtype=Int64),
+            Field(name=f"{entity.name}_click_rate_{days}d", dtype=Float64),
+        ],
+        source=_source(f"{entity.name}_stats_{days}d"),
+        online=False,
+        description=f"Impressions, clicks and smoothed click rate of the {entity.name}'s last {days} days.",
+    )
+
+
+user_stats_7d = _window(user, 7)
+user_stats_30d = _window(user, 30)
+item_stats_7d = _window(item, 7)
+item_stats_30d = _window(item, 30)
 item_attributes = FeatureView(
     name="item_attributes",
     entities=[item],
@@ -148,6 +170,19 @@ ctr_training = FeatureService(
     name="ctr_training",
     features=[user_timeline, user_stats, item_stats],
     description="Point-in-time statistics and timeline lengths of an impression.",
+)
+ctr_training_windows = FeatureService(
+    name="ctr_training_windows",
+    features=[
+        user_timeline,
+        user_stats,
+        item_stats,
+        user_stats_7d,
+        user_stats_30d,
+        item_stats_7d,
+        item_stats_30d,
+    ],
+    description="The same, with statistics of the last 7 and 30 days; models of your own can read them.",
 )
 ctr_online = FeatureService(
     name="ctr_online",

@@ -95,6 +95,9 @@ class Dataset(_Section):
     channels: Annotated[list[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]], Field(min_length=1)]
     """Behavior channels, in the order of the model's inputs."""
     split: Split = Split()
+    freshness: Literal["event", "hourly", "daily"] = "event"
+    """How fresh the features are that serving reads. An impression of a training frame sees what was known
+    strictly before its own instant, the start of its hour, or the start of its day (UTC)."""
     backbone: dict[str, Any] = Field(default_factory=dict)
     """See bahe_models.BackboneConfig; `path` defaults to the fetched SmolLM2-135M-Instruct."""
     encoder: dict[str, Any] = Field(default_factory=dict)

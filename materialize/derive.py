@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from materialize.lake import name, quoted
 
-VERSION = 1
+VERSION = 2
 """Raise when a derived table changes its meaning, so that existing lakes are derived again."""
 
 PRIOR_STRENGTH = 10
 """How many average impressions a smoothed click rate starts with."""
+
+WINDOW_DAYS = (7, 30)
+"""Lengths of the windows that statistics are also kept over."""
 
 RECENT_ATOMS = 20
 """How many of the latest atoms `timeline_length` carries inline, for services that want them."""
@@ -27,6 +30,7 @@ def statements(channels: list[str]) -> list[str]:
         _click_prior(),
         _statistics("user"),
         _statistics("item"),
+        *(_window_statistics(entity, days) for entity in ("user", "item") for days in WINDOW_DAYS),
         "DROP TABLE click_prior",
     ]
 
@@ -84,4 +88,31 @@ def _statistics(entity: str) -> str:
         f" FROM impressions GROUP BY {entity}_id, event_timestamp"
         f" WINDOW past AS (PARTITION BY {entity}_id ORDER BY event_timestamp))"
         f" JOIN click_prior USING (event_timestamp) ORDER BY {entity}_id, event_timestamp"
+    )
+
+
+def _window_statistics(entity: str, days: int) -> str:
+    """Impressions, clicks and click rate of the days before a moment, the moment itself left out.
+
+    A count changes when an impression comes and, so many days later, when it leaves; each has its row, so
+    that the row before a moment is right for that moment.
+    """
+    # An impression that is exactly so old at a row's instant leaves with this row.
+    window = f"RANGE BETWEEN INTERVAL '{days} days' - INTERVAL 1 MICROSECOND PRECEDING AND CURRENT ROW"
+    return (
+        f"CREATE OR REPLACE TABLE {entity}_stats_{days}d AS"
+        f" SELECT {entity}_id, s.event_timestamp,"
+        f" impressions AS {entity}_impressions_{days}d, clicks AS {entity}_clicks_{days}d,"
+        f" (clicks + {PRIOR_STRENGTH} * rate) / (impressions + {PRIOR_STRENGTH})"
+        f" AS {entity}_click_rate_{days}d,"
+        " now() AS created_timestamp"
+        f" FROM (SELECT {entity}_id, event_timestamp,"
+        " (sum(sum(shown)) OVER past)::BIGINT AS impressions,"
+        " (sum(sum(clicked)) OVER past)::BIGINT AS clicks"
+        f" FROM (SELECT {entity}_id, event_timestamp, 1 AS shown, clicked FROM impressions UNION ALL"
+        f" SELECT {entity}_id, event_timestamp + INTERVAL '{days} days', 0, 0 FROM impressions)"
+        f" GROUP BY {entity}_id, event_timestamp"
+        f" WINDOW past AS (PARTITION BY {entity}_id ORDER BY event_timestamp {window})) s"
+        f" ASOF JOIN click_prior p ON s.event_timestamp >= p.event_timestamp"
+        f" ORDER BY {entity}_id, s.event_timestamp"
     )

@@ -8,9 +8,11 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import duckdb
 import pyarrow as pa
@@ -18,18 +20,21 @@ import pyarrow.parquet as pq
 
 from bahe_core.errors import BadInput, NotReady
 from bahe_core.home import Home
+from bahe_core.progress import progress
 from materialize import runs
 from materialize.dataset import Split, context_column
 from materialize.feature_store import open_store
 from materialize.gates import require_gates
 from materialize.ingest import home_dataset
-from materialize.lake import commit, lake, quoted, snapshot
+from materialize.lake import commit, lake, quoted
+from validation import moment
 
 if TYPE_CHECKING:
     from feast import FeatureService, FeatureStore
 
 JOB = "frame"
 SPLITS = ("train", "validation", "test")
+KEYS = ("impression_id", "user_id", "item_id", "event_timestamp", "clicked")
 
 
 @dataclass(frozen=True)
@@ -43,20 +48,33 @@ class Frame:
     """Rows of each split."""
     skipped: bool
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the file says of itself: `snapshot` (of the lake), `service`, `freshness`."""
+        facts: dict[str, Any] = json.loads(pq.read_schema(self.path).metadata[b"bahe"])
+        return facts
 
-def frame(home: Home, *, service: str = "ctr_training") -> Frame:
+
+def frame(home: Home, *, service: str = "ctr_training", as_of: int | None = None) -> Frame:
     """Pull the point-in-time frame of all impressions through Feast, split it by time, write Parquet.
 
-    Does nothing when the lake, the service and the split are those of the last run. Raises NotReady
-    before `ingest` and `apply`, BadInput when the service is unknown or a split would be empty.
+    With `freshness: hourly | daily` in dataset.yaml an impression sees what was known at the start of its
+    hour or day. `as_of` reads the lake as it was at that snapshot. Does nothing when the lake, the service,
+    the freshness and the split are those of the last run. Raises NotReady before `ingest` and `apply`,
+    BadInput when the service or the snapshot is unknown or a split would be empty.
     """
     dataset = home_dataset(home)
     store = open_store(home)
-    with home.exclusive(), lake(home) as connection:
-        ingested = runs.last(connection, "ingest")
+    store.config.offline_store.as_of = as_of
+    with (
+        home.exclusive(),
+        lake(home) as connection,
+        nullcontext(connection) if as_of is None else lake(home, as_of=as_of) as then,
+    ):
+        ingested = runs.last(then, "ingest")
         if ingested is None:
             raise NotReady(f"{home.root} holds no data yet; run `bahe ingest dataset.yaml` first.")
-        require_gates(connection, JOB)
+        require_gates(then, JOB)
         features = _service(store, service)
         wanted = [[p.name, [f.name for f in p.features]] for p in features.feature_view_projections]
         facts = [
@@ -64,6 +82,8 @@ def frame(home: Home, *, service: str = "ctr_training") -> Frame:
             wanted,
             dataset.split.model_dump(mode="json"),
         ]
+        if dataset.freshness != "event":
+            facts.append(dataset.freshness)
         frame_id = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
         path = home.frames / frame_id / "frame.parquet"
         last = runs.last(connection, JOB)
@@ -71,19 +91,16 @@ def frame(home: Home, *, service: str = "ctr_training") -> Frame:
             return Frame(path, frame_id, last.facts["rows"], skipped=True)
         with runs.record(connection, JOB, frame_id) as run:
             context = dataset.impressions.context
-            shown = ["impression_id", "user_id", "item_id", "event_timestamp", "clicked"]
-            shown += map(context_column, context)
-            entities = connection.execute(
-                f"SELECT {', '.join(shown)} FROM impressions ORDER BY event_timestamp, impression_id"
-            ).to_arrow_table()
-            split = _assign(entities, dataset.split)
-            table = store.get_historical_features(
-                entity_df=entities.to_pandas(), features=features
-            ).to_arrow()
-            table = _with_text(table, [context_column(c) for c in context])
-            table = table.append_column("split", split)
-            rows = {row["values"]: row["counts"] for row in split.value_counts().to_pylist()}
-            _write(table, path, {"snapshot": snapshot(connection), "service": service, "context": context})
+            entities = _entities(then, dataset.split, dataset.freshness, context)
+            rows = _split_rows(then, entities)
+            job = store.get_historical_features(entity_df=entities, features=features)
+            about = {
+                "snapshot": job.snapshot,
+                "service": service,
+                "freshness": dataset.freshness,
+                "context": context,
+            }
+            _write(job.to_arrow_reader(), path, about, sum(rows.values()))
             commit(connection, [run.statement({"rows": rows, "service": service})])
     return Frame(path, frame_id, rows, skipped=False)
 
@@ -109,50 +126,61 @@ def _service(store: FeatureStore, name: str) -> FeatureService:
         raise BadInput(f"feature service {name} is not registered; choose from {known}.") from None
 
 
-def _with_text(table: pa.Table, columns: list[str]) -> pa.Table:
-    """The table with these columns as text: a column without any value has lost its type on the way."""
-    for column in columns:
-        place = table.column_names.index(column)
-        table = table.set_column(place, column, table[column].cast(pa.string()))
-    return table
-
-
-def _assign(entities: pa.Table, split: Split) -> pa.Array:
-    """The split of each row; rows are sorted by time, and one instant never falls into two splits."""
-    connection = duckdb.connect()
-    connection.execute("SET TimeZone = 'UTC'")
-    connection.register("entities", entities)
+def _entities(
+    connection: duckdb.DuckDBPyConnection, split: Split, freshness: str, context: Sequence[str]
+) -> str:
+    """The query of the impressions in time's order, each with its split; event_timestamp is the moment
+    whose knowledge it gets, impression_timestamp its own. One instant never falls into two splits."""
     if split.validation_from is not None and split.test_from is not None:
-        cut = f"TIMESTAMPTZ {quoted(split.validation_from.isoformat())}"
-        cut_test = f"TIMESTAMPTZ {quoted(split.test_from.isoformat())}"
+        cuts = [split.validation_from, split.test_from]
     else:
         train = 1 - split.validation - split.test
-        listed = f"{train}, {train + split.validation}"
-        connection.execute(
-            f"CREATE TABLE cuts AS SELECT quantile_disc(event_timestamp, [{listed}]) AS q FROM entities"
-        )
-        cut, cut_test = "(SELECT q[1] FROM cuts)", "(SELECT q[2] FROM cuts)"
-    assigned = connection.execute(
-        f"SELECT CASE WHEN event_timestamp < {cut} THEN 'train'"
-        f" WHEN event_timestamp < {cut_test} THEN 'validation' ELSE 'test' END FROM entities"
-        " ORDER BY event_timestamp, impression_id"
-    ).to_arrow_table()
-    column = assigned.column(0).combine_chunks()
-    present = set(column.unique().to_pylist())
+        shares = f"[{train}, {train + split.validation}]"
+        found = connection.execute(f"SELECT quantile_disc(event_timestamp, {shares}) FROM impressions")
+        row = found.fetchone()
+        assert row is not None
+        cuts = row[0]
+    validation, test = (f"TIMESTAMPTZ {quoted(cut.isoformat())}" for cut in cuts)
+    return (
+        "SELECT impression_id, user_id, item_id,"
+        f" {moment(freshness, 'i.event_timestamp')} AS event_timestamp,"
+        f" {', '.join(['clicked', *map(context_column, context)])},"
+        " i.event_timestamp AS impression_timestamp,"
+        f" CASE WHEN i.event_timestamp < {validation} THEN 'train'"
+        f" WHEN i.event_timestamp < {test} THEN 'validation' ELSE 'test' END AS split"
+        " FROM impressions i ORDER BY i.event_timestamp, impression_id"
+    )
+
+
+def _split_rows(connection: duckdb.DuckDBPyConnection, entities: str) -> dict[str, int]:
+    counted = connection.execute(f"SELECT split, count(*) FROM ({entities}) GROUP BY split").fetchall()
+    rows = dict(counted)
     for name in SPLITS:
-        if name not in present:
+        if name not in rows:
             raise BadInput(
                 f"dataset.yaml: `split` leaves no impressions for {name}; move its cut-offs or shares."
             )
-    return column
+    return {name: rows[name] for name in SPLITS}
 
 
-def _write(table: pa.Table, path: Path, facts: dict[str, object]) -> None:
-    """Write beside and rename, so that a frame is whole or not there."""
+def _write(reader: pa.RecordBatchReader, path: Path, facts: dict[str, object], rows: int) -> None:
+    """Stream to a file beside and rename, so that a frame is whole or not there."""
     temporary = path.parent.with_suffix(".part")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    metadata = {**(table.schema.metadata or {}), b"bahe": json.dumps(facts).encode()}
-    pq.write_table(table.replace_schema_metadata(metadata), temporary / path.name)
+    features = [c for c in reader.schema.names if c not in (*KEYS, "impression_timestamp", "split")]
+    columns = [*KEYS, *features, "split"]
+    source = ["impression_timestamp" if c == "event_timestamp" else c for c in columns]
+    fields = [reader.schema.field(c).with_name(n) for c, n in zip(source, columns, strict=True)]
+    schema = pa.schema(fields, {b"bahe": json.dumps(facts).encode()})
+
+    with (
+        pq.ParquetWriter(temporary / path.name, schema) as writer,
+        progress("impressions", rows) as advance,
+    ):
+        for batch in reader:
+            arrays = [batch.column(c) for c in source]
+            writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema))
+            advance(batch.num_rows)
     shutil.rmtree(path.parent, ignore_errors=True)
     temporary.rename(path.parent)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import duckdb
+import pyarrow.parquet as pq
 
 from bahe_core.errors import GateFailed, NotReady
 from bahe_core.home import Home
@@ -96,8 +98,15 @@ def _scope(
         return of_lake("atoms", "atomic_behavior_embedding"), facts
     if job == "frame":
         path = home.frames / last.fingerprint / "frame.parquet"
-        tables = of_lake("impressions", "user_timeline")
+        about = json.loads(pq.read_schema(path).metadata[b"bahe"])
+        # Against the log as the frame saw it, which may be an older snapshot.
+        then = f"AT (VERSION => {about['snapshot']})"
+        tables = {
+            name: f"(SELECT * FROM {relation} {then})"
+            for name, relation in of_lake("impressions", "user_timeline").items()
+        }
         tables["frame"] = f"read_parquet({quoted(str(path))})"
-        rows = scalar(connection, "SELECT count(*) FROM impressions")
-        return tables, {"channels": channels, "rows": rows}
+        rows = scalar(connection, f"SELECT count(*) FROM impressions {then}")
+        freshness = about.get("freshness", "event")
+        return tables, {"channels": channels, "rows": rows, "freshness": freshness}
     return of_lake("user_embedding", "item_embedding"), dict(last.facts)

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import duckdb
 
-from bahe_core.errors import Damaged, NotReady, one_line
+from bahe_core.errors import BadInput, Damaged, NotReady, one_line
 from bahe_core.home import Home
-from bahe_core.machine import threads
+from bahe_core.machine import memory_limit, threads
 
 LAKE = "lake"
 COMMIT_ATTEMPTS = 8
@@ -42,23 +42,44 @@ def name(identifier: str) -> str:
     return '"' + identifier.replace('"', '""') + '"'
 
 
-def connect(home: Home, *, create: bool = False) -> duckdb.DuckDBPyConnection:
+def connect(home: Home, *, create: bool = False, as_of: int | None = None) -> duckdb.DuckDBPyConnection:
     """A DuckDB connection with the home's lake attached and current; times are UTC.
 
-    One connection per thread. Raises NotReady when the home has no lake and `create` is not set.
+    One connection per thread. `as_of` attaches the lake as it was at that snapshot, read-only. Raises
+    NotReady when the home has no lake and `create` is not set, BadInput when there is no such snapshot.
     """
     if not create and not home.catalogue.is_file():
         raise NotReady(f"{home.root} holds no data yet; run `bahe ingest dataset.yaml` first.")
-    connection = duckdb.connect(config={"threads": threads()})
+    settings: dict[str, str | bool | int | float | list[str]] = {
+        "threads": threads(),
+        # What exceeds memory is written here, and removed when the connection closes.
+        "temp_directory": str(home.spill),
+        # DuckDB takes a registered Arrow table for a single row and would join by nested loops, 40 times
+        # slower than by sorting.
+        "asof_loop_join_threshold": 0,
+    }
+    limit = memory_limit()
+    if limit is not None:
+        settings["memory_limit"] = limit
+    try:
+        connection = duckdb.connect(config=settings)
+    except duckdb.Error as error:
+        raise BadInput(f"BAHE_MEMORY is {limit} ({one_line(error)}); write a size such as 4GB.") from None
     for extension in ("sqlite_scanner", "ducklake"):
         _load_extension(connection, extension)
     connection.execute("SET TimeZone = 'UTC'")
-    attach = f"ATTACH {quoted(f'ducklake:sqlite:{home.catalogue}')} AS {LAKE}"
     # The data always lies beside the catalogue, wherever the home was moved or copied to.
-    where = quoted(f"{home.lake_data}/")
+    options = f"DATA_PATH {quoted(f'{home.lake_data}/')}, OVERRIDE_DATA_PATH true"
+    if as_of is not None:
+        options += f", SNAPSHOT_VERSION {as_of}"
     try:
-        connection.execute(f"{attach} (DATA_PATH {where}, OVERRIDE_DATA_PATH true)")
+        connection.execute(f"ATTACH {quoted(f'ducklake:sqlite:{home.catalogue}')} AS {LAKE} ({options})")
     except duckdb.Error as error:
+        connection.close()
+        if as_of is not None and "No snapshot found" in str(error):
+            raise BadInput(
+                f"the lake of {home.root} has no snapshot {as_of}; `bahe frame` prints the one it used."
+            ) from None
         raise Damaged(
             f"the lake's catalogue {home.catalogue} cannot be read ({one_line(error)}); restore it from a"
             " copy, or delete the home and run again."
@@ -68,11 +89,23 @@ def connect(home: Home, *, create: bool = False) -> duckdb.DuckDBPyConnection:
 
 
 @contextmanager
-def lake(home: Home, *, create: bool = False) -> Iterator[duckdb.DuckDBPyConnection]:
+def lake(
+    home: Home, *, create: bool = False, as_of: int | None = None
+) -> Iterator[duckdb.DuckDBPyConnection]:
     """`connect`, closed at the end. Raises Damaged when a file of the lake cannot be read."""
-    connection = connect(home, create=create)
+    connection = connect(home, create=create, as_of=as_of)
     try:
-        yield connection
+        with damaged_files_named(home):
+            yield connection
+    finally:
+        connection.close()
+
+
+@contextmanager
+def damaged_files_named(home: Home) -> Iterator[None]:
+    """Turns DuckDB's error about a file of the lake into Damaged."""
+    try:
+        yield
     except duckdb.Error as error:
         if str(home.lake_data) not in str(error):
             raise
@@ -80,8 +113,6 @@ def lake(home: Home, *, create: bool = False) -> Iterator[duckdb.DuckDBPyConnect
             f"a file of the lake cannot be read ({one_line(error)}); restore it from a copy, or delete the"
             " home and run again."
         ) from None
-    finally:
-        connection.close()
 
 
 def commit(connection: duckdb.DuckDBPyConnection, statements: list[str]) -> None:
@@ -116,10 +147,8 @@ def columns(connection: duckdb.DuckDBPyConnection, relation: str) -> dict[str, s
 
 
 def snapshot(connection: duckdb.DuckDBPyConnection) -> int:
-    """The lake's newest snapshot number."""
-    row = connection.execute(f"SELECT max(snapshot_id) FROM {LAKE}.snapshots()").fetchone()
-    assert row is not None
-    return int(row[0])
+    """The number of the snapshot that this connection (or its transaction) sees."""
+    return scalar(connection, f"FROM {LAKE}.current_snapshot()")
 
 
 def scalar(connection: duckdb.DuckDBPyConnection, query: str, values: list[object] | None = None) -> int:

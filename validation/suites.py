@@ -317,10 +317,21 @@ def _frame(parameters: Parameters, columns: Columns) -> list[Check]:
                 why="Null says no history; a negative length points before the timeline.",
             )
         )
-    return [*checks, *_history_leaks(parameters["channels"]), *_label_leaks(columns["frame"])]
+    freshness = parameters.get("freshness", "event")
+    return [
+        *checks,
+        *_history_leaks(parameters["channels"], freshness),
+        *_label_leaks(columns["frame"], freshness),
+    ]
 
 
-def _history_leaks(channels: Sequence[str]) -> list[Check]:
+def moment(freshness: str, time: str) -> str:
+    """SQL of the instant whose past is known to an impression at `time` (event, hourly, daily)."""
+    unit = {"event": None, "hourly": "hour", "daily": "day"}[freshness]
+    return time if unit is None else f"date_trunc('{unit}', {time})"
+
+
+def _history_leaks(channels: Sequence[str], freshness: str) -> list[Check]:
     """Lengths again, from the timelines: a behavior at or after the impression must not count."""
     lengths = [identifier(f"length_{channel}") for channel in channels]
     counted = [identifier(f"counted_{channel}") for channel in channels]
@@ -336,7 +347,7 @@ def _history_leaks(channels: Sequence[str]) -> list[Check]:
     )
     source = (
         f"(SELECT {keys}, {stored}, {', '.join(counts)} FROM {sample} s LEFT JOIN $user_timeline t "
-        f"ON t.user_id = s.user_id AND t.event_timestamp < s.event_timestamp "
+        f"ON t.user_id = s.user_id AND t.event_timestamp < {moment(freshness, 's.event_timestamp')} "
         f"GROUP BY {keys}, {stored})"
     )
     return [
@@ -354,23 +365,24 @@ def _history_leaks(channels: Sequence[str]) -> list[Check]:
     ]
 
 
-def _label_leaks(columns: AbstractSet[str]) -> list[Check]:
-    """Statistics again, for every row, from the impressions strictly before it."""
+def _label_leaks(columns: AbstractSet[str], freshness: str) -> list[Check]:
+    """Statistics again, for every row, from the impressions strictly before its moment."""
     windows, stored = [], []
+    # Rows before the start of an hour are those of earlier hours, so ranks by hour tell their number.
+    time = moment(freshness, "event_timestamp")
     for entity in ("user", "item"):
         if f"{entity}_impressions" in columns:
             stored.append(f"{entity}_impressions")
             # rank() - 1 is the number of strictly earlier rows: those of the same time tie.
             windows.append(
-                f"rank() OVER (PARTITION BY {entity}_id ORDER BY event_timestamp) - 1 "
-                f"AS true_{entity}_impressions"
+                f"rank() OVER (PARTITION BY {entity}_id ORDER BY {time}) - 1 AS true_{entity}_impressions"
             )
         if f"{entity}_clicks" in columns:
             stored.append(f"{entity}_clicks")
             windows.append(
-                f"sum(clicked) OVER (PARTITION BY {entity}_id ORDER BY event_timestamp "
+                f"sum(clicked) OVER (PARTITION BY {entity}_id ORDER BY {time} "
                 f"RANGE UNBOUNDED PRECEDING) - sum(clicked) OVER (PARTITION BY {entity}_id, "
-                f"event_timestamp) AS true_{entity}_clicks"
+                f"{time}) AS true_{entity}_clicks"
             )
     earlier = f"(SELECT *, {', '.join(windows)} FROM $impressions)"
     same = ("user_id", "item_id", "event_timestamp", "clicked")
