@@ -1,7 +1,7 @@
 """BAHE's ranking beside that of the long-text LLM it replaces, on a sample that both can afford.
 
 Both train the same deep layers with the same head, statistics, optimiser, steps and early stopping on
-all impressions of a random sample of users. The peer reads 2,048 tokens of history in its packed form,
+whole random users. The peer reads 2,048 tokens of history in its packed form,
 one pass a user; BAHE reads the same behaviors as atoms. `--quick` takes a smaller sample.
 """
 
@@ -43,17 +43,16 @@ IMPRESSIONS_PER_STEP = 200
 
 
 def sampled(data: TrainingData, count: int) -> TrainingData:
-    """Whole users until their training impressions are `count`; half as many of the later splits."""
+    """Whole users of each split, which the packed form needs: `count` training impressions or just more,
+    and half as many of the later splits."""
     rng = np.random.default_rng(0)
-    train = data.splits["train"]
-    users = rng.permutation(np.unique(train.user_N))
-    sizes = np.bincount(train.user_N)[users]
-    taken = users[: int(np.searchsorted(np.cumsum(sizes), count)) + 1]
-    splits = {"train": train.take(np.flatnonzero(np.isin(train.user_N, taken)))}
-    for name in ("validation", "test"):
-        split = data.splits[name]
-        rows = rng.choice(len(split), min(len(split), count // 2), replace=False)
-        splits[name] = split.take(np.sort(rows))
+    splits = {}
+    for name, split in data.splits.items():
+        users = rng.permutation(np.unique(split.user_N))
+        sizes = np.bincount(split.user_N)[users]
+        wanted = count if name == "train" else count // 2
+        taken = users[: int(np.searchsorted(np.cumsum(sizes), wanted)) + 1]
+        splits[name] = split.take(np.flatnonzero(np.isin(split.user_N, taken)))
     return replace(data, splits=splits)
 
 
