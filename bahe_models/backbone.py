@@ -183,9 +183,9 @@ def recompute_activations(half: nn.Module, on: bool) -> None:
     """Whether each layer keeps its input alone and computes the rest again for its gradients."""
     hf_half: Any = half
     if on:
-        hf_half.gradient_checkpointing_enable({"use_reentrant": False})
+        hf_half.activation_checkpointing_enable()
     else:
-        hf_half.gradient_checkpointing_disable()
+        hf_half.activation_checkpointing_disable()
 
 
 def decoder_layers(half: nn.Module) -> nn.ModuleList:

@@ -15,7 +15,7 @@ from bahe_models.training import Batches, table_ids
 
 _ATOM_IDS = "collaborative.atom_ids_B"
 _OF_IDS = (_ATOM_IDS, "item_id.weight", "collaborative.item.weight", "collaborative.behavior.weight")
-_SHAPES = ("deep_width", "profile_width", "head_width", "channels", "behavior_ids", "id_width")
+_SHAPES = ("head", "deep_width", "profile_width", "head_width", "channels", "behavior_ids", "id_width")
 _OF_CONTEXT = ("context_buckets", "context_width")
 
 

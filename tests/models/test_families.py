@@ -7,6 +7,7 @@ import gc
 import json
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -265,6 +266,6 @@ def test_inputs_beyond_a_table_of_positions_are_refused() -> None:
     with pytest.raises(BadInput, match=r"encoder\.max_tokens is 64, .* at most 63"):
         AtomicEncoder(halves, EncoderConfig(max_tokens=64))
     window = WindowConfig(size=64, overlap=32)
-    data: Any = None
+    data: Any = SimpleNamespace(atoms_AD=np.zeros((1, halves.width), dtype=np.float32))
     with pytest.raises(BadInput, match=r"window\.size is 64, .* at most 63"):
-        Batches(build(halves), data, data, window, item_row_I=data, device=CPU, bfloat16=False)
+        Batches(build(halves), data, None, window, item_row_I=None, device=CPU, bfloat16=False)  # type: ignore[arg-type]

@@ -221,7 +221,7 @@ def test_vectors_of_another_width_are_refused(tiny_backbone: Path) -> None:
         toy_batches(replace(data, atoms_AD=narrow), tiny_backbone)
     atoms, test = torch.from_numpy(narrow), data.splits["test"]
     with pytest.raises(BadInput, match="bahe-toy reads 32; give it those of enc-toy"):
-        artifact.user_vectors(atoms, data.timelines, test.user_N, test.length_NC)
+        artifact.user_vectors(atoms, data.atom_ids, data.timelines, test.user_N, test.length_NC)
     with pytest.raises(BadInput, match="bahe-toy reads 32; give it those of enc-toy"):
         artifact.item_vectors(atoms, list(data.item_ids))
 

@@ -86,6 +86,8 @@ def test_what_does_not_fit_is_refused(yesterday: tuple[Artifact, Batches], tiny_
         start_from(artifact, toy_batches(renamed, tiny_backbone), encoder_version="enc-toy")
     with pytest.raises(BadInput, match=r"model\.head_width 16, not 32"):
         start_from(artifact, toy_batches(data, tiny_backbone, head_width=32), encoder_version="enc-toy")
+    with pytest.raises(BadInput, match=r"model\.head dnn, not target"):
+        start_from(artifact, toy_batches(data, tiny_backbone, head="target"), encoder_version="enc-toy")
     with pytest.raises(BadInput, match=r"model\.channels parallel, not merged"):
         start_from(artifact, toy_batches(data, tiny_backbone, channels="merged"), encoder_version="enc-toy")
     timed = toy_artifact(toy_batches(data, tiny_backbone, time_gaps=True))
