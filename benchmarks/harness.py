@@ -7,15 +7,18 @@ import json
 import platform
 import subprocess
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from bahe_core.errors import BaheError
 from bahe_core.machine import configure_threads, usable_cores
 
 LIBRARIES = ("torch", "transformers", "feast", "duckdb", "numpy")
+PEERS = ("fuxictr",)
+"""Named with their versions where they are installed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,13 +59,21 @@ def main(name: str, description: str, measure: Callable[[bool, Path], Iterable[R
                     "commit": _commit(),
                     "hardware": f"{_processor()}, {usable_cores()} cores",
                     "threads": threads,
-                    "versions": {library: version(library) for library in LIBRARIES},
+                    "versions": _versions(),
                     "rows": [asdict(row) for row in rows],
                 },
                 indent=2,
             )
             + "\n"
         )
+
+
+def _versions() -> dict[str, str]:
+    versions = {library: version(library) for library in LIBRARIES}
+    for peer in PEERS:
+        with suppress(PackageNotFoundError):
+            versions[peer] = version(peer)
+    return versions
 
 
 def _commit() -> str:
