@@ -324,7 +324,7 @@ KNOBS: Mapping[Network, list[tuple[str, list[Any]]]] = {
 """What the search turns, in this order, and to which values beside the one that it finds."""
 
 TUNED: Mapping[Network, Setting] = {
-    "DIN": START["DIN"],
+    "DIN": replace(START["DIN"], users=False, embedding_regularizer=1e-5),
     "DCNv2": replace(
         START["DCNv2"], users=False, learning_rate=2e-3, embedding_regularizer=1e-5, behavior=("item",)
     ),
