@@ -22,7 +22,7 @@ from feast.utils import compute_non_entity_date_range
 
 from bahe_core.errors import BadInput
 from materialize.lake import name, quoted, snapshot, tables
-from materialize.offline_store.connection import open_lake
+from materialize.offline_store.connection import open_lake, open_lake_to_write
 from materialize.offline_store.entities import EVENT_TIMESTAMP, EntityFrame, EntityFrameLike, read_entities
 from materialize.offline_store.job import DuckLakeRetrievalJob
 from materialize.offline_store.point_in_time import point_in_time_query
@@ -195,8 +195,7 @@ class DuckLakeOfflineStore(OfflineStore):
         in_source = {mapped: column for column, mapped in source.field_mapping.items()}
         table = table.select([c for c in table.column_names if not c.startswith("__index_level_")])
         table = table.rename_columns([in_source.get(column, column) for column in table.column_names])
-        _refuse_past(config)
-        with open_lake(config) as connection:
+        with open_lake_to_write(config) as connection:
             source_columns(connection, source.name, source.get_table_query_string())
             append(connection, source.table, table)
         if progress is not None:
@@ -216,8 +215,7 @@ class DuckLakeOfflineStore(OfflineStore):
             raise BadInput(
                 f"logs cannot go to a {type(destination).__name__}; use DuckLakeLoggingDestination."
             )
-        _refuse_past(config)
-        with open_lake(config) as connection:
+        with open_lake_to_write(config) as connection:
             append_logs(connection, destination.table, data, source.get_schema(registry))
 
 
@@ -293,12 +291,6 @@ def _check_names(frame: EntityFrame, views: list[View], full_feature_names: bool
                     f"entity frame: column {shown} has the name of a feature of {view.name}; rename it, or"
                     " ask for full_feature_names."
                 )
-
-
-def _refuse_past(config: RepoConfig) -> None:
-    past = config.offline_store.as_of
-    if past is not None:
-        raise BadInput(f"offline_store.as_of is {past}, and the past cannot be written; unset it.")
 
 
 def _utc(moment: datetime) -> datetime:

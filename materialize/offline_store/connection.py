@@ -6,13 +6,13 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import duckdb
 
-from bahe_core.errors import NotReady
+from bahe_core.errors import BadInput, NotReady
 from bahe_core.home import Home
 from materialize.lake import LAKE, connect, damaged_files_named
 
@@ -51,6 +51,14 @@ def open_lake(config: RepoConfig, as_of: int | None = None) -> Iterator[duckdb.D
             yield connection
     finally:
         connection.close()
+
+
+def open_lake_to_write(config: RepoConfig) -> AbstractContextManager[duckdb.DuckDBPyConnection]:
+    """`open_lake`, for a transaction that writes. Raises BadInput when an older snapshot is configured."""
+    past = config.offline_store.as_of
+    if past is not None:
+        raise BadInput(f"offline_store.as_of is {past}, and the past cannot be written; unset it.")
+    return open_lake(config)
 
 
 def _instance(home: Home, snapshot: int | None) -> duckdb.DuckDBPyConnection:

@@ -18,8 +18,8 @@ from feast.infra.offline_stores.file_source import SavedDatasetFileStorage
 from feast.infra.offline_stores.offline_store import RetrievalJob, RetrievalMetadata
 
 from bahe_core.errors import BadInput
-from materialize.lake import lake, tables
-from materialize.offline_store.connection import home_of, open_lake
+from materialize.lake import tables
+from materialize.offline_store.connection import open_lake, open_lake_to_write
 from materialize.offline_store.entities import GIVEN
 from materialize.offline_store.source import SavedDatasetDuckLakeStorage, local_path
 from materialize.offline_store.writes import replace_table
@@ -132,7 +132,7 @@ class DuckLakeRetrievalJob(RetrievalJob):
                 raise SavedDatasetLocationAlreadyExists(location=str(path))
             self._write_parquet(path)
         elif isinstance(storage, SavedDatasetDuckLakeStorage):
-            with lake(home_of(self._config)) as connection:  # also when an older snapshot is read
+            with open_lake_to_write(self._config) as connection:
                 if storage.table in tables(connection) and not allow_overwrite:
                     raise SavedDatasetLocationAlreadyExists(location=storage.table)
                 replace_table(connection, storage.table, self.to_arrow_reader())

@@ -352,10 +352,10 @@ def test_a_snapshot_gives_the_old_frame_again(store: FeatureStore, home: Home) -
     again = past.get_historical_features(frame(), FEATURES)
     assert again.to_arrow().equals(before)
     assert again.snapshot == job.snapshot
-    past.create_saved_dataset(again, "old", SavedDatasetDuckLakeStorage("old"))
-    assert store.get_saved_dataset("old").to_arrow()["count"].equals(before["count"])
     store.config.offline_store.as_of = job.snapshot
     assert store.get_historical_features(frame(), FEATURES).to_arrow().equals(before)
+    with pytest.raises(BadInput, match="past cannot be written"):
+        again.persist(SavedDatasetDuckLakeStorage("saved"))
     with pytest.raises(BadInput, match="past cannot be written"):
         store.write_to_offline_store("clicks", tables()["clicks"])
     with pytest.raises(BadInput, match="no snapshot 999"):

@@ -223,13 +223,13 @@ def test_a_frame_of_an_old_snapshot_comes_back(tmp_path: Path) -> None:
         return frame(home)
 
     first = fill(300)
-    before = pq.read_table(first.path)
+    before, facts = pq.read_table(first.path), first.facts
     later = fill(400)
     assert later.frame_id != first.frame_id
     shutil.rmtree(first.path.parent)
-    again = frame(home, as_of=first.facts["snapshot"])
+    again = frame(home, as_of=facts["snapshot"])
     gate(home, "frame")
-    assert (again.frame_id, again.facts) == (first.frame_id, first.facts)
+    assert (again.frame_id, again.facts) == (first.frame_id, facts)
     assert pq.read_table(again.path).equals(before, check_metadata=True)
     assert latest_frame(home).frame_id == first.frame_id
     with pytest.raises(BadInput, match="no snapshot 9999"):
