@@ -168,17 +168,6 @@ def deep_from_config(config: dict[str, Any]) -> nn.Module:
     return model
 
 
-def attend_by_products(half: nn.Module) -> None:
-    """Compute attention as plain matrix products, which keep each window's square of probabilities.
-
-    On a CPU in bfloat16 that is two to four times faster, forward and backward, than torch's fused
-    kernel, at lengths of a window (60 to 512 behaviors; fp32 gains nothing). Longer sequences and GPUs
-    are better off with the fused kernels that transformers picks by itself.
-    """
-    hf_half: Any = half
-    hf_half.set_attn_implementation("eager")
-
-
 def recompute_activations(half: nn.Module, on: bool) -> None:
     """Whether each layer keeps its input alone and computes the rest again for its gradients."""
     hf_half: Any = half

@@ -4,7 +4,7 @@ Both marks are learned, optional and start at nought, so that training begins wi
 time is that since the behavior before it, never that of an impression: a mark is settled when its
 behavior happens, and states stored of a timeline stay right whenever they are read.
 
-Shape letters: W windows, L positions, D backbone width, C channels, G gap buckets.
+Shape letters: P positions, D backbone width, C channels, G gap buckets.
 """
 
 from __future__ import annotations
@@ -24,12 +24,10 @@ class BehaviorInput(nn.Module):
         self.channel_CD = nn.Parameter(torch.zeros(channels, width)) if channels else None
         self.gap_GD = nn.Parameter(torch.zeros(GAP_BUCKETS, width)) if gaps else None
 
-    def forward(
-        self, atoms_WLD: torch.Tensor, channel_WL: torch.Tensor, gap_WL: torch.Tensor
-    ) -> torch.Tensor:
-        """Inputs [W, L, D] from atom vectors, channels and `timelines.gap_buckets`."""
+    def forward(self, atoms_PD: torch.Tensor, channel_P: torch.Tensor, gap_P: torch.Tensor) -> torch.Tensor:
+        """Inputs [P, D] from atom vectors, channels and `timelines.gap_buckets`."""
         if self.channel_CD is not None:
-            atoms_WLD = atoms_WLD + nn.functional.embedding(channel_WL, self.channel_CD)
+            atoms_PD = atoms_PD + nn.functional.embedding(channel_P, self.channel_CD)
         if self.gap_GD is not None:
-            atoms_WLD = atoms_WLD + nn.functional.embedding(gap_WL, self.gap_GD)
-        return atoms_WLD
+            atoms_PD = atoms_PD + nn.functional.embedding(gap_P, self.gap_GD)
+        return atoms_PD

@@ -5,7 +5,7 @@ its inner product with the item's is item-based collaborative filtering with lea
 Kabbur, Ning and Karypis, KDD 2013). The sum is causal and does not see the candidate, so it is stored
 with the rest of the vector. Behaviors and items that training has not seen add nothing.
 
-Shape letters: W windows, L positions, A atoms, N impressions, C width of this part.
+Shape letters: P positions, A atoms, N impressions, C width of this part.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ class Collaborative(nn.Module):
         place_A = torch.searchsorted(ids_B, atom_ids_A).clamp_max(len(ids_B) - 1)
         return torch.where(ids_B[place_A] == atom_ids_A, place_A + 1, 0)
 
-    def forward(self, row_WL: torch.Tensor) -> torch.Tensor:
-        """Running sums [W, L, C] of the behaviors in these rows; row 0 adds nothing."""
-        return torch.cumsum(self.behavior(row_WL), dim=1)
+    def forward(self, row_P: torch.Tensor) -> torch.Tensor:
+        """What each behavior of these rows adds [P, C]; row 0 adds nothing."""
+        added_PC: torch.Tensor = self.behavior(row_P)
+        return added_PC

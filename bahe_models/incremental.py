@@ -187,12 +187,12 @@ class _Sequence:
         """Let the deep layers read on from what is cached, and add the behaviors to the sums."""
         inputs = [] if start_1D is None else [start_1D]
         if behaviors:
-            atoms_1LD = torch.stack([behavior.atom_D for behavior in behaviors])[None]
-            marks = [[[getattr(b, name) for b in behaviors]] for name in ("channel", "gap", "id_row")]
-            channel_1L, gap_1L, id_row_1L = torch.tensor(marks, device=atoms_1LD.device)
-            inputs.append(self.model.behaviors(atoms_1LD, channel_1L, gap_1L)[0])
-            present_1L = torch.ones_like(channel_1L, dtype=torch.bool)
-            self.sum_K = self.sum_K + self.model.sums(atoms_1LD, present_1L, channel_1L, id_row_1L)[0, -1]
+            atoms_PD = torch.stack([behavior.atom_D for behavior in behaviors])
+            marks = [[getattr(b, name) for b in behaviors] for name in ("channel", "gap", "id_row")]
+            channel_P, gap_P, id_row_P = torch.tensor(marks, device=atoms_PD.device)
+            inputs.append(self.model.behaviors(atoms_PD, channel_P, gap_P))
+            present_P = torch.ones_like(channel_P, dtype=torch.bool)
+            self.sum_K = self.sum_K + self.model.added(atoms_PD, present_P, channel_P, id_row_P).sum(dim=0)
         output = self.model.aggregator.deep(
             inputs_embeds=torch.cat(inputs)[None], past_key_values=self.cache, use_cache=True
         )

@@ -11,8 +11,8 @@ what they say.
 With the `target` head the candidate also looks at the raw history; the vectors stay what they are, but
 no longer suffice for a score.
 
-Shape letters: N impressions, C channels, S sequences (C, or 1 where the channels are merged), W
-windows, L positions, A atoms, D backbone width, V deep part of a vector, K its sums (profile and
+Shape letters: N impressions, C channels, S sequences (C, or 1 where the channels are merged), P
+positions of all windows, A atoms, D backbone width, V deep part of a vector, K its sums (profile and
 collaborative part), F dense features, X context columns.
 """
 
@@ -29,6 +29,8 @@ from bahe_models.behaviors import BehaviorInput
 from bahe_models.collaborative import Collaborative
 from bahe_models.context import ContextEmbedding
 from bahe_models.heads import Head, HeadName
+from bahe_models.norms import fuse_norms
+from bahe_models.packing import Packing, attend_within, read_packed
 from bahe_models.target import TargetAttention, recent_behaviors
 from bahe_models.timelines import Int64, Timelines, WindowBatch
 
@@ -103,23 +105,22 @@ class ModelConfig:
 
 
 class UserAggregator(nn.Module):
-    """Deep layers over sequences of atom vectors, causal, one pass per window."""
+    """Deep layers over sequences of atom vectors, causal, one pass for all of them."""
 
     def __init__(self, deep: nn.Module, width: int) -> None:
         super().__init__()
+        attend_within(deep)
+        fuse_norms(deep)
         self.deep = deep
         self.start_D = nn.Parameter(torch.randn(width) * 0.02)
 
-    def forward(self, atoms_WLD: torch.Tensor) -> torch.Tensor:
-        """States [W, L, D]: at position k, the state after k behaviors of the window.
+    def forward(self, inputs_PD: torch.Tensor, packing: Packing) -> torch.Tensor:
+        """States [P, D]: at a sequence's position k, the state after its first k behaviors.
 
-        Position 0 is replaced by a learned start. Padding lies on the right, where a causal layer's
-        earlier positions never see it.
+        What stands at position 0 is replaced by a learned start.
         """
-        start_W1D = self.start_D.expand(len(atoms_WLD), 1, -1)
-        inputs_WLD = torch.cat([start_W1D, atoms_WLD[:, 1:]], dim=1)
-        states: torch.Tensor = self.deep(inputs_embeds=inputs_WLD, use_cache=False).last_hidden_state
-        return states
+        start_P1 = (packing.position_P == 0)[:, None]
+        return read_packed(self.deep, torch.where(start_P1, self.start_D, inputs_PD), packing)
 
 
 class Profile(nn.Module):
@@ -172,13 +173,14 @@ class Profile(nn.Module):
         return projected
 
     def forward(
-        self, atoms_WLD: torch.Tensor, present_WL: torch.Tensor, channel_WL: torch.Tensor
+        self, atoms_PD: torch.Tensor, present_P: torch.Tensor, channel_P: torch.Tensor
     ) -> torch.Tensor:
-        """Running sums [W, L, K]; at position k, over the first k behaviors of the window."""
-        standard_WLD = self.standard_behaviors(atoms_WLD)
-        gates_WLC = self.gate(standard_WLD)
-        gate_WL1 = gates_WLC.gather(2, channel_WL[..., None]) * present_WL[..., None]
-        return torch.cumsum(self.projection(standard_WLD) * gate_WL1, dim=1)
+        """What each behavior adds to its user's sums [P, K]; nothing where there is none."""
+        standard_PD = self.standard_behaviors(atoms_PD)
+        gates_PC = self.gate(standard_PD)
+        gate_P1 = gates_PC.gather(1, channel_P[:, None]) * present_P[:, None]
+        added_PK: torch.Tensor = self.projection(standard_PD) * gate_P1
+        return added_PK
 
 
 class BaheModel(nn.Module):
@@ -253,35 +255,31 @@ class BaheModel(nn.Module):
         behaviors count as unseen in training.
         """
         device = self.user_projection.weight.device
-        states, sums = [], []
-        for block in batch.blocks:
-            rows_WL = torch.from_numpy(block.atoms_WL).to(device)
-            present_WL, known_WL = rows_WL >= 0, rows_WL.clamp_min(0)
-            atoms_WLD = atoms_AD[known_WL]
-            channel_WL = torch.from_numpy(block.channel_WL).to(device)
-            gap_WL = torch.from_numpy(block.gap_WL).to(device)
-            inputs_WLD = self.behaviors(atoms_WLD, channel_WL, gap_WL)
-            id_row_WL = torch.zeros_like(rows_WL) if id_row_A is None else id_row_A[known_WL] * present_WL
-            states.append(self.aggregator(inputs_WLD).flatten(0, 1))
-            sums.append(self.sums(atoms_WLD, present_WL, channel_WL, id_row_WL).flatten(0, 1))
+        rows_P, channel_P, gap_P = (
+            torch.from_numpy(part).to(device) for part in (batch.atoms_P, batch.channel_P, batch.gap_P)
+        )
+        packing = Packing.of(batch.length_W, device)
+        present_P, known_P = rows_P >= 0, rows_P.clamp_min(0)
+        atoms_PD = atoms_AD[known_P]
+        id_row_P = torch.zeros_like(rows_P) if id_row_A is None else id_row_A[known_P] * present_P
+        states_PD = self.aggregator(self.behaviors(atoms_PD, channel_P, gap_P), packing)
+        sums_PK = packing.running_sums(self.added(atoms_PD, present_P, channel_P, id_row_P))
         state_NS = torch.from_numpy(batch.state_NS).to(device)
-        states_NSD = torch.cat(states)[state_NS].float()
-        sum_NK = torch.cat(sums)[state_NS].float().sum(dim=1)
         behaviors_N = torch.from_numpy(batch.position_NS).to(device).sum(dim=1)
-        return self.join_sequences(states_NSD, sum_NK, behaviors_N)
+        return self.join_sequences(states_PD[state_NS].float(), sums_PK[state_NS].sum(dim=1), behaviors_N)
 
-    def sums(
+    def added(
         self,
-        atoms_WLD: torch.Tensor,
-        present_WL: torch.Tensor,
-        channel_WL: torch.Tensor,
-        id_row_WL: torch.Tensor,
+        atoms_PD: torch.Tensor,
+        present_P: torch.Tensor,
+        channel_P: torch.Tensor,
+        id_row_P: torch.Tensor,
     ) -> torch.Tensor:
-        """Running sums [W, L, K] of profile and collaborative part, over the window's behaviors so far."""
-        profile_WLK: torch.Tensor = self.profile(atoms_WLD, present_WL, channel_WL)
+        """What each behavior adds to the sums of profile and collaborative part [P, K]."""
+        profile_PK: torch.Tensor = self.profile(atoms_PD, present_P, channel_P).float()
         if self.collaborative is None:
-            return profile_WLK
-        return torch.cat([profile_WLK.float(), self.collaborative(id_row_WL)], dim=2)
+            return profile_PK
+        return torch.cat([profile_PK, self.collaborative(id_row_P)], dim=1)
 
     def join_sequences(
         self, states_NSD: torch.Tensor, sum_NK: torch.Tensor, behaviors_N: torch.Tensor

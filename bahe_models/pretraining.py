@@ -4,7 +4,7 @@ Logs of behaviors are much larger than logs of impressions, and need no clicks. 
 k scores the step's atoms as candidates for behavior k + 1: sampled softmax whose negatives are what
 other positions of the step hold, corrected for how often each occurs there (Yi et al., RecSys 2019).
 
-Shape letters: W windows, L positions, P predicted positions, M distinct atoms of a step, D width.
+Shape letters: P positions, those predicted among them, M distinct atoms of a step, D width.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import nn
 from bahe_models.data import TrainingData
 from bahe_models.loop import TrainingConfig
 from bahe_models.model import BaheModel
+from bahe_models.packing import Packing
 from bahe_models.timelines import WindowConfig, plan_steps, window_batch
 
 TEMPERATURE = 0.1
@@ -77,7 +78,7 @@ def pretrain(
     model.train()
     losses: list[float] = []
     for _ in range(config.pretraining_epochs):
-        total, predicted = 0.0, 0
+        total, count = 0.0, 0
         for rows in plan_steps(
             users,
             lengths_UC,
@@ -86,23 +87,19 @@ def pretrain(
             merged=merged,
         ):
             batch = window_batch(data.timelines, users[rows], lengths_UC[rows], window, merged=merged)
-            states, targets = [], []
+            rows_P, channel_P, gap_P = (
+                torch.from_numpy(part).to(device) for part in (batch.atoms_P, batch.channel_P, batch.gap_P)
+            )
+            # A behavior is predicted from the state before it, which is one row up: -1 begins a window.
+            predicted = torch.nonzero(rows_P >= 0).squeeze(1)
             with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
-                for block in batch.blocks:
-                    rows_WL, channel_WL, gap_WL = (
-                        torch.from_numpy(part).to(device)
-                        for part in (block.atoms_WL, block.channel_WL, block.gap_WL)
-                    )
-                    inputs_WLD = model.behaviors(atoms_AD[rows_WL.clamp_min(0)], channel_WL, gap_WL)
-                    following_WL = rows_WL[:, 1:]
-                    present_WL = following_WL >= 0
-                    states.append(model.aggregator(inputs_WLD)[:, :-1][present_WL])
-                    targets.append(following_WL[present_WL])
+                inputs_PD = model.behaviors(atoms_AD[rows_P.clamp_min(0)], channel_P, gap_P)
+                states_PD = model.aggregator(inputs_PD, Packing.of(batch.length_W, device))
                 distinct_M, target_P, count_M = torch.unique(
-                    torch.cat(targets), return_inverse=True, return_counts=True
+                    rows_P[predicted], return_inverse=True, return_counts=True
                 )
                 standard_MD = model.profile.standard_behaviors(atoms_AD[distinct_M])
-                logits_PM = head(torch.cat(states), standard_MD).float()
+                logits_PM = head(states_PD[predicted - 1], standard_MD).float()
             # What occurs often is often a negative; uncorrected, it would be pushed away.
             logits_PM = logits_PM - (count_M / count_M.sum()).log()
             loss = nn.functional.cross_entropy(logits_PM, target_P)
@@ -111,7 +108,7 @@ def pretrain(
             nn.utils.clip_grad_norm_([*read, *head.parameters()], config.gradient_norm)
             optimizer.step()
             total += loss.item() * len(target_P)
-            predicted += len(target_P)
-            on_step(len(target_P), total / predicted)
-        losses.append(total / max(predicted, 1))
+            count += len(target_P)
+            on_step(len(target_P), total / count)
+        losses.append(total / max(count, 1))
     return losses

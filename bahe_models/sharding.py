@@ -2,20 +2,18 @@
 
 Each process keeps a share of every deep parameter, of its gradient and of the optimiser's state. A
 layer is gathered when it is about to compute, and only then. All processes therefore have to call the
-layers equally often, forwards and backwards, whatever their share of a step: `agreed_blocks`. What is
-not in the deep layers stays whole on every process. What leaves a process, a checkpoint or a model,
-holds whole tensors, as without sharding.
+layers equally often, forwards and backwards, whatever their share of a step: a `WindowBatch` is one
+pass, also without an impression. What is not in the deep layers stays whole on every process. What
+leaves a process, a checkpoint or a model, holds whole tensors, as without sharding.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -23,7 +21,6 @@ from bahe_core.errors import BadInput
 from bahe_models.backbone import decoder_layers, deep_from_config
 from bahe_models.distributed import Processes
 from bahe_models.model import BaheModel
-from bahe_models.timelines import EMPTY_BLOCK, WindowBatch
 
 
 def require_processes() -> None:
@@ -55,17 +52,6 @@ def shard(model: BaheModel, device: torch.device) -> None:
 def is_sharded(model: nn.Module) -> bool:
     """Whether some of the model's parameters are spread over processes."""
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
-
-
-def agreed_blocks(batch: WindowBatch, device: torch.device) -> WindowBatch:
-    """The batch with as many blocks as the process with the most has; processes call it together.
-
-    The blocks added hold nothing that an impression reads: their gradient is zero.
-    """
-    most = torch.tensor(len(batch.blocks), device=device)
-    dist.all_reduce(most, dist.ReduceOp.MAX)
-    missing = int(most) - len(batch.blocks)
-    return replace(batch, blocks=(*batch.blocks, *[EMPTY_BLOCK] * missing))
 
 
 @torch.no_grad()

@@ -8,8 +8,8 @@ rule that depends on k alone, so that training, the per-impression reference and
 A pass reads *sequences*: each channel's timeline as one of its own (the paper's way), or all channels
 merged into one in time order.
 
-Shape letters: N impressions, C channels, S sequences (C, or 1 where merged), B behaviors, W windows, L
-positions of a block's longest window.
+Shape letters: N impressions, C channels, S sequences (C, or 1 where merged), B behaviors, W windows, P
+positions of all windows, end to end.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ GAP_STARTS_US = 10**6 * 4 ** np.arange(13, dtype=np.int64)
 GAP_BUCKETS = len(GAP_STARTS_US) + 2
 
 _LIKE = 0.8
-"""Windows at least this long, relative to the longest of their block, are padded to it."""
+"""Sequences at least this long, relative to the longest of their group, are padded to it."""
 _LEAST_POSITIONS = 512
-"""A block takes shorter windows too until it has this many positions."""
+"""A group takes shorter ones too until it has this many positions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,35 +143,25 @@ def _gaps(time_B: Int64, offsets: tuple[Int64, ...]) -> Int16:
 
 
 @dataclass(frozen=True)
-class Block:
-    """Windows of like length, padded to the longest."""
-
-    atoms_WL: Int64
-    """Atom rows; position 0 is the start position and, like padding, holds -1."""
-    channel_WL: Int64
-    """Channel of each behavior; 0 where there is none."""
-    gap_WL: Int64
-    """`gap_buckets` of each behavior; 0 where there is none."""
-
-
-EMPTY_BLOCK = Block(np.full((1, 1), -1), *(np.zeros((1, 1), dtype=np.int64),) * 2)
-"""One window of nothing but the start position."""
-
-
-@dataclass(frozen=True)
 class WindowBatch:
-    """The windows that a set of impressions needs, and where each impression reads."""
+    """The windows that a set of impressions needs, end to end, and where each impression reads.
 
-    blocks: tuple[Block, ...]
+    There is always one, be it of a start position alone: processes that share a model's layers call
+    them equally often.
+    """
+
+    length_W: Int64
+    """Positions of each window, its start position included; the longest comes first."""
+    atoms_P: Int64
+    """Atom rows; a window's first position is the start position and holds -1."""
+    channel_P: Int64
+    """Channel of each behavior; 0 at a start."""
+    gap_P: Int64
+    """`gap_buckets` of each behavior; 0 at a start."""
     state_NS: Int64
-    """Where each impression reads, per sequence: a row of all blocks' states, flattened in order."""
+    """Where each impression reads, per sequence: a row of P."""
     position_NS: Int64
     """Behaviors of that window before the impression."""
-
-    @property
-    def positions(self) -> int:
-        """Positions that carry a behavior or a start, without padding."""
-        return sum(int((b.atoms_WL >= 0).sum()) + len(b.atoms_WL) for b in self.blocks)
 
 
 def window_start(length: Int64, config: WindowConfig) -> Int64:
@@ -218,24 +208,28 @@ def window_batch(
         windows += len(first_W)
 
     begin_W, count_W = np.concatenate(begins), np.concatenate(counts)
-    blocks, row_W = [], np.empty(windows, dtype=np.int64)  # row_W: each window's first state
-    offset = 0
-    for members in like_lengths(count_W):
-        longest = int(count_W[members].max())
-        atoms_WL = np.full((len(members), longest + 1), -1, dtype=np.int64)
-        channel_WL, gap_WL = np.zeros_like(atoms_WL), np.zeros_like(atoms_WL)
-        column_L = np.arange(longest)
-        valid = column_L < count_W[members, None]
-        source = (begin_W[members, None] + column_L)[valid]
-        atoms_WL[:, 1:][valid] = sequences.atom_B[source]
-        channel_WL[:, 1:][valid] = sequences.channel_B[source]
-        gap_WL[:, 1:][valid] = sequences.gap_B[source]
-        blocks.append(Block(atoms_WL, channel_WL, gap_WL))
-        row_W[members] = offset + np.arange(len(members)) * (longest + 1)
-        offset += atoms_WL.size
+    if not windows:
+        begin_W = count_W = np.zeros(1, dtype=np.int64)
+    order_W = np.argsort(-count_W, kind="stable")
+    length_W = count_W[order_W] + 1
+    first_W = np.cumsum(length_W) - length_W
+    behavior_P = np.ones(length_W.sum(), dtype=bool)
+    behavior_P[first_W] = False
+    atoms_P = np.where(behavior_P, 0, -1)
+    channel_P, gap_P = np.zeros_like(atoms_P), np.zeros_like(atoms_P)
+    # A window's second position holds the behavior it begins with.
+    source = (np.arange(len(atoms_P)) + np.repeat(begin_W[order_W] - first_W - 1, length_W))[behavior_P]
+    atoms_P[behavior_P] = sequences.atom_B[source]
+    channel_P[behavior_P] = sequences.channel_B[source]
+    gap_P[behavior_P] = sequences.gap_B[source]
+    row_W = np.empty_like(first_W)  # each window's first position, in the order in which they were found
+    row_W[order_W] = first_W
     position_NS = np.stack(positions, axis=1)
     return WindowBatch(
-        blocks=tuple(blocks),
+        length_W=length_W,
+        atoms_P=atoms_P,
+        channel_P=channel_P,
+        gap_P=gap_P,
         state_NS=row_W[np.stack(windows_of, axis=1)] + position_NS,
         position_NS=position_NS,
     )
@@ -263,15 +257,15 @@ def _check_one_moment(timelines: Timelines, user_N: Int64, length_NC: Int64) -> 
         )
 
 
-def like_lengths(count_W: Int64) -> Iterator[Int64]:
-    """Windows in groups of like length: little padding, yet enough work in each pass."""
-    order = np.argsort(-count_W, kind="stable")
+def like_lengths(length_W: Int64) -> Iterator[Int64]:
+    """Sequences in groups of like length, the longest first: little padding, yet enough work in each."""
+    order = np.argsort(-length_W, kind="stable")
     start = 0
     while start < len(order):
-        longest = count_W[order[start]] + 1
+        longest = length_W[order[start]]
         stop = start + 1
         while stop < len(order) and (
-            count_W[order[stop]] + 1 >= _LIKE * longest or (stop - start) * longest < _LEAST_POSITIONS
+            length_W[order[stop]] >= _LIKE * longest or (stop - start) * longest < _LEAST_POSITIONS
         ):
             stop += 1
         yield order[start:stop]

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from bahe_core.errors import BadInput
-from bahe_models.backbone import attend_by_products, longest_input, recompute_activations
+from bahe_models.backbone import longest_input, recompute_activations
 from bahe_models.checkpoint import Checkpoint
 from bahe_models.data import Impressions, TrainingData
 from bahe_models.distributed import Processes
@@ -22,11 +22,8 @@ from bahe_models.metrics import auc
 from bahe_models.model import BaheModel, ModelConfig
 from bahe_models.pretraining import pretrain
 from bahe_models.sampling import sampled_rows
-from bahe_models.sharding import agreed_blocks, is_sharded
+from bahe_models.sharding import is_sharded
 from bahe_models.timelines import Int64, WindowConfig, plan_steps, window_batch
-
-_SHORT = 1024
-"""Windows up to this size can keep their attention probabilities."""
 
 Scores = npt.NDArray[np.float64]
 
@@ -111,8 +108,6 @@ class Batches:
         bfloat16: bool,
     ) -> None:
         require_fit(model.aggregator.deep, data, window)
-        if bfloat16 and device.type == "cpu" and window.size <= _SHORT:
-            attend_by_products(model.aggregator.deep)
         self.model, self.data, self.dense, self.window = model, data, dense, window
         self.device, self.bfloat16 = device, bfloat16
         self.logit_shift = 0.0
@@ -139,8 +134,6 @@ class Batches:
             share=share,
             merged=self.model.config.merged,
         )
-        if is_sharded(self.model):
-            batch = agreed_blocks(batch, self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
             user_NV = self.model.user_vectors(self.atoms_AD, batch, self.id_row_A)
         item_N = torch.from_numpy(split.item_N[rows]).to(self.device)

@@ -455,8 +455,8 @@ def epoch(scene: Scene, one_pass: Callable[[Int64], float], share: float) -> Ite
             merged=settings.model.merged,
         )
         # Bound and step alternate, so that both meet the same load of the machine.
-        rate = matmul_rate(shapes, int(median(b.atoms_WL.size for b in batch.blocks)), dtype)
-        flops = 6 * batch.positions * sum(i * o for i, o in shapes)
+        rate = matmul_rate(shapes, len(batch.atoms_P), dtype)
+        flops = 6 * len(batch.atoms_P) * sum(i * o for i, o in shapes)
         bounds.append(flops / rate)
     total = sum(seconds) / sum(map(len, steps)) * EPOCH_IMPRESSIONS
     yield Row(

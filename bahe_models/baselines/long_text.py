@@ -123,7 +123,7 @@ class LongText(nn.Module):
         count_W = np.zeros(len(first_W), dtype=np.int64)
         np.maximum.at(count_W, window_N, end_N - begin_N)
         states, row_W, offset = [], np.empty(len(first_W), dtype=np.int64), 0
-        for group in like_lengths(count_W):
+        for group in like_lengths(count_W + 1):
             longest = int(count_W[group].max()) + 1
             room = max(1, tokens_per_pass // longest)
             for members in (group[i : i + room] for i in range(0, len(group), room)):

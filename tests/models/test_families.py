@@ -15,6 +15,8 @@ import pytest
 import torch
 import transformers
 
+import bahe_models.packing as packing_module
+import bahe_models.timelines as timelines_module
 from bahe_core.errors import BadInput
 from bahe_models import (
     Artifact,
@@ -33,6 +35,8 @@ from bahe_models import (
     window_batch,
 )
 from bahe_models.backbone import FAMILIES, cut, deep_from_config, longest_input
+from bahe_models.norms import fuse_norms
+from bahe_models.packing import Packing, attend_within, read_packed
 from tests.families import SETTINGS, tiny_model
 from tests.models.toy import know_behaviors
 
@@ -106,13 +110,47 @@ def test_one_pass_equals_per_impression_and_later_atoms_change_nothing(family: s
     torch.testing.assert_close(one_pass, reference, atol=1e-4, rtol=0)
     assert one_pass.std(dim=0).min() > 1e-4
 
-    sequence = torch.from_numpy(rng.normal(size=(1, 20, 32)).astype(np.float32))
+    sequence = torch.from_numpy(rng.normal(size=(20, 32)).astype(np.float32))
     changed = sequence.clone()
-    changed[:, 12:] = torch.from_numpy(rng.normal(size=(1, 8, 32)).astype(np.float32))
+    changed[12:] = torch.from_numpy(rng.normal(size=(8, 32)).astype(np.float32))
+    packing = Packing.of(np.array([20]), CPU)
     with torch.inference_mode():
-        before, after = model.aggregator(sequence), model.aggregator(changed)
-    torch.testing.assert_close(before[:, :12], after[:, :12], atol=1e-5, rtol=0)
-    assert (before[:, 12:] - after[:, 12:]).abs().amax(dim=2).min() > 1e-3
+        before, after = model.aggregator(sequence, packing), model.aggregator(changed, packing)
+    torch.testing.assert_close(before[:12], after[:12], atol=1e-5, rtol=0)
+    assert (before[12:] - after[12:]).abs().amax(dim=1).min() > 1e-3
+
+
+@pytest.mark.parametrize("products", [False, True])
+@pytest.mark.parametrize("family", SETTINGS)
+def test_packed_sequences_do_not_meet(family: str, products: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """States and gradients of sequences in one row are those of transformers' own pass over each alone."""
+    monkeypatch.setattr(packing_module, "_products_pay", lambda value, longest: products)
+    monkeypatch.setattr(timelines_module, "_LEAST_POSITIONS", 1)
+    monkeypatch.setattr(timelines_module, "_LIKE", 0.7)
+    halves = halves_of(family)
+    alone = copy.deepcopy(halves.deep).eval()
+    packed = halves.deep.eval()
+    attend_within(packed)
+    fuse_norms(packed)
+    # Two groups, the second one padded, and sequences longer than what sliding layers see.
+    lengths = np.array([30, 30, 7, 5, 5, 1])
+    inputs = torch.randn(lengths.sum(), 32, generator=torch.Generator().manual_seed(0))
+    packing = Packing.of(lengths, CPU)
+    assert [group.place_P is None for group in packing.groups] == [True, False, True]
+    states = read_packed(packed, inputs, packing)
+    expected = torch.cat(
+        [
+            alone(inputs_embeds=part[None], use_cache=False).last_hidden_state[0]
+            for part in inputs.split(lengths.tolist())
+        ]
+    )
+    torch.testing.assert_close(states, expected, atol=1e-5, rtol=1e-5)
+    weights = torch.randn(states.shape, generator=torch.Generator().manual_seed(1))
+    ours, theirs = (
+        torch.autograd.grad((reached * weights).sum(), list(half.parameters()))
+        for half, reached in ((packed, states), (alone, expected))
+    )
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("family", SETTINGS)

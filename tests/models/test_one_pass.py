@@ -251,10 +251,9 @@ def test_every_impression_reads_the_end_of_its_own_prefix(seed: int, merged: boo
         return
     user, length, moment = at_moments(rng, timelines, 20)
     batch = window_batch(timelines, user, length, WindowConfig(size=10, overlap=4), merged=merged)
-    atoms, channel_of, gaps = (
-        np.concatenate([getattr(block, name).ravel() for block in batch.blocks])
-        for name in ("atoms_WL", "channel_WL", "gap_WL")
-    )
+    atoms, channel_of, gaps = batch.atoms_P, batch.channel_P, batch.gap_P
+    assert len(atoms) == batch.length_W.sum()
+    assert (np.diff(batch.length_W) <= 0).all()
     sequences = [list(range(channels))] if merged else [[channel] for channel in range(channels)]
     assert batch.state_NS.shape == (20, len(sequences))
     for n in range(20):
