@@ -130,13 +130,15 @@ def attention(
 ) -> tuple[torch.Tensor, None]:
     """Causal attention within each sequence, as transformers calls it: [1, H, P, E] to [1, P, H, E].
 
-    Without a `packing`, as one of a model that reads on from its cache, it is what the mask says.
+    Without a `packing`, as a model that reads on from its cache has none, the mask says what is seen, the
+    same for every sequence.
     """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if packing is None:
-        mask = attention_mask
-        if mask is None:
+        if attention_mask is None:
             mask = _causal(query.shape[2], key.shape[2], sliding_window, query.device)
+        else:
+            mask = attention_mask[0, 0]
         return _by_products(query, key, value, mask, scale, softcap).transpose(1, 2), None
     parts = []
     query_PHE, key_PJE, value_PJE = (part[0].transpose(0, 1) for part in (query, key, value))

@@ -61,7 +61,7 @@ def without_deep_layers(model: BaheModel) -> None:
     class Nothing(torch.nn.Module):
         config = model.aggregator.deep.config
 
-        def forward(self, inputs_embeds: torch.Tensor, use_cache: bool) -> Any:
+        def forward(self, inputs_embeds: torch.Tensor, **others: Any) -> Any:
             from types import SimpleNamespace
 
             return SimpleNamespace(last_hidden_state=torch.zeros_like(inputs_embeds))
