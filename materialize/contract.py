@@ -40,6 +40,9 @@ class Rule:
     """The reason in a sentence, with `{}` for the value."""
     value: str = "NULL"
     """SQL of the value that is to blame, as text."""
+    counts: bool = True
+    """Whether such rows count towards the share that is too much: a row that contradicts the lake is set
+    aside, as the lake keeps what it has, but is no defect of the file."""
 
     @property
     def sentence(self) -> str:

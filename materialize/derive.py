@@ -181,7 +181,7 @@ def _part_of_timelines(
             f" WHERE b.event_timestamp < c.since AND {part} GROUP BY b.user_id)"
         )
     running = ", ".join(
-        f"coalesce(any_value(base.{length}) OVER past, 0) + count(*) FILTER (fresh AND channel = {quoted(c)})"
+        f"coalesce(base.{length}, 0) + count(*) FILTER (fresh AND channel = {quoted(c)})"
         f" OVER (past ROWS UNBOUNDED PRECEDING) AS {length}"
         for c, length in counts.items()
     )
@@ -276,8 +276,6 @@ def _window_statistics(
     latest impression, so that a row depends on nothing that comes between.
     """
     key = f"{entity}_id"
-    # An impression that is exactly so old at a row's instant leaves with this row.
-    window = f"RANGE BETWEEN INTERVAL '{days} days' - INTERVAL 1 MICROSECOND PRECEDING AND CURRENT ROW"
     came = f"SELECT {key}, event_timestamp, shown, clicks, rate FROM instants"
     if since != _ALWAYS:
         came += (
@@ -290,12 +288,12 @@ def _window_statistics(
         f" impressions AS {entity}_impressions_{days}d, clicks AS {entity}_clicks_{days}d,"
         f" (clicks + {PRIOR_STRENGTH} * rate) / (impressions + {PRIOR_STRENGTH})"
         f" AS {entity}_click_rate_{days}d"
-        f" FROM (SELECT {key}, event_timestamp, (sum(sum(shown)) OVER recent)::BIGINT AS impressions,"
-        " (sum(sum(clicks)) OVER recent)::BIGINT AS clicks,"
+        f" FROM (SELECT {key}, event_timestamp, (sum(sum(shown)) OVER past)::BIGINT AS impressions,"
+        " (sum(sum(clicks)) OVER past)::BIGINT AS clicks,"
         " last_value(max(rate) IGNORE NULLS) OVER past AS rate FROM (SELECT * FROM came UNION ALL"
-        f" SELECT {key}, event_timestamp + INTERVAL '{days} days', 0, 0, NULL FROM came)"
-        f" GROUP BY {key}, event_timestamp WINDOW recent AS (PARTITION BY {key} ORDER BY event_timestamp"
-        f" {window}), past AS (PARTITION BY {key} ORDER BY event_timestamp))"
+        f" SELECT {key}, event_timestamp + INTERVAL '{days} days', -shown, -clicks, NULL FROM came)"
+        f" GROUP BY {key}, event_timestamp WINDOW past AS"
+        f" (PARTITION BY {key} ORDER BY event_timestamp ROWS UNBOUNDED PRECEDING))"
         # Without a rate there was no impression since then, and the row is what it was.
         f" WHERE event_timestamp >= {since} AND rate IS NOT NULL"
     )

@@ -83,6 +83,8 @@ class _Read:
     rows: int
     """Rows of the source, those that were set aside included."""
     quarantined: int
+    broken: int
+    """Rows that were set aside and count towards the share that is too much."""
 
 
 def ingest(home: Home, dataset_path: Path) -> Ingested:
@@ -277,7 +279,10 @@ def _read(
     rules = _rules_of_many(connection, table, new_items=new_items)
     breaks = f"_bad OR {broken(rules)}"
     bad = scalar(connection, f"SELECT count(*) FROM {raw} WHERE {breaks}")
+    counted = 0
     if bad:
+        counting = broken([rule for rule in rules if rule.counts])
+        counted = scalar(connection, f"SELECT count(*) FROM {raw} WHERE _bad OR {counting}")
         quarantine.hold(
             connection,
             opened.source,
@@ -285,12 +290,12 @@ def _read(
             projection,
             [*projection.rules, *rules],
             opened.rows,
-            count=bad,
+            count=counted,
             read=rows,
             max_share=dataset.quarantine.max_share,
         )
         connection.execute(f"DELETE FROM {raw} WHERE {breaks}")
-    return _Read(opened, rows, bad)
+    return _Read(opened, rows, bad, counted)
 
 
 def _read_behaviors(
@@ -351,6 +356,7 @@ def _rules_of_many(connection: duckdb.DuckDBPyConnection, table: str, *, new_ite
                     breaks=f"{key_column} IN (SELECT {key_column} FROM changed_{table})",
                     value=key_column,
                     reason=f"{key_column} {{}} is in the lake already with {what}",
+                    counts=False,
                 )
             )
     if table == "impressions":
@@ -389,7 +395,7 @@ def _write(
         "dataset": dataset.name,
         "derived": derive.VERSION,
         "read": {table: read.rows for table, read in reads.items()},
-        "quarantined": {table: read.quarantined for table, read in reads.items()},
+        "broken": {table: read.broken for table, read in reads.items()},
     }
     with runs.record(connection, JOB, fingerprint) as run:
 
