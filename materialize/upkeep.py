@@ -5,8 +5,9 @@ merges what is small, rewrites files of which much is deleted, forgets snapshots
 and removes the files that no snapshot needs any more. Each step is a transaction of DuckLake's own, so a
 kill between or within them leaves a whole lake, and the next call does the rest.
 
-Readers are never harmed: files leave only after they have been out of use for GRACE, so a job that began
-before the compaction still finds what it reads.
+Readers are never harmed: a snapshot is forgotten only when another took its place more than GRACE ago, and
+files leave only after they have been out of use for as long, so a job that began before the compaction still
+finds what it reads.
 """
 
 from __future__ import annotations
@@ -43,39 +44,45 @@ class Compacted:
 
 
 def compact(home: Home, *, keep_days: float) -> Compacted:
-    """Merge small files and forget snapshots older than `keep_days`; raises NotReady without a lake.
+    """Merge small files, and forget what the lake was more than `keep_days` (or GRACE) ago.
 
-    Frames and stores that read the lake as of a forgotten snapshot fail afterwards; the newest one stays.
+    Frames and stores that read the lake as of a forgotten snapshot fail afterwards. Raises NotReady without a
+    lake.
     """
     if keep_days < 0:
         raise BadInput(f"--keep-days is {keep_days:g}; give 0 or more days.")
     with home.exclusive(), lake(home) as connection:
-        files_before, snapshots = _files(connection), _snapshots(connection)
-        steps = (
+        files_before, forgotten, removed = _files(connection), 0, 0
+        steps = [
             # Rows that DuckLake keeps in its catalogue stay there: a table whose rows are written out and then
             # rewritten answers wrongly of its past (DuckLake 1.0).
             f"CALL ducklake_rewrite_data_files('{LAKE}', delete_threshold => {DELETED_SHARE})",
             f"CALL ducklake_merge_adjacent_files('{LAKE}')",
-            f"CALL ducklake_expire_snapshots('{LAKE}', older_than => now() - {_interval(timedelta(keep_days))})",
+            *_forget(connection, max(timedelta(keep_days), GRACE)),
             f"CALL ducklake_cleanup_old_files('{LAKE}', older_than => now() - {_interval(GRACE)})",
             # Files that a killed job wrote and never committed.
             f"CALL ducklake_delete_orphaned_files('{LAKE}', older_than => now() - {_interval(GRACE)})",
-        )
-        removed = 0
+        ]
         with progress("compacting", len(steps)) as advance:
             for step in steps:
                 rows = connection.execute(step).fetchall()
-                if "cleanup" in step or "orphaned" in step:
+                if "expire" in step:
+                    forgotten = len(rows)
+                elif "cleanup" in step or "orphaned" in step:
                     removed += len(rows)
                 advance()
         oldest = scalar(connection, f"SELECT min(snapshot_id) FROM {LAKE}.snapshots()")
-        return Compacted(
-            files_before,
-            _files(connection),
-            max(0, snapshots - _snapshots(connection)),
-            oldest,
-            removed,
-        )
+        return Compacted(files_before, _files(connection), forgotten, oldest, removed)
+
+
+def _forget(connection: duckdb.DuckDBPyConnection, age: timedelta) -> list[str]:
+    """The statement that forgets snapshots in whose place another has been for longer than `age`, if any."""
+    rows = connection.execute(
+        "SELECT snapshot_id FROM (SELECT snapshot_id, lead(snapshot_time) OVER (ORDER BY snapshot_id) AS replaced"
+        f" FROM {LAKE}.snapshots()) WHERE replaced < now() - {_interval(age)}"
+    ).fetchall()
+    listed = ", ".join(str(number) for (number,) in rows)
+    return [f"CALL ducklake_expire_snapshots('{LAKE}', versions => [{listed}])"] if rows else []
 
 
 def _interval(length: timedelta) -> str:
@@ -85,6 +92,3 @@ def _interval(length: timedelta) -> str:
 def _files(connection: duckdb.DuckDBPyConnection) -> int:
     return scalar(connection, f"SELECT coalesce(sum(file_count), 0) FROM ducklake_table_info('{LAKE}')")
 
-
-def _snapshots(connection: duckdb.DuckDBPyConnection) -> int:
-    return scalar(connection, f"SELECT count(*) FROM {LAKE}.snapshots()")
