@@ -118,7 +118,7 @@ def quarantine(
     if not held:
         say("  nothing is in quarantine")
         return
-    shown = []
+    shown: list[tuple[str, ...]] = []
     for group in held:
         for index, row in enumerate(group.examples):
             first = (group.table, group.rule, f"{group.rows:,}") if index == 0 else ("", "", "")
@@ -225,15 +225,16 @@ def compact(
 ) -> None:
     """Merge the lake's small files, forget old snapshots, and remove files that nothing needs any more.
 
-    `bahe frame --as-of` and offline stores with `as_of` can then no longer read what the forgotten snapshots
-    saw; frames that were written stay. Files leave a day after their last use, so readers are not disturbed.
+    `bahe frame --as-of` and offline stores with `as_of` can then no longer read what those snapshots saw;
+    frames that were written stay. Files leave a day after their last use, so readers are not disturbed.
     """
     from materialize.upkeep import compact as job
 
     done = job(Home.at(home), keep_days=keep_days)
     say(
-        f"  {done.files_before:,} data files became {done.files_after:,}; {done.snapshots_forgotten:,} snapshots"
-        f" forgotten, the oldest is {done.oldest_snapshot}; {done.files_removed:,} files removed"
+        f"  {done.files_before:,} data files became {done.files_after:,};"
+        f" {done.snapshots_forgotten:,} snapshots forgotten, the oldest is {done.oldest_snapshot};"
+        f" {done.files_removed:,} files removed"
     )
 
 

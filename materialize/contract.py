@@ -1,4 +1,4 @@
-"""What the rows of a log must be: how a source's columns become bahe's, and the rules that a row may break."""
+"""What the rows of a log must be: how a source's columns become bahe's, and the rules a row may break."""
 
 from __future__ import annotations
 
@@ -92,8 +92,8 @@ def project(
 ) -> Projection:
     """The projection of a source with the columns `found` (and their types) into a table.
 
-    `held` are the columns that the lake's table has, and `item_type` the type of item ids there or in items.
-    Raises BadInput when a column that is needed is missing or of a type that cannot be.
+    `held` are the columns that the lake's table has, and `item_type` is the type of its
+    item ids. Raises BadInput when a column that is needed is missing or of a type that cannot be.
     """
     mapping = dict(section.columns)
     if table == "behaviors" and section.channel is not None:
@@ -217,9 +217,7 @@ def _rules(table: str, channels: Sequence[str], latest: datetime) -> list[Rule]:
         else:
             blank = " OR trim(channel) = ''" if column == "channel" else ""
             rules.append(
-                Rule(
-                    name=f"no {column}", breaks=f"{column} IS NULL{blank}", reason=f"{column} is missing"
-                )
+                Rule(name=f"no {column}", breaks=f"{column} IS NULL{blank}", reason=f"{column} is missing")
             )
     if table == "behaviors":
         listed = ", ".join(quoted(channel) for channel in channels)

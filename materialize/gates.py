@@ -14,8 +14,9 @@ from bahe_core.home import Home
 from bahe_core.progress import say
 from materialize import runs
 from materialize.dataset import Dataset
-from materialize.ingest import CLOCK_TOLERANCE, home_dataset
+from materialize.ingest import home_dataset
 from materialize.lake import commit, lake, quoted, scalar
+from materialize.reading import CLOCK_TOLERANCE
 
 _ORDER = ("ingest", "encode", "frame", "embed")
 

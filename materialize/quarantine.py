@@ -84,9 +84,7 @@ def hold(
         connection.execute(f"INSERT INTO held {selected}")
 
 
-def _refusal(
-    row: tuple[Any, ...], file: File, files: int, count: int, read: int, max_share: float
-) -> str:
+def _refusal(row: tuple[Any, ...], file: File, files: int, count: int, read: int, max_share: float) -> str:
     where = f" of {file.path}" if files > 1 else ""
     return (
         f"{row[0]}, row {row[2]}{where}: {row[4]}; {count:,} of {read:,} rows break the contract, more than"

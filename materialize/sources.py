@@ -72,7 +72,9 @@ def find_sources(
     """The source of each table. Raises BadInput when there is nothing to read, or no way to read it."""
     known: set[tuple[object, ...]] = set()
     if "sources" in tables(connection):
-        rows = connection.execute("SELECT table_name, path, size, modified_us, spec FROM sources").fetchall()
+        rows = connection.execute(
+            "SELECT table_name, path, size, modified_us, spec FROM sources"
+        ).fetchall()
         known = set(rows)
     found = {}
     for table, section in sections.items():
@@ -82,7 +84,7 @@ def find_sources(
         if section.files is None:
             assert section.sql is not None
             spec += _may_read(section.sql, folder)
-            files = (File(f"{table}.sql", 0, 0),)
+            files: tuple[File, ...] = (File(f"{table}.sql", 0, 0),)
         else:
             files = _listed(connection, table, section.files, folder)
         stamp = hashlib.sha256(json.dumps(spec).encode()).hexdigest()
@@ -98,7 +100,8 @@ def remember(source: Source, files: Sequence[File]) -> list[str]:
     table = quoted(source.table)
     paths = ", ".join(quoted(file.path) for file in files)
     rows = ", ".join(
-        f"({table}, {quoted(f.path)}, {f.size}, {f.modified_us}, {quoted(source.spec)}, now())" for f in files
+        f"({table}, {quoted(f.path)}, {f.size}, {f.modified_us}, {quoted(source.spec)}, now())"
+        for f in files
     )
     return [
         f"DELETE FROM sources WHERE table_name = {table} AND path IN ({paths})",

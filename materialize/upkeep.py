@@ -1,4 +1,4 @@
-"""Upkeep of the lake for years of nights: few large files instead of many small ones, and an end to the past.
+"""Upkeep of the lake for years of nights: few large files, not many small ones, and an end to the past.
 
 Every night appends a small file to each table and deletes rows that a late event has changed. `compact`
 merges what is small, rewrites files of which much is deleted, forgets snapshots that are older than asked,
@@ -6,8 +6,8 @@ and removes the files that no snapshot needs any more. Each step is a transactio
 kill between or within them leaves a whole lake, and the next call does the rest.
 
 Readers are never harmed: a snapshot is forgotten only when another took its place more than GRACE ago, and
-files leave only after they have been out of use for as long, so a job that began before the compaction still
-finds what it reads.
+files leave only after they have been out of use for as long, so a job that began before the compaction
+still finds what it reads.
 """
 
 from __future__ import annotations
@@ -46,16 +46,16 @@ class Compacted:
 def compact(home: Home, *, keep_days: float) -> Compacted:
     """Merge small files, and forget what the lake was more than `keep_days` (or GRACE) ago.
 
-    Frames and stores that read the lake as of a forgotten snapshot fail afterwards. Raises NotReady without a
-    lake.
+    Frames and stores that read the lake as of a forgotten snapshot fail afterwards. Raises NotReady
+    without a lake.
     """
     if keep_days < 0:
         raise BadInput(f"--keep-days is {keep_days:g}; give 0 or more days.")
     with home.exclusive(), lake(home) as connection:
         files_before, forgotten, removed = _files(connection), 0, 0
         steps = [
-            # Rows that DuckLake keeps in its catalogue stay there: a table whose rows are written out and then
-            # rewritten answers wrongly of its past (DuckLake 1.0).
+            # Rows that DuckLake keeps in its catalogue stay there: a table whose rows are written out and
+            # then rewritten answers wrongly of its past (DuckLake 1.0).
             f"CALL ducklake_rewrite_data_files('{LAKE}', delete_threshold => {DELETED_SHARE})",
             f"CALL ducklake_merge_adjacent_files('{LAKE}')",
             *_forget(connection, max(timedelta(keep_days), GRACE)),
@@ -76,9 +76,10 @@ def compact(home: Home, *, keep_days: float) -> Compacted:
 
 
 def _forget(connection: duckdb.DuckDBPyConnection, age: timedelta) -> list[str]:
-    """The statement that forgets snapshots in whose place another has been for longer than `age`, if any."""
+    """The statement, if any, that forgets snapshots which others replaced longer than `age` ago."""
     rows = connection.execute(
-        "SELECT snapshot_id FROM (SELECT snapshot_id, lead(snapshot_time) OVER (ORDER BY snapshot_id) AS replaced"
+        "SELECT snapshot_id FROM (SELECT snapshot_id,"
+        " lead(snapshot_time) OVER (ORDER BY snapshot_id) AS replaced"
         f" FROM {LAKE}.snapshots()) WHERE replaced < now() - {_interval(age)}"
     ).fetchall()
     listed = ", ".join(str(number) for (number,) in rows)
@@ -91,4 +92,3 @@ def _interval(length: timedelta) -> str:
 
 def _files(connection: duckdb.DuckDBPyConnection) -> int:
     return scalar(connection, f"SELECT coalesce(sum(file_count), 0) FROM ducklake_table_info('{LAKE}')")
-

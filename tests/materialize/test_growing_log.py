@@ -1,4 +1,4 @@
-"""A log that grows for years: only what is new is read, and what is bad is set aside until it is corrected."""
+"""A log that grows: only what is new is read, and what is bad is set aside until it is corrected."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from bahe_core.errors import BadInput
 from bahe_core.home import Home
 from materialize import runs
 from materialize.ingest import ingest
-from materialize.lake import lake, scalar
+from materialize.lake import columns, lake, scalar
 from materialize.quarantine import quarantined
 from tests.conftest import small_log, write_dataset
 
@@ -25,11 +25,12 @@ Log = dict[str, pd.DataFrame]
 
 
 def write_days(folder: Path, days: list[Log], **more: object) -> Path:
-    """Each day a file of each table, under one glob."""
+    """Each day a file of each table, under one glob; a file that is there stays as it is."""
     for day, log in enumerate(days):
         for table, rows in log.items():
             (folder / table).mkdir(parents=True, exist_ok=True)
-            rows.to_parquet(folder / table / f"{day}.parquet")
+            if not (folder / table / f"{day}.parquet").exists():
+                rows.to_parquet(folder / table / f"{day}.parquet")
     tables = {table: {"files": f"{table}/*.parquet"} for table in days[0]}
     path = folder / "dataset.yaml"
     path.write_text(yaml.safe_dump({"name": "small", "channels": ["liked", "disliked"], **tables, **more}))
@@ -42,15 +43,13 @@ def edit(path: Path, **more: object) -> None:
 
 def contents(home: Home) -> dict[str, list[tuple[Any, ...]]]:
     """Every table of the log and what is derived from it, but not when it was."""
+    found = {}
     with lake(home) as connection:
-        names = [table for (table,) in connection.execute("SHOW TABLES").fetchall()]
-        return {
-            table: connection.execute(
-                f"SELECT COLUMNS(c -> c <> 'created_timestamp') FROM {table} ORDER BY ALL"
-            ).fetchall()
-            for table in names
-            if table not in ("runs", "sources")
-        }
+        for (table,) in connection.execute("SHOW TABLES").fetchall():
+            if table not in ("runs", "sources"):
+                names = ", ".join(sorted(columns(connection, table).keys() - {"created_timestamp"}))
+                found[table] = connection.execute(f"SELECT {names} FROM {table} ORDER BY ALL").fetchall()
+    return found
 
 
 def facts(home: Home) -> runs.Run:
@@ -82,7 +81,13 @@ def test_days_in_any_order_make_the_same_lake(tmp_path: Path, home: Home) -> Non
     days = [days[0], days[2], days[3], days[1] | late]
     for night in range(4):
         done = ingest(home, write_days(tmp_path / "log", days[: night + 1]))
-    assert done.added == {"behaviors": 50, "impressions": 50, "items": 0, "users": 0, "atoms": done.added["atoms"]}
+    assert done.added == {
+        "behaviors": 50,
+        "impressions": 50,
+        "items": 0,
+        "users": 0,
+        "atoms": done.added["atoms"],
+    }
     assert done.duplicates == {"behaviors": 40, "impressions": 40}
     whole = Home.at(tmp_path / "whole")
     ingest(whole, write_dataset(tmp_path / "at_once", log))
@@ -91,18 +96,16 @@ def test_days_in_any_order_make_the_same_lake(tmp_path: Path, home: Home) -> Non
 
 def test_only_new_files_are_read(tmp_path: Path, home: Home) -> None:
     days = in_days(small_log(rows=300), [100, 200])
-    ingest(home, write_days(tmp_path / "log", days[:2]))
+    path = write_days(tmp_path / "log", days[:2])
+    ingest(home, path)
     read = facts(home)
     old = tmp_path / "log" / "behaviors" / "0.parquet"
+    os.utime(old)
+    assert not ingest(home, path).skipped  # it may be another, so it is read: nothing in it is new
+    assert facts(home).fingerprint == read.fingerprint  # and no job has to act on it
     stat = old.stat()
     old.write_bytes(b"x" * stat.st_size)  # unreadable, and looks as it did
     os.utime(old, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    path = write_days(tmp_path / "log", days[:2])
-    stat_now = old.stat()
-    assert ingest(home, path).skipped is False  # written again, so read again: nothing new in them
-    assert facts(home).fingerprint == read.fingerprint  # and nobody has to act on it
-    old.write_bytes(b"x" * stat_now.st_size)
-    os.utime(old, ns=(stat_now.st_atime_ns, stat_now.st_mtime_ns))
     assert ingest(home, path).skipped
     for table, rows in days[2].items():
         rows.to_parquet(tmp_path / "log" / table / "2.parquet")
@@ -138,12 +141,16 @@ def test_columns_come_and_go(tmp_path: Path, home: Home) -> None:
     impressions = {"files": "impressions/*.parquet", "context": ["device"]}
     ingest(home, write_days(tmp_path / "log", days[:2], impressions=impressions))
     ingest(home, write_days(tmp_path / "log", days, impressions=impressions))
-    assert answer(home, "SELECT item_id, price FROM items WHERE price IS NOT NULL OR item_id > 70 ORDER BY 1") == [
+    assert answer(
+        home, "SELECT item_id, price FROM items WHERE price IS NOT NULL OR item_id > 70 ORDER BY 1"
+    ) == [
         (77, 2.5),
         (78, None),
     ]
     assert answer(home, "SELECT count(*), count(city) FROM users") == [(32, 1)]
-    assert answer(home, "SELECT context_device, count(*) FROM impressions GROUP BY 1 ORDER BY 1 NULLS LAST") == [
+    assert answer(
+        home, "SELECT context_device, count(*) FROM impressions GROUP BY 1 ORDER BY 1 NULLS LAST"
+    ) == [
         ("tv", 100),
         (None, 200),
     ]
@@ -163,7 +170,6 @@ def spoil(log: Log, changes: dict[tuple[str, int, str], object]) -> Log:
 
 def test_bad_rows_are_set_aside_until_they_are_corrected(tmp_path: Path, home: Home) -> None:
     log = small_log(rows=600)
-    first, second = log["impressions"]["event_timestamp"].iloc[:2]
     bad = spoil(
         log,
         {
@@ -177,7 +183,9 @@ def test_bad_rows_are_set_aside_until_they_are_corrected(tmp_path: Path, home: H
         },
     )
     path = write_dataset(tmp_path / "log", bad)
-    with pytest.raises(BadInput, match=r"behaviors, row 6: text is missing.*; 3 of 600 rows break the contract"):
+    with pytest.raises(
+        BadInput, match=r"behaviors, row 6: text is missing.*; 3 of 600 rows break the contract"
+    ):
         ingest(home, path)
     assert not (home.root / "dataset.yaml").exists()
     edit(path, quarantine={"max_share": 0.02})
@@ -208,19 +216,19 @@ def test_bad_rows_are_set_aside_until_they_are_corrected(tmp_path: Path, home: H
     assert sum(group["rows"] for group in as_json) == 8
     assert ingest(home, path).skipped
     # The item becomes known: its impression enters, though its file is as it was.
-    log["items"] = pd.concat([log["items"], log["items"].tail(1).assign(item_id=999)])
+    another = log["items"].tail(1).assign(item_id=999)
+    log["items"] = pd.concat([log["items"], another], ignore_index=True)
     log["items"].to_parquet(tmp_path / "log" / "items.parquet")
     assert ingest(home, path).added["impressions"] == 1
     assert answer(home, "SELECT item_id FROM impressions WHERE impression_id = 10") == [(999,)]
     # The rest is corrected.
     log["impressions"].loc[10, "item_id"] = 999
-    edit(write_dataset(tmp_path / "log", log))
+    write_dataset(tmp_path / "log", log)
     assert ingest(home, path).totals["impressions"] == 600
     assert quarantined(home) == []
     whole = Home.at(tmp_path / "whole")
     ingest(whole, path)
     assert contents(home) == contents(whole)
-    assert first < second
 
 
 def test_a_row_that_contradicts_the_lake_is_set_aside(tmp_path: Path, home: Home) -> None:
@@ -246,7 +254,9 @@ def test_a_row_that_contradicts_the_lake_is_set_aside(tmp_path: Path, home: Home
 def test_a_wrong_unit_is_a_clock_that_jumps(unit: str, tmp_path: Path, home: Home) -> None:
     log = small_log(rows=300)
     for table in ("behaviors", "impressions", "items", "users"):
-        log[table]["event_timestamp"] = log[table]["event_timestamp"].astype("datetime64[ms, UTC]").astype("int64")
+        log[table]["event_timestamp"] = (
+            log[table]["event_timestamp"].astype("datetime64[ms, UTC]").astype("int64")
+        )
     path = write_dataset(tmp_path / "log", log)
     spec = yaml.safe_load(path.read_text())
     for table in log:

@@ -101,8 +101,8 @@ BROKEN = [
     (
         "ingest",
         "UPDATE ingested SET broken = 6",
-        "ingested.broken must be at most the share 0.001 of the rows read of a table, but 1 row breaks this "
-        "rule, for example table_name impressions, broken 6, read 5000",
+        "ingested.broken must be at most the share 0.001 of the rows read of a table, but 1 row breaks "
+        "this rule, for example table_name impressions, broken 6, read 5000",
     ),
     (
         "ingest",
