@@ -41,21 +41,20 @@ class FrameHistory:
 
     folder: Path
     channels: tuple[str, ...]
-    encoder_version: str | None
-    """Of the vectors; None when the atoms had none."""
 
     @property
     def atom_ids(self) -> Int64:
         """The id of each atom row, rising [A]."""
         return self._map("atom_ids")
 
-    @property
-    def vectors(self) -> npt.NDArray[np.float32]:
-        """The vector of each atom row [A, D], mapped from disk. Raises NotReady when there are none."""
-        if self.encoder_version is None:
-            raise NotReady("these atoms have no vectors; run `bahe encode`.")
-        found: npt.NDArray[np.float32] = np.load(self.folder / "vectors.npy", mmap_mode="r")
+    def vectors(self, encoder_version: str) -> npt.NDArray[np.float32]:
+        """The vector of each atom row [A, D], mapped from disk; `write_vectors` has to come first."""
+        found: npt.NDArray[np.float32] = np.load(self.vectors_file(encoder_version), mmap_mode="r")
         return found
+
+    def vectors_file(self, encoder_version: str) -> Path:
+        """Where the vectors of an encoder are."""
+        return self.folder / f"vectors-{encoder_version}.npy"
 
     def item_rows(self, rows: Int64) -> Int64:
         """Atom rows of the texts of the items that these impressions show; -1 for an unknown item."""
@@ -79,27 +78,64 @@ class FrameHistory:
         return found
 
 
-def frame_history(home: Home, frame: Frame, *, vectors: bool) -> FrameHistory:
+def frame_history(home: Home, frame: Frame) -> FrameHistory:
     """The history of a frame, written beside it when first asked for, whole or not at all.
 
-    Timelines are read as of the frame's own snapshot, since lengths point into those. Raises NotReady when
-    `vectors` are wanted and an atom has none, BadInput when the snapshot is gone.
+    Timelines are read as of the frame's own snapshot, since lengths point into those. Raises BadInput when
+    the snapshot is gone.
     """
-    channels = tuple(home_dataset(home).channels)
-    with lake(home) as connection:
-        encoder = current_encoder(connection, home) if vectors else None
-    folder = frame.path.parent / ("history" if encoder is None else f"history-{encoder}")
-    with FileLock(frame.path.parent / ".history.lock"):  # several ranks begin at once
-        if not folder.is_dir():
-            temporary = folder.with_suffix(".part")
+    found = FrameHistory(frame.path.parent / "history", tuple(home_dataset(home).channels))
+    with _lock(frame):
+        if not found.folder.is_dir():
+            temporary = found.folder.with_suffix(".part")
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
-            _write(home, frame, temporary, channels, encoder)
-            temporary.rename(folder)
-    return FrameHistory(folder, channels, encoder)
+            _write_timelines(home, frame, temporary, found.channels)
+            temporary.rename(found.folder)
+    return found
 
 
-def _write(home: Home, frame: Frame, folder: Path, channels: tuple[str, ...], encoder: str | None) -> None:
+def write_vectors(home: Home, frame: Frame, history: FrameHistory) -> str:
+    """Write the atoms' vectors beside the history unless they are there; returns their encoder_version.
+
+    Vectors never change, so they are read from the lake of now: encoding may come after the frame. Raises
+    NotReady when an atom has none.
+    """
+    with lake(home) as connection, _lock(frame):
+        encoder = current_encoder(connection, home)
+        path = history.vectors_file(encoder)
+        if path.is_file():
+            return encoder
+        atom_ids = history.atom_ids
+        connection.register("wanted_atoms", pa.table({"atom_id": atom_ids}))
+        found = "FROM atomic_behavior_embedding JOIN wanted_atoms USING (atom_id) WHERE encoder_version = ?"
+        row = connection.execute(f"SELECT count(*), min(len(embedding)) {found}", [encoder]).fetchone()
+        assert row is not None
+        if row[0] != len(atom_ids):
+            raise NotReady(
+                f"{len(atom_ids) - row[0]} atoms of the frame have no vector under {encoder}; run"
+                " `bahe encode` first."
+            )
+        temporary = path.with_suffix(".part")
+        _stream(
+            connection,
+            f"SELECT embedding {found} ORDER BY atom_id",
+            temporary,
+            (row[0], row[1] or 0),
+            lambda batch: vector_matrix(pa.chunked_array([batch.column("embedding")])),
+            dtype=np.float32,
+            values=[encoder],
+        )
+        temporary.rename(path)
+    return encoder
+
+
+def _lock(frame: Frame) -> FileLock:
+    """Several ranks begin at once."""
+    return FileLock(frame.path.parent / ".history.lock")
+
+
+def _write_timelines(home: Home, frame: Frame, folder: Path, channels: tuple[str, ...]) -> None:
     with lake(home, as_of=frame.facts["snapshot"]) as then:
         wanted = ", ".join(map(quoted, channels))
         timelines = f"(SELECT * FROM user_timeline WHERE channel IN ({wanted}))"
@@ -153,31 +189,6 @@ def _write(home: Home, frame: Frame, folder: Path, channels: tuple[str, ...], en
             lambda batch: np.where(
                 batch.column("known").to_numpy(zero_copy_only=False), atom_rows(batch), -1
             ),
-        )
-    if encoder is not None:
-        _write_vectors(home, folder / "vectors.npy", atom_ids, encoder)
-
-
-def _write_vectors(home: Home, path: Path, atom_ids: Int64, encoder: str) -> None:
-    """Vectors never change, so they are read from the lake of now: encoding may come after the frame."""
-    with lake(home) as connection:
-        connection.register("wanted_atoms", pa.table({"atom_id": atom_ids}))
-        found = "FROM atomic_behavior_embedding JOIN wanted_atoms USING (atom_id) WHERE encoder_version = ?"
-        row = connection.execute(f"SELECT count(*), min(len(embedding)) {found}", [encoder]).fetchone()
-        assert row is not None
-        if row[0] != len(atom_ids):
-            raise NotReady(
-                f"{len(atom_ids) - row[0]} atoms of the frame have no vector under {encoder}; run"
-                " `bahe encode` first."
-            )
-        _stream(
-            connection,
-            f"SELECT embedding {found} ORDER BY atom_id",
-            path,
-            (row[0], row[1] or 0),
-            lambda batch: vector_matrix(pa.chunked_array([batch.column("embedding")])),
-            dtype=np.float32,
-            values=[encoder],
         )
 
 

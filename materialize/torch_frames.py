@@ -36,7 +36,7 @@ from bahe_core.errors import BadInput, Damaged, one_line
 from bahe_core.home import Home
 from materialize.column_arrays import Array, arrays_of, readable
 from materialize.frame import Frame, latest_frame
-from materialize.frame_history import FrameHistory, frame_history
+from materialize.frame_history import FrameHistory, frame_history, write_vectors
 
 ROW = "row"
 """The key of a batch under which each impression's row in the frame's file stands."""
@@ -72,7 +72,7 @@ class FrameDataset(IterableDataset[Batch]):
     - With `history=H` the batch also has `history` [N, C, H]: atom rows of the last H behaviors before the
       impression in each channel of `channels`, oldest first, then zeros; `history_length` [N, C]; and
       `item`, the atom row of the item's text (-1 when unknown) [N]. `atom_ids` and `vectors` tell what an
-      atom row stands for: index them, or make a frozen `torch.nn.Embedding` of `vectors`.
+      atom row stands for; a model that indexes `vectors` spares the workers from copying them.
     - With `vectors=True` the batch itself carries `history_vectors` [N, C, H, D] and `item_vectors` [N, D],
       zeros where there is none.
 
@@ -113,15 +113,19 @@ class FrameDataset(IterableDataset[Batch]):
         """Of the C channels of a history, in their order."""
         self._batch_rows, self._seed, self._shuffled_rows = batch_rows, seed, shuffled_rows
         self._split = split
+        self._count = history
         self._history: FrameHistory | None = None
-        self._count, self._with_vectors = history, vectors
+        self._encoder: str | None = None
+        self._home, self._frame = home, made
         if history or vectors:
             if home is None or made is None:
                 raise BadInput(
                     f"{self.path} is not a frame of a home, so its timelines are not known; give the home."
                 )
-            self._history = frame_history(home, made, vectors=vectors)
+            self._history = frame_history(home, made)
             self.channels = self._history.channels
+            if vectors:
+                self._encoder = write_vectors(home, made, self._history)
         self._rank, self._ranks = _place(rank, ranks)
         with _opened(self.path) as file:
             schema = file.schema_arrow
@@ -147,8 +151,12 @@ class FrameDataset(IterableDataset[Batch]):
 
     @property
     def vectors(self) -> Tensor:
-        """The vector of each atom row [A, D], in memory; needs `vectors`."""
-        return torch.from_numpy(np.array(self._known_history().vectors))
+        """The vector of each atom row [A, D], in memory; needs `history`. Raises NotReady without any."""
+        known = self._known_history()
+        assert self._home is not None
+        assert self._frame is not None
+        encoder = self._encoder or write_vectors(self._home, self._frame, known)
+        return torch.from_numpy(np.array(known.vectors(encoder)))
 
     def set_epoch(self, epoch: int) -> None:
         """Shuffle in another way, also in workers that persist; before each pass, on every rank."""
@@ -241,8 +249,8 @@ class FrameDataset(IterableDataset[Batch]):
             lengths = [table[f"length_{c}"].fill_null(0).to_numpy() for c in self.channels]
             atoms_NCH, held_NC = known.last(rows, np.stack(lengths, axis=1), self._count)
             found |= {"history": atoms_NCH, "history_length": held_NC}
-        if self._with_vectors:
-            vectors = known.vectors
+        if self._encoder is not None:
+            vectors = known.vectors(self._encoder)
             found["item_vectors"] = np.where(item_N[:, None] >= 0, vectors[item_N], np.float32(0))
             if self._count:
                 vectors_NCHD = vectors[atoms_NCH]

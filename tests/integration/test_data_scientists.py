@@ -7,6 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import nbclient
+import nbformat
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -139,3 +141,27 @@ def test_vectors_that_are_not_there_are_missed(framed: tuple[Home, Frame], tmp_p
     with pytest.raises(BadInput, match="made without history"):
         _ = FrameDataset(home, ["clicked"]).vectors
     assert "history" in next(iter(FrameDataset(home, ["clicked"], history=2)))
+
+
+NOTEBOOK = Path(__file__).parents[2] / "examples" / "notebooks" / "data_scientist.ipynb"
+
+
+def test_the_notebook_runs_top_to_bottom(
+    framed: tuple[Home, Frame], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, made = framed
+    before = {path.name for path in home.root.iterdir()}
+    monkeypatch.setenv("BAHE_HOME", str(home.root))
+    monkeypatch.setenv("PYTHONPATH", str(NOTEBOOK.parents[2]))
+    assert NOTEBOOK.stat().st_size < 500_000
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    nbclient.NotebookClient(notebook, timeout=120, kernel_name="python3").execute()
+    (result,) = (o for o in notebook.cells[-2]["outputs"] if o["output_type"] == "execute_result")
+    assert "floor" in result["data"]["text/html"]
+    assert "small model" in result["data"]["text/html"]
+    pictures = [
+        o for cell in notebook.cells for o in cell.get("outputs", ()) if "image/png" in o.get("data", {})
+    ]
+    assert len(pictures) == 1
+    assert before == {path.name for path in home.root.iterdir()}
+    assert (made.path.parent / "history").is_dir()
