@@ -62,6 +62,14 @@ def context_column(context: str) -> str:
     return f"context_{context}"
 
 
+class QuarantineRule(_Section):
+    """What happens to rows that break the contract."""
+
+    max_share: Annotated[float, Field(ge=0, lt=1)] = 0.001
+    """Up to this share of the rows read of a table, they are set aside in the table `quarantine`; above it,
+    the whole ingest is refused."""
+
+
 class Split(_Section):
     """Training, validation and test by time."""
 
@@ -94,6 +102,7 @@ class Dataset(_Section):
     users: Table | None = None
     channels: Annotated[list[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]], Field(min_length=1)]
     """Behavior channels, in the order of the model's inputs."""
+    quarantine: QuarantineRule = QuarantineRule()
     split: Split = Split()
     freshness: Literal["event", "hourly", "daily"] = "event"
     """How fresh the features are that serving reads. An impression of a training frame sees what was known

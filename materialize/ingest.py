@@ -1,48 +1,46 @@
-"""Raw log to lake: read, check, turn text into atoms, derive timelines and statistics. All or nothing.
+"""Raw log to lake: read what is new, set aside what breaks the contract, add the rest, and derive from it.
 
-Every check runs on temporary tables before the first write, so a bad log leaves no trace.
+All or nothing: files are read and checked into temporary tables; then one transaction adds the rows, what
+follows from them (`derive.py`), the quarantine, which files were read, and the run.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import duckdb
 
-from bahe_core.errors import BadInput, one_line
+from bahe_core.errors import BadInput, NotReady
 from bahe_core.home import Home
-from bahe_core.progress import say
-from materialize import derive, runs
-from materialize.dataset import (
-    ClickRule,
-    Dataset,
-    Table,
-    context_column,
-    load_dataset,
-    save_dataset,
-)
-from materialize.lake import columns, commit, lake, name, quoted, scalar, tables
+from bahe_core.progress import progress, say
+from materialize import derive, quarantine, runs, sources
+from materialize.atoms import ATOM_ID, NORMAL_TEXT
+from materialize.contract import IDS, UNKNOWN_ITEM, Projection, Rule, broken, project
+from materialize.dataset import Dataset, Table, context_column, load_dataset, save_dataset
+from materialize.lake import columns, lake, name, quoted, scalar, tables, transact
+from materialize.sources import File, Source
 
 JOB = "ingest"
-REQUIRED = {
-    "behaviors": ("user_id", "channel", "text", "event_timestamp"),
-    "impressions": ("impression_id", "user_id", "item_id", "event_timestamp", "clicked"),
-    "items": ("item_id", "text", "event_timestamp"),
-    "users": ("user_id", "event_timestamp"),
-}
-IDS = ("impression_id", "user_id", "item_id")
-_FRACTIONS = ("DOUBLE", "FLOAT", "DECIMAL")
-_NO_CATEGORY = ("STRUCT", "MAP", "UNION", "BLOB")
-_INTEGERS = {"TINYINT", "SMALLINT", "INTEGER", "BIGINT", "UTINYINT", "USMALLINT", "UINTEGER"}
+TABLES = ("items", "users", "behaviors", "impressions")
+"""In the order in which they are read: impressions need the items."""
 
-# Equal texts must give equal atoms for ever, so the hash is MD5 of text normalised here, not DuckDB's
-# own hash, which may change between versions. UBIGINT is shifted into Feast's signed Int64.
-NORMAL_TEXT = r"nfc_normalize(trim(regexp_replace({text}, '\s+', ' ', 'g')))"
-ATOM_ID = "(md5_number_lower({channel} || chr(31) || {text})::HUGEINT - 9223372036854775808)::BIGINT"
+KEYS = {
+    "items": ("item_id",),
+    "users": ("user_id", "event_timestamp"),
+    "impressions": ("impression_id",),
+    "behaviors": ("user_id", "channel", "atom_id", "event_timestamp"),
+}
+SAME = {"items": ("atom_id",), "impressions": ("user_id", "item_id", "event_timestamp", "clicked")}
+"""What two rows of one key must agree in."""
+
+CLOCK_TOLERANCE = timedelta(days=1)
+"""How far ahead of this machine's clock an event may be."""
 
 
 @dataclass(frozen=True)
@@ -50,62 +48,75 @@ class Ingested:
     """What a run of `ingest` did."""
 
     skipped: bool
-    """True when the sources are those of the last run."""
+    """True when no file has changed since the last run."""
     added: dict[str, int]
     """Rows added, by table."""
     totals: dict[str, int]
     """Rows now in the lake, by table."""
     duplicates: dict[str, int]
-    """Rows of the sources that came twice and were left out, by table."""
+    """Rows read that the lake had already or that came twice, by table."""
+    quarantined: dict[str, int]
+    """Rows read that were set aside, by table."""
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """Files of a source whose columns are known to fit."""
+
+    source: Source
+    files: list[File]
+    projection: Projection
+    text_columns: list[str]
+
+    def rows(self, file: File | None = None) -> str:
+        """SQL of the source's rows: of all files, or of one."""
+        if file is None:
+            return sources.relation(self.source, self.files, self.text_columns)
+        return sources.of_file(self.source, file, self.files, self.text_columns)
+
+
+@dataclass(frozen=True)
+class _Read:
+    """Rows in the temporary table `raw_<table>`, all of which keep the contract."""
+
+    opened: _Opened
+    rows: int
+    """Rows of the source, those that were set aside included."""
+    quarantined: int
 
 
 def ingest(home: Home, dataset_path: Path) -> Ingested:
-    """Read the dataset into the lake; does nothing when neither files nor dataset.yaml changed.
+    """Read what is new of the dataset into the lake; does nothing when no file has changed.
 
-    Raises BadInput on a source that cannot be read or breaks the contract; nothing is written then.
+    Raises BadInput on a source that cannot be read, lacks a column, or breaks the contract in more rows than
+    `quarantine.max_share` allows; nothing is written then.
     """
     dataset = load_dataset(dataset_path)
     folder = dataset_path.resolve().parent
     with home.exclusive():
         check_same_dataset(home, dataset, dataset_path)
         with lake(home, create=True) as connection:
-            fingerprint = _fingerprint(dataset, folder)
-            last = runs.last(connection, JOB)
-            if last is not None and last.fingerprint == fingerprint:
-                save_dataset(dataset, home.root / "dataset.yaml")  # model settings may have changed
-                return Ingested(True, {}, _totals(connection), {})
             connection.execute(f"SET file_search_path = {quoted(str(folder))}")
-            sections: dict[str, Table] = {
-                "behaviors": dataset.behaviors,
-                "impressions": dataset.impressions,
-                "items": dataset.items,
-            }
-            if dataset.users is not None:
-                sections["users"] = dataset.users
-            for table, section in sections.items():
-                say(f"  reading {table}")
-                context = dataset.impressions.context if table == "impressions" else ()
-                _read(connection, table, section, context)
-            _check(connection, dataset, users="users" in sections)
-            _check_ids_match_lake(connection, list(sections))
-            say("  writing atoms, timelines and statistics")
+            found = sources.find_sources(connection, _sections(dataset), folder)
+            last = runs.last(connection, JOB)
+            anew = last is None or last.facts.get("derived") != derive.VERSION
+            reads = _read_new(connection, dataset, found)
+            if not reads and not anew:
+                save_dataset(dataset, home.root / "dataset.yaml")  # model settings may have changed
+                return Ingested(True, {}, _totals(connection), {}, {})
+            _check_clicks(connection, reads)
             before = _totals(connection)
-            with runs.record(connection, JOB, fingerprint) as run:
-                statements = _write(connection, list(sections), dataset.impressions.context)
-                statements += derive.statements(dataset.channels)
-                statements.append(run.statement({"dataset": dataset.name}))
-                commit(connection, statements)
-            duplicates = _duplicates(connection, list(sections))
+            _write(connection, dataset, reads, last, anew=anew)
             totals = _totals(connection)
         save_dataset(dataset, home.root / "dataset.yaml")
     added = {table: count - before.get(table, 0) for table, count in totals.items()}
-    return Ingested(False, added, totals, duplicates)
+    aside = {table: read.quarantined for table, read in reads.items() if read.quarantined}
+    again = {table: read.rows - read.quarantined - added[table] for table, read in reads.items()}
+    return Ingested(False, added, totals, {t: n for t, n in again.items() if n}, aside)
 
 
 def home_dataset(home: Home) -> Dataset:
     """The dataset that the home was filled from. Raises NotReady before the first ingest."""
-    from bahe_core.errors import NotReady
-
     path = home.root / "dataset.yaml"
     if not path.is_file():
         raise NotReady(f"{home.root} holds no data yet; run `bahe ingest dataset.yaml` first.")
@@ -130,345 +141,446 @@ def check_same_dataset(home: Home, dataset: Dataset, path: Path) -> None:
         )
 
 
-def _fingerprint(dataset: Dataset, folder: Path) -> str:
-    """Of what ingest reads: dataset.yaml's tables and channels, and the files' sizes and times.
+def _sections(dataset: Dataset) -> dict[str, Table]:
+    given = {table: getattr(dataset, table) for table in TABLES}
+    return {table: section for table, section in given.items() if section is not None}
 
-    A query's files are not known, so everything beside dataset.yaml counts for a query.
-    """
-    facts: list[object] = [dataset.name, dataset.channels, derive.VERSION]
-    for table in (dataset.behaviors, dataset.impressions, dataset.items, dataset.users):
-        if table is None:
+
+def _read_new(
+    connection: duckdb.DuckDBPyConnection, dataset: Dataset, found: Mapping[str, Source]
+) -> dict[str, _Read]:
+    """Read the files that are new, or hold rows that may enter only now."""
+    latest = datetime.now(UTC) + CLOCK_TOLERANCE
+    # Columns first, of every table, so that a wrong one is found before much has been read.
+    opened = {
+        table: _open(connection, dataset, source, list(source.unread), latest)
+        for table, source in found.items()
+        if source.unread
+    }
+    _check_ids(connection, opened)
+    quarantine.prepare(connection)
+    reads: dict[str, _Read] = {}
+    for table, source in found.items():
+        again = quarantine.released(connection, table, latest, new_items="items" in reads)
+        files = [f for f in source.files if f in source.unread or f.path in again]
+        if not files:
             continue
-        facts.append(table.model_dump(mode="json", exclude={"context"}))
-        paths = folder.glob("*") if table.files is None else _expand(folder, table.files)
-        for path in sorted(paths):
-            if path.is_file() and path.suffix not in (".yaml", ".yml"):
-                stat = path.stat()
-                facts.append([path.name, stat.st_size, stat.st_mtime_ns])
-    if dataset.impressions.context:  # a log without is what it was before there was context
-        facts.append(dataset.impressions.context)
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+        if table not in opened or len(files) > len(opened[table].files):
+            opened[table] = _open(connection, dataset, source, files, latest)
+            _check_ids(connection, opened)
+        many = f" ({len(files)} of {len(source.files)} files)" if len(source.files) > 1 else ""
+        say(f"  reading {table}{many}")
+        try:
+            reads[table] = _read(connection, dataset, opened[table], new_items="items" in reads)
+        except duckdb.OutOfMemoryException:
+            raise
+        except duckdb.Error as error:
+            raise sources.unreadable(connection, source, error) from None
+    return reads
 
 
-def _expand(folder: Path, pattern: str) -> list[Path]:
-    path = Path(pattern).expanduser()
-    if path.is_absolute():
-        return sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor))))
-    return sorted(folder.glob(pattern))
-
-
-def _source(table: str, section: Table, folder: Path) -> str:
-    if section.sql is not None:
-        return f"({section.sql.rstrip().rstrip(';')})"
-    assert section.files is not None
-    found = _expand(folder, section.files)
-    if not found:
-        raise BadInput(f"{table}.files: nothing matches {section.files} in {folder}; correct it.")
-    listed = "[" + ", ".join(quoted(str(path)) for path in found) + "]"
-    suffix = found[0].name.removesuffix(".gz").rsplit(".", 1)[-1].lower()
-    if suffix == "parquet":
-        return f"read_parquet({listed}, union_by_name = true)"
-    if suffix in ("csv", "tsv", "txt"):
-        return f"read_csv({listed}, union_by_name = true)"
-    raise BadInput(f"{table}.files: {found[0].name} is neither CSV nor Parquet; convert it.")
-
-
-def _read(
-    connection: duckdb.DuckDBPyConnection, table: str, section: Table, context: Sequence[str] = ()
-) -> None:
-    """Fill the temporary table `raw_<table>` with bahe's column names, types and row numbers.
-
-    Columns of `context` become text under a name of their own.
-    """
-    setting = connection.execute("SELECT current_setting('file_search_path')").fetchone()
-    assert setting is not None
-    source = _source(table, section, Path(setting[0]))
-    what = section.files or f"{table}.sql"
+def _open(
+    connection: duckdb.DuckDBPyConnection,
+    dataset: Dataset,
+    source: Source,
+    files: list[File],
+    latest: datetime,
+) -> _Opened:
+    """Look at the columns of these files. Raises BadInput when they are not what the table needs."""
+    sources.run_query(connection, source)
+    table = source.table
+    known = tables(connection)
+    held = columns(connection, table) if table in known else {}
+    text_columns: list[str] = []
     try:
-        found = columns(connection, source)
+        there = columns(connection, sources.relation(source, files))
+        if source.csv:
+            # Ids are what the lake has: 007 is not 7 where ids are strings.
+            given = {target: source.section.columns.get(target, target) for target in IDS}
+            text_columns = [
+                column
+                for target, column in given.items()
+                if isinstance(column, str) and held.get(target) == "VARCHAR" and column in there
+            ]
+            there = columns(connection, sources.relation(source, files, text_columns))
     except duckdb.Error as error:
-        raise BadInput(f"{table}: {what} cannot be read: {one_line(error)}.") from None
-    mapping = dict(section.columns)
-    if table == "behaviors" and section.channel is not None:
-        if "channel" in mapping:
-            raise BadInput("behaviors: give `channel` or `columns.channel`, not both.")
-    else:
-        section = section.model_copy(update={"channel": None})
-    selected: dict[str, str] = {}
-    used: set[str] = set()
-    required = {_source_column(mapping.get(target, target)): target for target in REQUIRED[table]}
-    for target in dict.fromkeys((*REQUIRED[table], *mapping, *context)):
-        if target == "channel" and section.channel is not None:
-            selected[target] = quoted(section.channel)
-            continue
-        rule = mapping.get(target, target)
-        column = _source_column(rule)
-        if target in context and column in required:
-            raise BadInput(
-                f"{table}.context: {column} of {what} is already read as {required[column]}; take"
-                f" {target} out of the list."
-            )
-        if column not in found:
-            also = f", or take {target} out of {table}.context" if target in context else ""
-            raise BadInput(
-                f"{table}: {what} has no column {column} (for {target}); it has"
-                f" {', '.join(found)}; map it under {table}.columns{also}."
-            )
-        used.add(column)
-        expression = _expression(table, target, rule, found[column], section)
-        if target in context:
-            selected[context_column(target)] = _category(what, column, expression, found[column])
-        else:
-            selected[target] = expression
-    optional = [c for c in found if c not in used and c not in selected]
-    if table == "behaviors":
-        optional = [c for c in optional if c == "item_id"]
-    for column in optional:
-        ids = column in IDS
-        selected[column] = _id(name(column), found[column]) if ids else name(column)
-    if table == "behaviors":
-        selected.setdefault("item_id", "NULL")
-    projection = ", ".join(f"{expression} AS {name(c)}" for c, expression in selected.items())
-    raw_time = mapping.get("event_timestamp", "event_timestamp")
-    assert isinstance(raw_time, str)
-    try:
-        connection.execute(
-            f"CREATE OR REPLACE TEMP TABLE raw_{table} AS SELECT {projection},"
-            f" row_number() OVER () AS _row, {name(raw_time)}::VARCHAR AS _time FROM {source}"
-        )
-    except duckdb.Error as error:
-        raise BadInput(f"{table}: {what} cannot be read: {one_line(error)}.") from None
-
-
-def _source_column(rule: str | ClickRule) -> str:
-    return rule.column if isinstance(rule, ClickRule) else rule
-
-
-def _category(what: str, column: str, expression: str, kind: str) -> str:
-    """A context column as text, numbers as `bahe_models.context` writes those of a request."""
-    if kind.endswith("]") or kind.startswith(_NO_CATEGORY):
-        raise BadInput(
-            f"impressions.context: {column} of {what} is {kind}; context is text, numbers or booleans, so"
-            " convert it or take it out of the list."
-        )
-    if not kind.startswith(_FRACTIONS):
-        return f"{expression}::VARCHAR"
-    # A column of integers with gaps often comes as DOUBLE.
-    number = f"{expression}::DOUBLE"
-    whole = f"{number} = trunc({number}) AND abs({number}) < 1e16"
-    shown = number if kind.startswith("DECIMAL") else expression  # 0.50 is 0.5
-    return (
-        f"CASE WHEN isnan({number}) THEN NULL WHEN {whole} THEN {number}::BIGINT::VARCHAR"
-        f" ELSE {shown}::VARCHAR END"
+        raise sources.unreadable(connection, source, error) from None
+    there.pop(sources.FILE, None)
+    projection = project(
+        table,
+        source.section,
+        there,
+        what=source.what,
+        csv=source.csv,
+        context=dataset.impressions.context if table == "impressions" else (),
+        channels=dataset.channels,
+        held=held,
+        item_type=columns(connection, "items")["item_id"] if "items" in known else None,
+        latest=latest,
     )
+    return _Opened(source, files, projection, text_columns)
 
 
-def _expression(table: str, target: str, rule: str | ClickRule, kind: str, section: Table) -> str:
-    column = name(rule.column if isinstance(rule, ClickRule) else rule)
-    if isinstance(rule, ClickRule):
-        if target != "clicked":
-            raise BadInput(f"{table}.columns.{target}: `at_least` is for `clicked` only.")
-        number = f"TRY_CAST({column} AS DOUBLE)"
-        return f"CASE WHEN isfinite({number}) THEN ({number} >= {rule.at_least})::INTEGER END"
-    if target == "event_timestamp":
-        if kind in _INTEGERS or kind in ("DOUBLE", "FLOAT", "HUGEINT") or kind.startswith("DECIMAL"):
-            micros = {"s": 1_000_000, "ms": 1_000, "us": 1}[section.timestamp_unit]
-            return f"make_timestamptz(TRY_CAST({column} * {micros} AS BIGINT))"
-        return f"TRY_CAST({column} AS TIMESTAMPTZ)"
-    if target in IDS:
-        return _id(column, kind)
-    if target == "clicked":
-        # Whatever is not exactly 0 or 1 becomes NULL here and is reported with its row.
-        number = f"TRY_CAST({column} AS DOUBLE)"
-        return f"CASE WHEN {number} IN (0, 1) THEN {number}::INTEGER END"
-    if target in ("text", "channel"):
-        return f"{column}::VARCHAR"
-    return column
-
-
-def _id(column: str, kind: str) -> str:
-    """Ids are integers or strings; anything else is taken as a string."""
-    return f"{column}::BIGINT" if kind in _INTEGERS else f"{column}::VARCHAR"
-
-
-def _check(connection: duckdb.DuckDBPyConnection, dataset: Dataset, *, users: bool) -> None:
-    """The contract, one sentence for the first row that breaks it."""
-    for table in ("behaviors", "impressions", "items", *(["users"] if users else [])):
-        raw = f"raw_{table}"
-        if table != "behaviors" and not scalar(connection, f"SELECT count(*) FROM {raw}"):
-            raise BadInput(f"{table}: the source has no rows; check its path or query.")
-        for column in REQUIRED[table]:
-            if column == "event_timestamp":
-                problem = "event_timestamp {_time} is not a time; use ISO 8601 or seconds since 1970"
-            elif column == "clicked":
-                problem = "clicked is missing or not 0 or 1; correct it, or map it with `at_least`"
-            elif column == "text":
-                problem = "text is missing; every row needs words"
-            else:
-                problem = f"{column} is missing"
-            blank = f" OR trim({column}) = ''" if column in ("text", "channel") else ""
-            _refuse(connection, table, f"{column} IS NULL{blank}", problem)
-        ids = {"impressions": "impression_id", "items": "item_id", "users": "user_id"}.get(table)
-        if ids in ("impression_id", "item_id"):
-            # A row that comes twice is one row; two different rows under one id are an error.
-            rest = ", ".join(name(c) for c in columns(connection, raw) if c not in (ids, "_row", "_time"))
-            again = (
-                f"{ids} IN (SELECT {ids} FROM raw_{table} GROUP BY {ids}"
-                f" HAVING count(DISTINCT ({rest})) > 1)"
-            )
-            _refuse(connection, table, again, f"{ids} {{{ids}}} stands for two different rows")
-    listed = ", ".join(quoted(channel) for channel in dataset.channels)
-    _refuse(
-        connection,
-        "behaviors",
-        f"channel NOT IN ({listed})",
-        f"channel {{channel}} is not one of `channels` {dataset.channels}; add it or map it",
-    )
-    kinds = {t: columns(connection, f"raw_{t}") for t in ("behaviors", "impressions", "items")}
+def _check_ids(connection: duckdb.DuckDBPyConnection, opened: Mapping[str, _Opened]) -> None:
+    """Ids must be of one type in all tables, and in the lake."""
+    known = tables(connection)
+    held = {table: columns(connection, table) for table in TABLES if table in known}
+    new = {table: one.projection.types for table, one in opened.items()}
+    for table, types in new.items():
+        for column, kind in types.items():
+            old = held.get(table, {}).get(column, kind)
+            if old != kind and _any_row(connection, opened[table]):
+                raise BadInput(
+                    f"{table}: {column} is {kind}, but the lake holds {old}; keep one type of id."
+                )
     for column, left, right in (
         ("user_id", "impressions", "behaviors"),
         ("item_id", "impressions", "items"),
     ):
-        if kinds[left][column] != kinds[right][column]:
-            raise BadInput(
-                f"{left}.{column} is {kinds[left][column]} but {right}.{column} is"
-                f" {kinds[right][column]}; make them one type."
-            )
-    _refuse(
-        connection,
-        "impressions",
-        "item_id NOT IN (SELECT item_id FROM raw_items)",
-        "item_id {item_id} is not in items; add it there with a text",
-    )
-    classes = scalar(connection, "SELECT count(DISTINCT clicked) FROM raw_impressions")
-    if classes < 2:
-        raise BadInput("impressions: clicked is the same in every row; both 0 and 1 are needed.")
-
-
-def _refuse(connection: duckdb.DuckDBPyConnection, table: str, condition: str, problem: str) -> None:
-    found = connection.execute(
-        f"SELECT *, count(*) OVER () AS _count FROM raw_{table} WHERE {condition} ORDER BY _row LIMIT 1"
-    )
-    row = found.fetchone()
-    if row is None:
-        return
-    assert found.description is not None
-    values = {column[0]: value for column, value in zip(found.description, row, strict=True)}
-    more = f" ({values['_count']} such rows)" if values["_count"] > 1 else ""
-    raise BadInput(f"{table}, row {values['_row']}: {problem.format_map(values)}{more}.")
-
-
-def _check_ids_match_lake(connection: duckdb.DuckDBPyConnection, sections: list[str]) -> None:
-    existing = tables(connection)
-    for table in sections:
-        if table not in existing:
-            continue
-        old, new = columns(connection, table), columns(connection, f"raw_{table}")
-        for column in IDS:
-            if column in old and column in new and old[column] != new[column]:
-                if table == "behaviors" and column == "item_id":
-                    continue  # a log without item ids carries an untyped NULL
+        kinds = [new.get(table, held.get(table, {})).get(column) for table in (left, right)]
+        if None not in kinds and kinds[0] != kinds[1]:
+            empty = [t for t in (left, right) if t in opened and not _any_row(connection, opened[t])]
+            if not empty:
                 raise BadInput(
-                    f"{table}: {column} is {new[column]}, but the lake holds {old[column]};"
-                    " keep one type of id."
+                    f"{left}.{column} is {kinds[0]} but {right}.{column} is {kinds[1]}; make them one type."
                 )
 
 
-def _write(connection: duckdb.DuckDBPyConnection, sections: list[str], context: Sequence[str]) -> list[str]:
-    """Statements that add what the lake does not have yet; created on first use."""
-    item_id = columns(connection, "raw_items")["item_id"]
-    text = NORMAL_TEXT.format(text="text")
-    prepared = {
-        "behaviors": (
-            f"SELECT user_id, channel, {ATOM_ID.format(channel='channel', text=text)} AS atom_id,"
-            f" event_timestamp, item_id::{item_id} AS item_id, {text} AS text FROM raw_behaviors",
-            ("user_id", "channel", "atom_id", "event_timestamp"),
-        ),
-        "impressions": ("SELECT * EXCLUDE (_row, _time) FROM raw_impressions", ("impression_id",)),
-        "items": (
-            f"SELECT * EXCLUDE (_row, _time, text), {text} AS text,"
-            f" {ATOM_ID.format(channel=quoted('item'), text=text)} AS atom_id FROM raw_items",
-            ("item_id",),
-        ),
-        "users": (
-            "SELECT * EXCLUDE (_row, _time) FROM raw_users",
-            ("user_id", "event_timestamp"),
-        ),
-    }
-    statements: list[str] = []
-    existing = tables(connection)
-    for table in sections:
-        query, key = prepared[table]
-        listed = ", ".join(key)
+def _any_row(connection: duckdb.DuckDBPyConnection, opened: _Opened) -> bool:
+    """A CSV file of a header alone has columns of text, and says nothing about types."""
+    return scalar(connection, f"SELECT count(*) FROM (SELECT 1 FROM {opened.rows()} LIMIT 1)") > 0
+
+
+def _read(
+    connection: duckdb.DuckDBPyConnection, dataset: Dataset, opened: _Opened, *, new_items: bool
+) -> _Read:
+    """Fill `raw_<table>` with the rows that keep the contract, and hold the others."""
+    table, projection = opened.projection.table, opened.projection
+    query = projection.query(opened.rows())
+    if table == "behaviors":
+        _read_behaviors(connection, query, projection, dataset.channels)
+    else:
+        given = [name(column) for column in projection.columns if column != "text"]
+        given.append(f"({broken(projection.rules)}) AS _bad")
+        made = "*"
+        if table == "items":
+            given.append(f"{NORMAL_TEXT.format(text='text')} AS text")
+            made += f", {ATOM_ID.format(channel=quoted('item'), text='text')} AS atom_id"
         connection.execute(
-            f"CREATE OR REPLACE TEMP TABLE new_{table} AS"
-            f" SELECT DISTINCT ON ({listed}) * FROM ({query}) ORDER BY ALL"
+            f"CREATE OR REPLACE TEMP TABLE raw_{table} AS"
+            f" SELECT {made} FROM (SELECT {', '.join(given)} FROM {query})"
         )
-        kept = "* EXCLUDE (text)" if table == "behaviors" else "*"
-        if table not in existing:
-            statements.append(f"CREATE TABLE {table} AS SELECT {kept} FROM new_{table} LIMIT 0")
-        elif table == "impressions":
-            statements += _widen(connection, context)
-        statements.append(
-            f"INSERT INTO {table} BY NAME SELECT {kept} FROM new_{table} ANTI JOIN {table} USING ({listed})"
+    raw = f"raw_{table}"
+    rows = scalar(connection, f"SELECT count(*) FROM {raw}")
+    if not rows and table != "behaviors" and table not in tables(connection):
+        raise BadInput(f"{table}: the source has no rows; check its path or query.")
+    rules = _rules_of_many(connection, table, new_items=new_items)
+    breaks = f"_bad OR {broken(rules)}"
+    bad = scalar(connection, f"SELECT count(*) FROM {raw} WHERE {breaks}")
+    if bad:
+        quarantine.hold(
+            connection,
+            opened.source,
+            opened.files,
+            projection,
+            [*projection.rules, *rules],
+            opened.rows,
+            count=bad,
+            read=rows,
+            max_share=dataset.quarantine.max_share,
         )
-    if "atoms" not in existing:
-        statements.append(
-            "CREATE TABLE atoms (atom_id BIGINT, channel VARCHAR, text VARCHAR, first_seen TIMESTAMPTZ)"
-        )
-    statements += _output_tables(connection)
-    statements.append(
-        "INSERT INTO atoms SELECT atom_id, channel, text, min(event_timestamp) FROM ("
-        " SELECT atom_id, channel, text, event_timestamp FROM new_behaviors UNION ALL"
-        " SELECT atom_id, 'item', text, event_timestamp FROM new_items"
-        ") ANTI JOIN atoms USING (atom_id) GROUP BY ALL ORDER BY atom_id"
+        connection.execute(f"DELETE FROM {raw} WHERE {breaks}")
+    return _Read(opened, rows, bad)
+
+
+def _read_behaviors(
+    connection: duckdb.DuckDBPyConnection, query: str, projection: Projection, channels: Sequence[str]
+) -> None:
+    """The source twice: first its distinct texts, which are few and alone become atoms, then its rows."""
+    listed = ", ".join(quoted(channel) for channel in channels)
+    connection.execute(
+        "CREATE OR REPLACE TEMP TABLE raw_texts AS"
+        f" SELECT *, {ATOM_ID.format(channel='channel', text='normal')} AS atom_id FROM ("
+        f" SELECT channel, text, {NORMAL_TEXT.format(text='text')} AS normal"
+        f" FROM (SELECT DISTINCT channel, text FROM {query} WHERE trim(text) <> '' AND channel IN ({listed})))"
     )
-    return statements
+    connection.execute(
+        "CREATE OR REPLACE TEMP TABLE raw_behaviors AS SELECT user_id,"
+        # A byte instead of a string in each of many rows.
+        f" TRY_CAST(channel AS ENUM ({listed})) AS channel, atom_id, event_timestamp, item_id, _bad"
+        f" FROM (SELECT *, ({broken(projection.rules)}) AS _bad FROM {query})"
+        " LEFT JOIN raw_texts USING (channel, text)"
+    )
+    if scalar(connection, "SELECT count(*) FROM raw_behaviors WHERE NOT _bad AND atom_id IS NULL"):
+        raise BadInput("behaviors: the source changed while it was read; run `bahe ingest` again.")
 
 
-def _widen(connection: duckdb.DuckDBPyConnection, context: Sequence[str]) -> list[str]:
-    """Statements for a log whose impressions are described by more columns than before.
-
-    Impressions that the lake already has get the context that it lacks of them.
-    """
-    held, new = columns(connection, "impressions"), columns(connection, "new_impressions")
-    statements = [
-        f"ALTER TABLE impressions ADD COLUMN {name(column)} {kind}"
-        for column, kind in new.items()
-        if column not in held
-    ]
-    for column in (name(context_column(c)) for c in context):
-        statements.append(
-            f"UPDATE impressions SET {column} = n.{column} FROM new_impressions n WHERE"
-            f" impressions.impression_id = n.impression_id AND impressions.{column} IS NULL"
-            f" AND n.{column} IS NOT NULL"
+def _rules_of_many(connection: duckdb.DuckDBPyConnection, table: str, *, new_items: bool) -> list[Rule]:
+    """Rules that a row breaks because of other rows: of this read, or of the lake."""
+    rules: list[Rule] = []
+    known = tables(connection)
+    if table != "behaviors":
+        key, context = KEYS[table], [c for c in columns(connection, f"raw_{table}") if "context_" in c]
+        same = ", ".join([*SAME.get(table, key), *(map(name, context) if table == "impressions" else ())])
+        connection.execute(
+            f"CREATE OR REPLACE TEMP TABLE repeated_{table} AS SELECT {', '.join(key)},"
+            f" min(hash({same})) <> max(hash({same})) AS clashes"
+            f" FROM raw_{table} WHERE NOT _bad GROUP BY ALL HAVING count(*) > 1"
         )
-    return statements
+    if table in SAME:
+        (key_column,) = KEYS[table]
+        rules.append(
+            Rule(
+                name=f"{key_column} twice",
+                breaks=f"{key_column} IN (SELECT {key_column} FROM repeated_{table} WHERE clashes)",
+                value=key_column,
+                reason=f"{key_column} {{}} stands for two different rows",
+            )
+        )
+        if table in known:
+            differ = " OR ".join(f"n.{c} IS DISTINCT FROM o.{c}" for c in SAME[table])
+            connection.execute(
+                f"CREATE OR REPLACE TEMP TABLE changed_{table} AS SELECT DISTINCT {key_column}"
+                f" FROM (SELECT * FROM raw_{table} WHERE NOT _bad) n JOIN {table} o USING ({key_column})"
+                f" WHERE {differ}"
+            )
+            what = "another text" if table == "items" else "other values"
+            rules.append(
+                Rule(
+                    name=f"{key_column} changed",
+                    breaks=f"{key_column} IN (SELECT {key_column} FROM changed_{table})",
+                    value=key_column,
+                    reason=f"{key_column} {{}} is in the lake already with {what}",
+                )
+            )
+    if table == "impressions":
+        parts = ["SELECT item_id FROM raw_items"] if new_items else []
+        parts += ["SELECT item_id FROM items"] if "items" in known else []
+        connection.execute(f"CREATE OR REPLACE TEMP TABLE known_items AS {' UNION '.join(parts)}")
+        rules.append(
+            Rule(
+                name=UNKNOWN_ITEM,
+                breaks="item_id NOT IN (SELECT item_id FROM known_items)",
+                value="item_id",
+                reason="item_id {} is not in items; add it there with a text",
+            )
+        )
+    return rules
 
 
-def _output_tables(connection: duckdb.DuckDBPyConnection) -> list[str]:
-    """Tables that later jobs fill; there from the start so that Feast can register their views."""
-    user = columns(connection, "raw_impressions")["user_id"]
-    item = columns(connection, "raw_items")["item_id"]
+def _check_clicks(connection: duckdb.DuckDBPyConnection, reads: Mapping[str, _Read]) -> None:
+    parts = ["SELECT clicked FROM raw_impressions"] if "impressions" in reads else []
+    parts += ["SELECT clicked FROM impressions"] if "impressions" in tables(connection) else []
+    if parts and scalar(connection, f"SELECT count(DISTINCT clicked) FROM ({' UNION '.join(parts)})") < 2:
+        raise BadInput("impressions: clicked is the same in every row; both 0 and 1 are needed.")
+
+
+def _write(
+    connection: duckdb.DuckDBPyConnection,
+    dataset: Dataset,
+    reads: Mapping[str, _Read],
+    last: runs.Run | None,
+    *,
+    anew: bool,
+) -> None:
+    """Everything that an ingest leaves in the lake, as one transaction."""
+    fingerprint = _fingerprint(dataset, reads, last)
+    facts = {
+        "dataset": dataset.name,
+        "derived": derive.VERSION,
+        "read": {table: read.rows for table, read in reads.items()},
+        "quarantined": {table: read.quarantined for table, read in reads.items()},
+    }
+    with runs.record(connection, JOB, fingerprint) as run:
+
+        def work() -> None:
+            changed = _add(connection, dataset, reads)
+            derive.derive(connection, dataset.channels, anew=anew)
+            for statement in quarantine.statements(
+                [(read.opened.source, read.opened.files) for read in reads.values()], fingerprint
+            ):
+                connection.execute(statement)
+            for read in reads.values():
+                for statement in sources.remember(read.opened.source, read.opened.files):
+                    connection.execute(statement)
+            # What did not change the log must not look like a new log to the jobs that read it.
+            known = last is not None and not changed and not anew
+            kept = dataclasses.replace(run, fingerprint=last.fingerprint) if known and last else run
+            connection.execute(kept.statement(facts))
+
+        transact(connection, work)
+
+
+def _fingerprint(dataset: Dataset, reads: Mapping[str, _Read], last: runs.Run | None) -> str:
+    """Of what the lake holds after this run: what it held before, and the files that were read."""
+    facts: list[object] = [last.fingerprint if last else "", dataset.name, dataset.channels, derive.VERSION]
+    for table, read in reads.items():
+        files = [[Path(f.path).name, f.size, f.modified_us] for f in read.opened.files]
+        facts.append([table, read.opened.source.spec, files])
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def _add(connection: duckdb.DuckDBPyConnection, dataset: Dataset, reads: Mapping[str, _Read]) -> bool:
+    """Add what the lake does not have, and note for `derive` what that is. True when anything was."""
+    connection.execute(quarantine.CREATE)
+    connection.execute(sources.CREATE)
+    changed = False
+    for table in ("items", "users", "impressions"):
+        if table in reads:
+            _new_rows(connection, table)
+            changed |= _make_room(connection, table, f"new_{table}")
+            connection.execute(
+                f"INSERT INTO {table} BY NAME SELECT * FROM new_{table} ORDER BY event_timestamp, {KEYS[table][0]}"
+            )
+            changed |= scalar(connection, f"SELECT count(*) FROM new_{table}") > 0
+    if "impressions" in reads:
+        changed |= _fill_context(connection, dataset.impressions.context)
+    item_type = columns(connection, "items")["item_id"]
+    connection.execute(
+        "CREATE OR REPLACE TEMP TABLE seen_atoms (atom_id BIGINT, first_seen TIMESTAMPTZ)"
+    )
+    _create_others(connection)
+    derive.prepare(connection)
+    if "impressions" in reads:
+        connection.execute(
+            "INSERT INTO changed_impressions SELECT min(event_timestamp) FROM new_impressions"
+            " HAVING count(*) > 0"
+        )
+    if "behaviors" in reads:
+        changed |= _add_behaviors(connection, item_type)
+    _add_atoms(connection, reads)
+    return changed
+
+
+def _new_rows(connection: duckdb.DuckDBPyConnection, table: str) -> None:
+    """`new_<table>`: each of the rows read once, without those that the lake has."""
+    key = ", ".join(KEYS[table])
+    raw = f"(SELECT * EXCLUDE (_bad) FROM raw_{table})"
+    lacks = f" ANTI JOIN {table} USING ({key})" if table in tables(connection) else ""
+    connection.execute(
+        f"CREATE OR REPLACE TEMP TABLE new_{table} AS"
+        f" SELECT * FROM {raw} ANTI JOIN repeated_{table} USING ({key}){lacks} UNION ALL BY NAME"
+        f" SELECT * FROM (SELECT DISTINCT ON ({key}) * FROM {raw} r SEMI JOIN repeated_{table} USING ({key})"
+        f" ORDER BY {key}, event_timestamp, r::VARCHAR){lacks}"
+    )
+
+
+def _make_room(connection: duckdb.DuckDBPyConnection, table: str, like: str) -> bool:
+    """The table, with every column that is now known. True when a column was added."""
+    if table not in tables(connection):
+        connection.execute(f"CREATE TABLE {table} AS SELECT * FROM {like} LIMIT 0")
+        return True
+    held = columns(connection, table)
+    new = {c: kind for c, kind in columns(connection, like).items() if c not in held}
+    for column, kind in new.items():
+        connection.execute(f"ALTER TABLE {table} ADD COLUMN {name(column)} {kind}")
+    return bool(new)
+
+
+def _fill_context(connection: duckdb.DuckDBPyConnection, context: Sequence[str]) -> bool:
+    """Impressions that the lake already has get the context that it lacks of them."""
+    filled = 0
+    there = columns(connection, "raw_impressions")
+    for column in (name(context_column(c)) for c in context if context_column(c) in there):
+        source = "raw_impressions n WHERE i.impression_id = n.impression_id"
+        lacking = f"i.{column} IS NULL AND n.{column} IS NOT NULL"
+        count = scalar(connection, f"SELECT count(*) FROM impressions i, {source} AND {lacking}")
+        if count:
+            connection.execute(
+                f"UPDATE impressions i SET {column} = n.{column} FROM {source} AND {lacking}"
+            )
+        filled += count
+    return filled > 0
+
+
+def _create_others(connection: duckdb.DuckDBPyConnection) -> None:
+    """Tables that are there from the start, also those that later jobs fill, for Feast to register."""
+    user = columns(connection, "impressions")["user_id"]
+    item = columns(connection, "items")["item_id"]
     stamps = "event_timestamp TIMESTAMPTZ, created_timestamp TIMESTAMPTZ"
     layouts = {
-        "atomic_behavior_embedding": "atom_id BIGINT, encoder_version VARCHAR, embedding FLOAT[]",
+        "behaviors": (
+            f"user_id {user}, channel VARCHAR, atom_id BIGINT, event_timestamp TIMESTAMPTZ, item_id {item}"
+        ),
+        "atoms": "atom_id BIGINT, channel VARCHAR, text VARCHAR, first_seen TIMESTAMPTZ",
+        "atomic_behavior_embedding": f"atom_id BIGINT, encoder_version VARCHAR, embedding FLOAT[], {stamps}",
         "user_embedding": (
             f"user_id {user}, model_version VARCHAR, embedding FLOAT[], behaviors BIGINT,"
-            " seen_items VARCHAR[]"
+            f" seen_items VARCHAR[], {stamps}"
         ),
-        "item_embedding": f"item_id {item}, model_version VARCHAR, embedding FLOAT[]",
-        "publications": "deployment VARCHAR, live_model_version VARCHAR",
+        "item_embedding": f"item_id {item}, model_version VARCHAR, embedding FLOAT[], {stamps}",
+        "publications": f"deployment VARCHAR, live_model_version VARCHAR, {stamps}",
     }
-    return [f"CREATE TABLE IF NOT EXISTS {table} ({layout}, {stamps})" for table, layout in layouts.items()]
+    for table, layout in layouts.items():
+        connection.execute(f"CREATE TABLE IF NOT EXISTS {table} ({layout})")
 
 
-def _duplicates(connection: duckdb.DuckDBPyConnection, sections: list[str]) -> dict[str, int]:
-    count = {
-        table: scalar(connection, f"SELECT (SELECT count(*) FROM raw_{table}) - count(*) FROM new_{table}")
-        for table in sections
-    }
-    return {table: rows for table, rows in count.items() if rows}
+def _add_behaviors(connection: duckdb.DuckDBPyConnection, item_type: str) -> bool:
+    """Part by part of the users, in the order of time within each, so that memory is bounded."""
+    parts = derive.ranges(connection, "raw_behaviors", "user_id")
+    key = ", ".join(KEYS["behaviors"])
+    added = 0
+    with progress("adding behaviors", len(parts)) as advance:
+        for part in parts:
+            connection.execute(
+                "CREATE OR REPLACE TEMP TABLE part_behaviors AS SELECT user_id, channel::VARCHAR AS channel,"
+                f" atom_id, event_timestamp, min(item_id)::{item_type} AS item_id FROM raw_behaviors"
+                f" WHERE {part} GROUP BY ALL"
+            )
+            bounds = connection.execute(
+                "SELECT min(event_timestamp), max(event_timestamp) FROM part_behaviors"
+            ).fetchone()
+            assert bounds is not None
+            if bounds[0] is not None:
+                low, high = (quoted(moment.isoformat()) for moment in bounds)
+                # Bounds by which whole files can be left out.
+                old = f"SELECT {key} FROM behaviors WHERE event_timestamp BETWEEN {low} AND {high} AND {part}"
+                connection.execute(
+                    "CREATE OR REPLACE TEMP TABLE new_behaviors AS"
+                    f" SELECT * FROM part_behaviors ANTI JOIN ({old}) USING ({key})"
+                )
+                connection.execute(
+                    "INSERT INTO behaviors BY NAME SELECT * FROM new_behaviors"
+                    f" ORDER BY event_timestamp, {key}"
+                )
+                connection.execute(
+                    "INSERT INTO changed_users SELECT user_id, min(event_timestamp) FROM new_behaviors"
+                    " GROUP BY user_id"
+                )
+                connection.execute(
+                    "INSERT INTO seen_atoms SELECT atom_id, min(event_timestamp) FROM new_behaviors"
+                    " GROUP BY atom_id"
+                )
+                added += scalar(connection, "SELECT count(*) FROM new_behaviors")
+            advance()
+    for table in ("part_behaviors", "new_behaviors"):
+        connection.execute(f"DROP TABLE IF EXISTS temp.{table}")
+    return added > 0
+
+
+def _add_atoms(connection: duckdb.DuckDBPyConnection, reads: Mapping[str, _Read]) -> None:
+    """Atoms that are new, and an earlier first time of those that are not."""
+    parts = []
+    if "behaviors" in reads:
+        parts.append(
+            "SELECT atom_id, channel, any_value(normal) AS text, any_value(first_seen) AS first_seen"
+            " FROM raw_texts JOIN (SELECT atom_id, min(first_seen) AS first_seen FROM seen_atoms"
+            " GROUP BY atom_id) USING (atom_id) GROUP BY ALL"
+        )
+    if "items" in reads:
+        parts.append(
+            "SELECT atom_id, 'item' AS channel, any_value(text) AS text, min(event_timestamp) AS first_seen"
+            " FROM new_items GROUP BY atom_id"
+        )
+    if not parts:
+        return
+    connection.execute(f"CREATE OR REPLACE TEMP TABLE new_atoms AS {' UNION ALL '.join(parts)}")
+    earlier = "FROM new_atoms n WHERE n.atom_id = a.atom_id AND n.first_seen < a.first_seen"
+    if scalar(connection, f"SELECT count(*) FROM atoms a, {earlier.removeprefix('FROM ')}"):
+        connection.execute(f"UPDATE atoms a SET first_seen = n.first_seen {earlier}")
+    connection.execute(
+        "INSERT INTO atoms SELECT * FROM new_atoms ANTI JOIN atoms USING (atom_id) ORDER BY atom_id"
+    )
 
 
 def _totals(connection: duckdb.DuckDBPyConnection) -> dict[str, int]:

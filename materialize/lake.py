@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,7 +19,7 @@ LAKE = "lake"
 COMMIT_ATTEMPTS = 8
 
 
-def _load_extension(connection: duckdb.DuckDBPyConnection, name: str) -> None:
+def load_extension(connection: duckdb.DuckDBPyConnection, name: str) -> None:
     """Load from the wheel that carries the extension; without it, from DuckDB's own repository."""
     package = importlib.util.find_spec(f"duckdb_extension_{name}")
     if package is not None and package.submodule_search_locations:
@@ -66,7 +66,7 @@ def connect(home: Home, *, create: bool = False, as_of: int | None = None) -> du
     except duckdb.Error as error:
         raise BadInput(f"BAHE_MEMORY is {limit} ({one_line(error)}); write a size such as 4GB.") from None
     for extension in ("sqlite_scanner", "ducklake"):
-        _load_extension(connection, extension)
+        load_extension(connection, extension)
     connection.execute("SET TimeZone = 'UTC'")
     # The data always lies beside the catalogue, wherever the home was moved or copied to.
     options = f"DATA_PATH {quoted(f'{home.lake_data}/')}, OVERRIDE_DATA_PATH true"
@@ -117,11 +117,20 @@ def damaged_files_named(home: Home) -> Iterator[None]:
 
 def commit(connection: duckdb.DuckDBPyConnection, statements: list[str]) -> None:
     """Run the statements as one transaction; retried when another writer holds the catalogue."""
+
+    def work() -> None:
+        for statement in statements:
+            connection.execute(statement)
+
+    transact(connection, work)
+
+
+def transact(connection: duckdb.DuckDBPyConnection, work: Callable[[], None]) -> None:
+    """Do the work, which may happen more than once, as one transaction, as `commit` does."""
     for attempt in range(COMMIT_ATTEMPTS):
         try:
             connection.execute("BEGIN")
-            for statement in statements:
-                connection.execute(statement)
+            work()
             connection.execute("COMMIT")
             return
         except duckdb.Error as error:

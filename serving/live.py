@@ -25,7 +25,8 @@ from bahe_models.backbone import load_backbone
 from bahe_models.encoder import AtomicEncoder, encoder_version
 from bahe_models.incremental import UserState
 from materialize.encode import encoder_settings
-from materialize.ingest import ATOM_ID, NORMAL_TEXT, home_dataset
+from materialize.atoms import ATOM_ID, NORMAL_TEXT
+from materialize.ingest import home_dataset
 from materialize.lake import lake
 from materialize.training_data import read_user
 from serving.lookup import Identifier, OnlineLookup, UserFeatures

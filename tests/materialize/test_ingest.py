@@ -164,7 +164,7 @@ def test_equal_texts_are_one_atom(tmp_path: Path, home: Home) -> None:
 def test_atom_ids_never_change() -> None:
     import duckdb
 
-    from materialize.ingest import ATOM_ID, NORMAL_TEXT
+    from materialize.atoms import ATOM_ID, NORMAL_TEXT
 
     text = NORMAL_TEXT.format(text="'  Toy   Story '")
     query = f"SELECT {ATOM_ID.format(channel=repr('item'), text=text)}"
@@ -326,10 +326,10 @@ def test_the_log_writes_values_as_a_request_does(kind: str, values: list[Any]) -
     import duckdb
 
     from bahe_models.context import hash_values
-    from materialize.ingest import _category
+    from materialize.contract import category
 
     for value in values:
-        query = f"SELECT {_category('log', 'c', 'v', kind)} FROM (SELECT ?::{kind} AS v)"
+        query = f"SELECT {category('log', 'c', 'v', kind)} FROM (SELECT ?::{kind} AS v)"
         row = duckdb.execute(query, [value]).fetchone()
         assert row is not None
         assert hash_values("c", row)[0] == hash_values("c", [value])[0], value
