@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable
 from datetime import timedelta
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -110,7 +111,7 @@ def compared(metric: str, value: float, unit: str, peer: str, peer_value: float,
 
 
 def alone(ask: Callable[[Path], Callable[[], object]], home: Home) -> tuple[float, float, float]:
-    """Seconds of the fastest run, MiB that the first run added, and the process's peak MiB."""
+    """Median seconds of several runs, MiB that the first run added, and the process's peak MiB."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_timed, (ask, home.root))
 
@@ -130,7 +131,7 @@ def _timed(ask: Callable[[Path], Callable[[], object]], root: Path) -> tuple[flo
             start = time.perf_counter()
             run()
             taken.append(time.perf_counter() - start)
-    return min(taken), peak.mebibytes - before.mebibytes, peak.mebibytes
+    return median(taken), peak.mebibytes - before.mebibytes, peak.mebibytes
 
 
 def write_wide(home: Home, times: int) -> None:

@@ -3,10 +3,12 @@
 The same 256-wide float32 vectors lie in our store and in stock Feast's. Read in turns, for 1, 100 and
 1,000 random entities: by `VectorReader`; from the bare store by one query of the keys and
 `numpy.frombuffer`; by stock Feast's `get_online_features(...).to_dict()`; by the same call on our store.
+Also Feast's asynchronous call, with many requests under way at once.
 """
 
 from __future__ import annotations
 
+import asyncio
 import sqlite3
 import tempfile
 import time
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from feast import FeatureStore
 
 COUNTS = (1, 100, 1000)
+REQUESTS = 32
 RAW_GOAL, STOCK_GOAL = 1.3, 3.0
 HEADER = 7
 """Bytes before the floats of a stored list of 256 float32."""
@@ -95,6 +98,43 @@ def online_features(feast: FeatureStore) -> Read:
     return read
 
 
+async def at_once(feast: FeatureStore, users: Users) -> None:
+    """Feast's asynchronous call for each of these users, all under way at the same time."""
+
+    async def one(user: int) -> None:
+        answer = await feast.get_online_features_async([f"{VIEW}:embedding"], [{"user_id": user}])
+        assert answer.to_dict()["embedding"][0] is not None
+
+    await asyncio.gather(*(one(user) for user in users.tolist()))
+
+
+def asynchronous(store: str, ours: FeatureStore, stock: FeatureStore, turns: int) -> Iterable[Row]:
+    """Milliseconds a request when many are under way; stock SQLite cannot do it."""
+    contenders = {"ours": ours} | ({"stock": stock} if store != "SQLite" else {})
+    taken: dict[str, list[float]] = {name: [] for name in contenders}
+    rng = np.random.default_rng(1)
+
+    async def run() -> None:
+        for turn in range(turns + 2):
+            users = rng.choice(ENTITIES, REQUESTS, replace=False)
+            for name, feast in contenders.items():
+                start = time.perf_counter()
+                await at_once(feast, users)
+                if turn >= 2:
+                    taken[name].append((time.perf_counter() - start) / REQUESTS * 1e3)
+        for feast in contenders.values():
+            await feast.close()
+
+    asyncio.run(run())
+    yield Row(
+        metric=f"{REQUESTS} asynchronous requests at once, each, {store}",
+        value=median(taken["ours"]),
+        unit="ms",
+        peer="stock Feast, ms" if "stock" in taken else None,
+        peer_value=median(taken["stock"]) if "stock" in taken else None,
+    )
+
+
 def measure(quick: bool, home_path: Path) -> Iterable[Row]:
     """Milliseconds and factors for each store and count; `quick` repeats less. Needs no filled home."""
     with tempfile.TemporaryDirectory() as folder:
@@ -109,6 +149,7 @@ def measure(quick: bool, home_path: Path) -> Iterable[Row]:
                 materialize(ours)
                 materialize(stock)
                 yield from compare(store, ours, stock, 8 if quick else 60)
+                yield from asynchronous(store, ours, stock, 4 if quick else 20)
 
 
 def compare(store: str, ours: FeatureStore, stock: FeatureStore, turns: int) -> Iterable[Row]:

@@ -126,10 +126,28 @@ def _window(entity: Entity, days: int) -> FeatureView:
     )
 
 
+def _by_channel(entity: Entity, window: str) -> FeatureView:
+    view = f"{entity.name}_behaviors" + (f"_{window}" if window else "")
+    return FeatureView(
+        name=view,
+        entities=[entity],
+        ttl=FOREVER,
+        source=_source(view, created=""),
+        online=False,
+        description=f"Behaviors of the {entity.name} by channel, {f'last {window}' if window else 'so far'}.",
+    )
+
+
 user_stats_7d = _window(user, 7)
 user_stats_30d = _window(user, 30)
 item_stats_7d = _window(item, 7)
 item_stats_30d = _window(item, 30)
+# Of all time, a user's are the lengths of user_timeline.
+user_behaviors_7d = _by_channel(user, "7d")
+user_behaviors_30d = _by_channel(user, "30d")
+item_behaviors = _by_channel(item, "")
+item_behaviors_7d = _by_channel(item, "7d")
+item_behaviors_30d = _by_channel(item, "30d")
 item_attributes = FeatureView(
     name="item_attributes",
     entities=[item],
@@ -181,8 +199,16 @@ ctr_training_windows = FeatureService(
         user_stats_30d,
         item_stats_7d,
         item_stats_30d,
+        user_behaviors_7d,
+        user_behaviors_30d,
+        item_behaviors,
+        item_behaviors_7d,
+        item_behaviors_30d,
     ],
-    description="The same, with statistics of the last 7 and 30 days; models of your own can read them.",
+    description=(
+        "The same, with statistics of the last 7 and 30 days and behaviors by channel; models of your own"
+        " can read them."
+    ),
 )
 ctr_online = FeatureService(
     name="ctr_online",

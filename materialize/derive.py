@@ -24,9 +24,10 @@ from datetime import datetime
 import duckdb
 
 from bahe_core.progress import progress
+from materialize import channel_windows
 from materialize.lake import columns, name, quoted, scalar
 
-VERSION = 3
+VERSION = 4
 """Raise when a derived table changes its meaning, so that existing lakes are derived again."""
 
 PRIOR_STRENGTH = 10
@@ -122,6 +123,8 @@ def _create(connection: duckdb.DuckDBPyConnection, channels: Sequence[str]) -> N
             )
     for table, layout in layouts.items():
         connection.execute(f"CREATE OR REPLACE TABLE {table} ({layout})")
+    for view in channel_windows.statements(channels, WINDOW_DAYS):
+        connection.execute(view)
 
 
 def _replace(

@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 
 JOB = "frame"
 SPLITS = ("train", "validation", "test")
+ROW_GROUP = 16_384
+"""Rows that a reader of the file gets at a time; few, so that many readers can share them."""
+
 KEYS = ("impression_id", "user_id", "item_id", "event_timestamp", "clicked")
 
 
@@ -180,7 +183,7 @@ def _write(reader: pa.RecordBatchReader, path: Path, facts: dict[str, object], r
     ):
         for batch in reader:
             arrays = [batch.column(c) for c in source]
-            writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema))
+            writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema), ROW_GROUP)
             advance(batch.num_rows)
     shutil.rmtree(path.parent, ignore_errors=True)
     temporary.rename(path.parent)

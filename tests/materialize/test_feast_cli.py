@@ -37,7 +37,11 @@ def test_feast_lists_and_describes_the_sources(tmp_path: Path) -> None:
         "project": "small",
         "provider": "local",
         "registry": "registry.db",
-        "online_store": {"type": "sqlite", "path": "online.db"},
+        "online_store": {
+            "type": "materialize.feast_sqlite.GuardedSqliteOnlineStore",
+            "path": str(repository / "online.db"),
+        },
+        "batch_engine": {"type": "materialize.feast_engine.ArrowEngine"},
         "offline_store": {"type": "materialize.feast_offline.DuckLakeOfflineStore", "home": "../home"},
         "entity_key_serialization_version": 3,
     }
@@ -58,8 +62,25 @@ def test_feast_lists_and_describes_the_sources(tmp_path: Path) -> None:
         assert "click_counts" in listed
         assert "DuckLakeSource" in listed
         described = feast("data-sources", "describe", "click_counts")
-        for words in ("Clicks so far.", "timestampField: event_timestamp", "CUSTOM_SOURCE", "owner: us"):
+        for words in (
+            "Clicks so far.",
+            "timestampField: event_timestamp",
+            "table: clicks",
+            "dataSourceClassType: materialize.feast_offline.DuckLakeSource",
+            "owner: us",
+        ):
             assert words in described
+        # A view that was materialized is no other view.
+        feast("materialize", "2024-01-01T00:00:00", "2024-02-01T00:00:00")
+        assert "No changes to registry" in feast("plan")
+        changed = DEFINITIONS.replace('table="clicks"', 'query="FROM lake.main.clicks WHERE count > 1"')
+        (repository / "definitions.py").write_text(changed)
+        sys.modules.pop("definitions")
+        planned = feast("plan")
+        assert "Updated feature view clicks" in planned
+        assert 'table: "clicks"' in planned
+        assert 'query: "FROM lake.main.clicks WHERE count > 1"' in planned
+        assert "seconds:" not in planned  # times of loading would say nothing
     finally:
         for module in set(sys.modules) - known:  # the definitions, which `feast` imports by their bare name
             if module == "definitions":

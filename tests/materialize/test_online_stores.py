@@ -16,7 +16,8 @@ import pandas as pd
 import pytest
 import redis
 import yaml
-from feast import Entity, FeatureStore, FeatureView, Field, RepoConfig, ValueType
+from feast import Entity, FeatureService, FeatureStore, FeatureView, Field, RepoConfig, ValueType
+from feast.errors import FeatureViewNotFoundException
 from feast.feature_view import FeatureViewState
 from feast.on_demand_feature_view import on_demand_feature_view
 from feast.protos.feast.types.EntityKey_pb2 import EntityKey
@@ -231,6 +232,37 @@ def test_rows_are_answered_in_their_order_and_unknown_ones_with_null(store: Feat
     assert columns["clicks"] == [4, None, 2, 4, None]
     assert columns["score"][2] == 0.25
     assert columns["twice"][0] == 8
+
+
+def test_a_service_is_answered_under_full_names(store: FeatureStore) -> None:
+    materialize(store)
+    service = FeatureService(
+        name="served", features=[profile[["clicks", "name"]], short_lived.with_name("late"), doubled]
+    )
+    store.apply(service)
+    asked = entities(profiles().iloc[[2, 4]])
+    columns = store.get_online_features(service, asked, full_feature_names=True).to_dict()
+    assert columns == {
+        "user_id": [2, 4],
+        "model_version": ["a", "a"],
+        "profile__clicks": [2, 4],
+        "profile__name": ["näme 0", "näme 2"],
+        "late__score": [0.25, None],
+        "doubled__twice": [4, 8],
+    }
+    with pytest.raises(FeatureViewNotFoundException):
+        store.get_online_features(["never_applied:x"], asked)
+    with pytest.raises(KeyError, match="nothing"):
+        store.get_online_features(["profile:nothing"], asked)
+
+
+@pytest.mark.parametrize("length", [3, 5])
+def test_a_vector_of_another_length_is_refused(length: int, store: FeatureStore) -> None:
+    rows = profiles().head(2).assign(embedding=[np.zeros(4, np.float32), np.zeros(length, np.float32)])
+    with pytest.raises(ValueError, match=rf"embedding.*{length}|{length}.*embedding"):
+        store.write_to_online_store("profile", rows)
+    asked = entities(rows)
+    assert store.get_online_features(["profile:clicks"], asked).to_dict()["clicks"] == [None, None]
 
 
 def test_a_view_without_entities(store: FeatureStore) -> None:

@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 
 import pandas as pd
@@ -151,6 +152,52 @@ def test_windows_equal_brute_force(rows: list[tuple]) -> None:
             strength = last["user_impressions_7d"] + PRIOR_STRENGTH
             prior = (last["user_click_rate_7d"] * strength - last["user_clicks_7d"]) / PRIOR_STRENGTH
             assert 0 < prior < 1
+
+
+@settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    rows=st.lists(
+        st.tuples(
+            st.integers(0, 2),
+            st.sampled_from(["liked", "disliked"]),
+            st.integers(0, 3),
+            st.tuples(st.integers(0, 45), st.sampled_from([-1, 0, 1])),
+            st.none() | st.integers(0, 2),
+        ),
+        min_size=20,
+        max_size=80,
+    )
+)
+def test_behaviors_by_channel_equal_brute_force(rows: list[tuple]) -> None:
+    log = frames(
+        [(n % 3, n % 4, 0, n % 2 == 0) for n in range(60)],
+        [(user, channel, text, 0) for user, channel, text, _, _ in rows],
+    )
+    done, shown = log["behaviors"], log["impressions"]
+    done["event_timestamp"] = [
+        START + pd.Timedelta(day, "D") + pd.Timedelta(offset, "us") for *_, (day, offset), _ in rows
+    ]
+    done["item_id"] = pd.array([row[-1] for row in rows], "Int64")
+    shown["event_timestamp"] = [START + pd.Timedelta(n, "D") for n in range(60)]
+    done = done.drop_duplicates(["user_id", "channel", "text", "event_timestamp"], keep=False)
+    log["behaviors"] = done  # the same of two items would be told apart by the item alone
+    with a_home(log) as home:
+        store = open_store(home)
+        service = store.get_feature_service("ctr_training_windows")
+        got = store.get_historical_features(shown, service).to_df()
+    for index, row in shown.iterrows():
+        moment = row["event_timestamp"]
+        for entity, days in product(("user", "item"), (7, 30, None)):
+            if (entity, days) == ("user", None):
+                continue  # the lengths of its timeline
+            past = done[(done[f"{entity}_id"] == row[f"{entity}_id"]) & (done["event_timestamp"] < moment)]
+            if days is not None:
+                past = past[past["event_timestamp"] >= moment - pd.Timedelta(days, "D")]
+            for channel in ("liked", "disliked"):
+                column = f"{entity}_behaviors_{channel}" + (f"_{days}d" if days else "")
+                value = got.loc[index, column]
+                wanted = (past["channel"] == channel).sum()
+                assert (0 if pd.isna(value) else value) == wanted, (column, row.to_dict())
 
 
 def test_the_order_and_the_rows_of_the_entity_frame_are_kept() -> None:
