@@ -1,8 +1,9 @@
 """What encoding costs: against sentence-transformers, the matrix-multiply bound, and a log that grows.
 
 Both contenders run the same shallow layers in the same precision on the same texts, from text to vectors,
-one after the other, several times; the peer with each of several batch sizes and ways of attention, of which
-its fastest counts. Its texts get the start token that bahe puts in front, so that both read the same tokens.
+one after the other, several times; the peer with each of several batch sizes and ways of attention, of
+which its fastest counts. Its texts get the start token that bahe puts in front, so that both read the same
+tokens.
 """
 
 from __future__ import annotations

@@ -89,7 +89,7 @@ def prune(
             )
             for table, column in _VECTORS.items()
         }
-        before = _size(home.root)
+        before = _size(home)
         online = _forget_online(connection, home, dropped, dry_run=dry_run)
         plan = Pruned(
             models=dropped,
@@ -120,7 +120,7 @@ def prune(
         _rewrite(connection)
         # Asked for again: what was the newest one before the rows were deleted holds them still.
         _expire(connection, _snapshots(connection, home, frames, history))
-        return replace(plan, freed=max(0, before - _size(home.root)))
+        return replace(plan, freed=max(0, before - _size(home)))
 
 
 def _models(
@@ -278,5 +278,7 @@ def _expire(connection: duckdb.DuckDBPyConnection, snapshots: Sequence[int]) -> 
     connection.execute(f"CALL ducklake_cleanup_old_files('{LAKE}', cleanup_all => true)")
 
 
-def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+def _size(home: Home) -> int:
+    """Bytes of what is pruned; the catalogue and the online store keep their room for later rows."""
+    folders = (home.lake_data, home.models, home.frames)
+    return sum(path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file())
