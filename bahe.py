@@ -127,13 +127,26 @@ def quarantine(
 
 
 @app.command()
-def encode(home: HomeOption = None, device: DeviceOption = None) -> None:
-    """Encode atoms that have no vector yet with the frozen shallow layers. Then the encode gate."""
+def encode(
+    home: HomeOption = None,
+    device: DeviceOption = None,
+    processes: Annotated[
+        int | None,
+        typer.Option(help="Processes that encode side by side.", show_default="one for each GPU, else one"),
+    ] = None,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Fuse the layers' operations by torch.compile first.")
+    ] = False,
+) -> None:
+    """Encode atoms that have no vector yet with the frozen shallow layers. Then the encode gate.
+
+    A changed `encoder:` or `backbone:` is built beside the vectors in use, and used when it is complete.
+    """
     from materialize.encode import encode as job
     from materialize.gates import gate
 
     where = Home.at(home)
-    done = job(where, device_name=device)
+    done = job(where, device_name=device, processes=processes, compile=compiled)
     say(f"  {done.encoder_version}: {done.added:,} atoms encoded, {done.total:,} in all")
     gate(where, "encode")
 
@@ -236,6 +249,44 @@ def compact(
         f" {done.snapshots_forgotten:,} snapshots forgotten, the oldest is {done.oldest_snapshot};"
         f" {done.files_removed:,} files removed"
     )
+
+
+@app.command()
+def prune(
+    home: HomeOption = None,
+    keep: Annotated[int, typer.Option(help="How many of the newest models stay.")] = 3,
+    older_than: Annotated[
+        float | None,
+        typer.Option(help="Of these, drop what was trained more days ago.", show_default="no limit"),
+    ] = None,
+    history: Annotated[
+        float, typer.Option(help="Days for which the lake can be read as it was (`bahe frame --as-of`).")
+    ] = 7,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would go, and drop nothing.")
+    ] = False,
+) -> None:
+    """Drop old models and their vectors, frames, abandoned checkpoints and the lake's old history.
+
+    The live model, the one published before it (for a rollback), the last trained and the last embedded one
+    stay, with the atom vectors and frames that they read, and so does an encoder that is being built.
+    """
+    from materialize.prune import prune as job
+
+    done = job(Home.at(home), keep=keep, older_than=older_than, history=history, dry_run=dry_run)
+    would = "would go" if dry_run else "gone"
+    say(f"  models kept: {', '.join(done.kept) or 'none'}")
+    for what, names in (
+        ("models", done.models),
+        ("encoder versions", done.encoder_versions),
+        ("frames", done.frames),
+        ("checkpoints", done.checkpoints),
+    ):
+        say(f"  {what} {would}: {', '.join(names) or 'none'}")
+    rows = ", ".join(f"{count:,} of {table}" for table, count in done.rows.items())
+    say(f"  rows {would}: {rows}, {done.online_rows:,} online; {done.snapshots:,} snapshots")
+    if not dry_run:
+        say(f"  {done.freed / 2**20:,.1f} MiB freed")
 
 
 @app.command()

@@ -17,7 +17,7 @@ from bahe_core.errors import BaheError
 from bahe_core.machine import configure_threads, usable_cores
 
 LIBRARIES = ("torch", "transformers", "feast", "duckdb", "numpy")
-PEERS = ("fuxictr",)
+PEERS = ("fuxictr", "sentence-transformers")
 """Named with their versions where they are installed."""
 
 

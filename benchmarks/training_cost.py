@@ -27,6 +27,7 @@ import numpy.typing as npt
 from bahe_core.home import Home
 from bahe_core.machine import PeakMemory, configure_threads
 from benchmarks.harness import Row, main
+from benchmarks.matmul import matmul_rate
 
 if TYPE_CHECKING:
     import torch
@@ -455,7 +456,7 @@ def epoch(scene: Scene, one_pass: Callable[[Int64], float], share: float) -> Ite
             merged=settings.model.merged,
         )
         # Bound and step alternate, so that both meet the same load of the machine.
-        rate = matmul_rate(shapes, len(batch.atoms_P), dtype)
+        rate = matmul_rate(list(dict.fromkeys(shapes)), len(batch.atoms_P), dtype)
         flops = 6 * len(batch.atoms_P) * sum(i * o for i, o in shapes)
         bounds.append(flops / rate)
     total = sum(seconds) / sum(map(len, steps)) * EPOCH_IMPRESSIONS
@@ -474,29 +475,6 @@ def epoch(scene: Scene, one_pass: Callable[[Int64], float], share: float) -> Ite
         goal=">= 0.6",
         holds=reached >= 0.6,
     )
-
-
-def matmul_rate(shapes: list[tuple[int, int]], positions: int, dtype: torch.dtype) -> float:
-    """FLOP/s of the layers' products alone: forward, gradient of the input, gradient of the weight."""
-    import torch
-
-    operands = [
-        (
-            torch.randn(positions, i, dtype=dtype),
-            torch.randn(o, i, dtype=dtype),
-            torch.randn(positions, o, dtype=dtype),
-        )
-        for i, o in dict.fromkeys(shapes)
-    ]
-    taken = []
-    for _ in range(3):
-        start = time.perf_counter()
-        for x_PI, weight_OI, gradient_PO in operands:
-            torch.nn.functional.linear(x_PI, weight_OI)
-            gradient_PO @ weight_OI
-            gradient_PO.T @ x_PI
-        taken.append(time.perf_counter() - start)
-    return 6 * positions * sum(i * o for i, o in dict.fromkeys(shapes)) / median(taken)
 
 
 if __name__ == "__main__":

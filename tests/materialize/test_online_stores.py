@@ -29,7 +29,7 @@ from bahe_core.home import Home
 from materialize.feast_offline import DuckLakeSource
 from materialize.feature_store import TEMPLATE
 from materialize.lake import lake
-from materialize.vectors import VectorReader
+from materialize.vectors import VectorReader, view_keys
 from tests.conftest import require_service
 
 STORES: dict[str, dict[str, Any]] = {
@@ -51,6 +51,7 @@ CANNOT = {
     ("postgres", "test_of_two_values_of_one_instant_the_later_computed_counts"): STOCK,
     ("postgres", "test_four_writers_at_once_leave_the_newest"): STOCK,
     ("postgres", "test_a_value_older_than_its_ttl_reads_as_null"): STOCK,
+    ("postgres", "test_single_rows_are_forgotten"): STOCK,
     ("postgres", "test_search_finds_the_nearest"): "it needs the extension pgvector",
 }
 NOW = datetime.now(UTC).replace(microsecond=123_456)
@@ -384,6 +385,23 @@ def test_a_removed_view_is_forgotten_and_others_stay(store: FeatureStore) -> Non
     columns = store.get_online_features(["profile:clicks", "everyone:total"], asked).to_dict()
     assert columns["clicks"] == [None] * 3
     assert columns["total"] == [2] * 3
+
+
+def test_single_rows_are_forgotten(store: FeatureStore) -> None:
+    materialize(store)
+    rows, view, online = profiles(), store.get_feature_view("profile"), store.provider.online_store
+    some = {key: [*rows[key].head(3), rows[key][0]] for key in ("user_id", "model_version")}
+    before = online.version(store.config, view)
+    for _ in range(2):  # what is not there any more is passed over
+        online.forget(store.config, view, view_keys(view, some))
+    asked = entities(rows)
+    answer = store.get_online_features(["profile:embedding", "everyone:total"], asked).to_dict()
+    assert answer["embedding"][:3] == [None] * 3
+    assert None not in answer["embedding"][3:]
+    assert answer["total"] == [2] * len(asked)
+    assert online.version(store.config, view) != before
+    store.write_to_online_store("profile", rows.head(1))  # what was forgotten may come back
+    assert store.get_online_features(["profile:embedding"], asked[:1]).to_dict()["embedding"] != [None]
 
 
 def test_views_stay_readable_while_they_are_materialized(store: FeatureStore) -> None:
