@@ -66,11 +66,13 @@ def ingest(home: Home, dataset_path: Path) -> Ingested:
     """
     dataset = load_dataset(dataset_path)
     folder = dataset_path.resolve().parent
+    home.place_lake(dataset.lake)
     with home.exclusive():
         check_same_dataset(home, dataset, dataset_path)
         with lake(home, create=True) as connection:
             fingerprint = _fingerprint(dataset, folder)
             last = runs.last(connection, JOB)
+            _check_same_lake(home, dataset, last)
             if last is not None and last.fingerprint == fingerprint:
                 save_dataset(dataset, home.root / "dataset.yaml")  # model settings may have changed
                 return Ingested(True, {}, _totals(connection), {})
@@ -93,7 +95,8 @@ def ingest(home: Home, dataset_path: Path) -> Ingested:
             with runs.record(connection, JOB, fingerprint) as run:
                 statements = _write(connection, list(sections), dataset.impressions.context)
                 statements += derive.statements(dataset.channels)
-                statements.append(run.statement({"dataset": dataset.name}))
+                facts = {"dataset": dataset.name, "channels": dataset.channels}
+                statements.append(run.statement(facts))
                 commit(connection, statements)
             duplicates = _duplicates(connection, list(sections))
             totals = _totals(connection)
@@ -128,6 +131,18 @@ def check_same_dataset(home: Home, dataset: Dataset, path: Path) -> None:
             f"{path}: `channels` is {dataset.channels}, but {home.root} was filled with"
             f" {held.channels}; use a new --home to change channels."
         )
+
+
+def _check_same_lake(home: Home, dataset: Dataset, last: runs.Run | None) -> None:
+    """Refuse a lake that another home has filled from another dataset, or with other channels."""
+    if last is None:
+        return
+    for what, wanted in (("dataset", dataset.name), ("channels", dataset.channels)):
+        if last.facts.get(what, wanted) != wanted:
+            raise BadInput(
+                f"the lake {home.lake} holds {what} {last.facts[what]}, not {wanted}; give each dataset a"
+                " `lake.schema` (and `lake.data`) of its own."
+            )
 
 
 def _fingerprint(dataset: Dataset, folder: Path) -> str:
