@@ -94,13 +94,26 @@ def ingest(dataset: DatasetArgument, home: HomeOption = None) -> None:
 
 
 @app.command()
-def encode(home: HomeOption = None, device: DeviceOption = None) -> None:
-    """Encode atoms that have no vector yet with the frozen shallow layers. Then the encode gate."""
+def encode(
+    home: HomeOption = None,
+    device: DeviceOption = None,
+    processes: Annotated[
+        int | None,
+        typer.Option(help="Processes that encode side by side.", show_default="one for each GPU, else one"),
+    ] = None,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Fuse the layers' operations by torch.compile first.")
+    ] = False,
+) -> None:
+    """Encode atoms that have no vector yet with the frozen shallow layers. Then the encode gate.
+
+    A changed `encoder:` or `backbone:` is built beside the vectors in use, and used when it is complete.
+    """
     from materialize.encode import encode as job
     from materialize.gates import gate
 
     where = Home.at(home)
-    done = job(where, device_name=device)
+    done = job(where, device_name=device, processes=processes, compile=compiled)
     say(f"  {done.encoder_version}: {done.added:,} atoms encoded, {done.total:,} in all")
     gate(where, "encode")
 

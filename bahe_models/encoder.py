@@ -1,7 +1,15 @@
-"""The atomic encoder: frozen shallow layers turn one behavior's text into one vector."""
+"""The atomic encoder: frozen shallow layers turn one behavior's text into one vector.
+
+Precision: where the hardware multiplies bfloat16 matrices, weights and states are bfloat16 (norms, softmax
+and pooling compute in float32 inside). Vectors then lie within about 1 % of float32's, far closer than two
+atoms do, and models trained on either are equally good (`python -m benchmarks.encode` measures both). How a
+machine computes is therefore not part of the encoder_version: a home moves between machines, and a service
+on one encodes for vectors of another. What is *stored*, `storage`, is part of it.
+"""
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
@@ -10,11 +18,18 @@ from typing import Literal
 
 import numpy as np
 import torch
+from torch import nn
 
-from bahe_core.errors import BadInput
+from bahe_core.errors import BadInput, one_line
 from bahe_models.backbone import Backbone, longest_input
 
 Pooling = Literal["mean", "last"]
+Storage = Literal["float32", "float16"]
+
+TOKENS_PER_BATCH = {"cpu": 1024}
+"""On a CPU what a layer holds of so many tokens stays in the core's cache, which was worth a quarter of the
+time against four times as many."""
+TOKENS_PER_BATCH_ELSEWHERE = 16384
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +42,12 @@ class EncoderConfig:
     """Text given to the model; `{channel}` and `{text}` are filled in."""
     max_tokens: int = 128
     """Longer texts are cut at this many tokens."""
+    storage: Storage = "float32"
+    """`float16`: vectors are rounded to half precision, which halves what they take on disk."""
+    bfloat16: bool | None = None
+    """Precision of the computation; by default bfloat16 where the hardware multiplies it itself."""
+    compile: bool = False
+    """Fuse the layers' operations by `torch.compile`, which takes a minute and a C++ compiler first."""
 
 
 def encoder_version(backbone: Backbone, config: EncoderConfig, shallow_layers: int) -> str:
@@ -38,6 +59,8 @@ def encoder_version(backbone: Backbone, config: EncoderConfig, shallow_layers: i
         "template": config.template,
         "max_tokens": config.max_tokens,
     }
+    if config.storage != "float32":  # versions of before there was a choice stay what they were
+        facts["storage"] = config.storage
     return "enc-" + hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -54,7 +77,7 @@ class AtomicEncoder:
         *,
         device: torch.device | None = None,
         bfloat16: bool | None = None,
-        tokens_per_batch: int = 4096,
+        tokens_per_batch: int | None = None,
     ) -> None:
         limit = longest_input(backbone.shallow)
         if limit is not None and config.max_tokens >= limit:
@@ -66,9 +89,15 @@ class AtomicEncoder:
         self.tokenizer = backbone.tokenizer
         self.width = backbone.width
         self.device = device or torch.device("cpu")
-        self.shallow = backbone.shallow.to(self.device)
-        self.bfloat16 = hardware_has_bfloat16(self.device) if bfloat16 is None else bfloat16
-        self.tokens_per_batch = tokens_per_batch
+        wanted = config.bfloat16 if bfloat16 is None else bfloat16
+        self.bfloat16 = hardware_has_bfloat16(self.device) if wanted is None else wanted
+        self.shallow = _placed(
+            backbone.shallow, self.device, torch.bfloat16 if self.bfloat16 else torch.float32
+        )
+        if config.compile:
+            self.shallow = torch.compile(self.shallow, dynamic=True)
+        default = TOKENS_PER_BATCH.get(self.device.type, TOKENS_PER_BATCH_ELSEWHERE)
+        self.tokens_per_batch = tokens_per_batch or default
 
     def tokenize(self, channels: Sequence[str], texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, after the template, at most `max_tokens` long, never empty."""
@@ -109,11 +138,7 @@ class AtomicEncoder:
             ids_BS[row, : len(line)] = line
             mask_BS[row, : len(line)] = True
         mask = torch.from_numpy(mask_BS).to(self.device)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
-            # Causal attention never looks to the right, so right padding needs no mask.
-            states_BSD = self.shallow(
-                input_ids=torch.from_numpy(ids_BS).to(self.device), use_cache=False
-            ).last_hidden_state.float()
+        states_BSD = self._states(torch.from_numpy(ids_BS).to(self.device)).float()
         if self.config.pooling == "last":
             last_B = mask.sum(dim=1) - 1
             pooled_BD = states_BSD[torch.arange(len(tokens), device=self.device), last_B]
@@ -122,8 +147,32 @@ class AtomicEncoder:
             weight_BS = mask.float()
             pooled_BD = torch.einsum("bsd,bs->bd", states_BSD, weight_BS)
             pooled_BD = pooled_BD / weight_BS.sum(dim=1, keepdim=True)
-        vectors: np.ndarray = pooled_BD.cpu().numpy()
-        return vectors
+        return self._stored(pooled_BD.cpu().numpy())
+
+    def _states(self, ids_BS: torch.Tensor) -> torch.Tensor:
+        """Last hidden states [B, S, D]. Causal attention never looks to the right, so right padding needs
+        no mask."""
+        try:
+            states_BSD: torch.Tensor = self.shallow(input_ids=ids_BS, use_cache=False).last_hidden_state
+        except torch._dynamo.exc.TorchDynamoException as error:
+            raise BadInput(
+                f"encoder.compile does not work here ({one_line(error)}); install a C++ compiler, or"
+                " leave it out."
+            ) from None
+        return states_BSD
+
+    def _stored(self, vectors: np.ndarray) -> np.ndarray:
+        """The vectors as `storage` keeps them, still float32. Raises BadInput beyond float16's range."""
+        if self.config.storage == "float32":
+            return vectors
+        with np.errstate(over="ignore"):
+            rounded = vectors.astype(np.float16).astype(np.float32)
+        if not (np.isfinite(rounded) | ~np.isfinite(vectors)).all():
+            raise BadInput(
+                f"encoder.storage is float16, which ends at 65504, but a vector of this backbone has"
+                f" {np.abs(vectors).max():.6g}; set it to float32."
+            )
+        return rounded
 
     def encode(self, channels: Sequence[str], texts: Sequence[str]) -> np.ndarray:
         """Vectors of the texts, in their order: float32, [texts, width]."""
@@ -132,6 +181,18 @@ class AtomicEncoder:
         for batch in self.batches(tokens):
             vectors[batch] = self.encode_tokens([tokens[i] for i in batch])
         return vectors
+
+
+def _placed(shallow: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """The layers on that device with weights of that type; those that are so already are shared.
+
+    Buffers keep their type: rotary angles in bfloat16 would be wrong from a few hundred positions on.
+    """
+    moved: dict[int, object] = {
+        id(weight): nn.Parameter(weight.to(device, dtype), requires_grad=False)
+        for weight in shallow.parameters()
+    }
+    return copy.deepcopy(shallow, moved).to(device)
 
 
 def hardware_has_bfloat16(device: torch.device) -> bool:

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ import numpy as np
 from bahe_core.errors import BadInput, NotReady
 from bahe_core.home import Home
 from bahe_core.machine import PeakMemory, device, threads
-from bahe_core.progress import progress
+from bahe_core.progress import progress, say
 from bahe_models import baselines
 from bahe_models.artifact import FORMAT, Artifact, load
 from bahe_models.backbone import load_backbone
@@ -47,7 +47,7 @@ from bahe_models.warm_start import known_behaviors, known_items, start_from
 from bahe_models.warm_start import require_fit as warm_start_fits
 from materialize import runs, tracking
 from materialize.dataset import Dataset
-from materialize.encode import encoder_settings
+from materialize.encode import encoder_settings, recorded_settings, versions
 from materialize.frame import Frame, latest_frame
 from materialize.gates import require_gates
 from materialize.ingest import home_dataset
@@ -163,10 +163,14 @@ def train_models(
         halves = load_backbone(backbone)
         wanted = encoder_version(halves, encoder_config, backbone.shallow_layers)
         if wanted != encoder:
-            raise NotReady(
-                f"the atoms are encoded by {encoder} and dataset.yaml asks for {wanted}; run `bahe encode`"
-                " first."
-            )
+            older = recorded_settings(connection, encoder)
+            if older is None or wanted not in {v.encoder_version for v in versions(connection)}:
+                raise NotReady(
+                    f"the atoms are encoded by {encoder} and dataset.yaml asks for {wanted}; run `bahe"
+                    " encode` first."
+                )
+            say(f"  {wanted} is not complete yet; this model reads the vectors of {encoder}")
+            halves = load_backbone(replace(older[0], deep_layers=backbone.deep_layers))
         require_fit(halves.deep, data, settings.window)
         do_train = partial(
             train_all,

@@ -24,7 +24,7 @@ from bahe_models.artifact import Artifact
 from bahe_models.backbone import load_backbone
 from bahe_models.encoder import AtomicEncoder, encoder_version
 from bahe_models.incremental import UserState
-from materialize.encode import encoder_settings
+from materialize.encode import encoder_settings, recorded_settings
 from materialize.ingest import ATOM_ID, NORMAL_TEXT, home_dataset
 from materialize.lake import lake
 from materialize.training_data import read_user
@@ -58,7 +58,7 @@ class LiveLookup(OnlineLookup):
         self._fresh_lock = threading.Lock()
         self._appending = threading.Lock()  # a state belongs to one thread at a time
         self._sql = duckdb.connect()
-        self._encoder, self._encoder_version = self._load_encoder()
+        self._encoder, self._encoder_version = self._load_encoder(self.artifact(self.live_version()))
         self._check_encoder(self.artifact(self.live_version()))
 
     def user(self, user_id: Identifier) -> UserFeatures:
@@ -167,8 +167,11 @@ class LiveLookup(OnlineLookup):
         assert found is not None
         return found[0], found[1]
 
-    def _load_encoder(self) -> tuple[AtomicEncoder, str]:
-        backbone, settings = encoder_settings(home_dataset(self._home))
+    def _load_encoder(self, artifact: Artifact) -> tuple[AtomicEncoder, str]:
+        """What made the vectors that the model reads; dataset.yaml may ask for another encoder already."""
+        with lake(self._home) as connection:
+            recorded = recorded_settings(connection, artifact.encoder_version)
+        backbone, settings = recorded or encoder_settings(home_dataset(self._home))
         halves = load_backbone(backbone)
         version = encoder_version(halves, settings, backbone.shallow_layers)
         return AtomicEncoder(halves, settings), version
@@ -176,7 +179,7 @@ class LiveLookup(OnlineLookup):
     def _check_encoder(self, artifact: Artifact) -> None:
         """Have the encoder that the model reads; another may have come with a publish."""
         if self._encoder_version != artifact.encoder_version:
-            self._encoder, self._encoder_version = self._load_encoder()
+            self._encoder, self._encoder_version = self._load_encoder(artifact)
         if self._encoder_version != artifact.encoder_version:
             raise NotReady(
                 f"{artifact.model_version} reads vectors of {artifact.encoder_version}, but"

@@ -20,9 +20,9 @@ from tests.conftest import small_log, write_dataset
 # A child process that kills itself with SIGKILL at the n-th call of a function.
 CHILD = """
 import functools, importlib, os, signal, sys
-import materialize.encode
-materialize.encode.ATOMS_PER_COMMIT = 16
-materialize.encode.AtomicEncoder = functools.partial(materialize.encode.AtomicEncoder, tokens_per_batch=120)
+import materialize.chunks, materialize.encode
+materialize.chunks.ATOMS_PER_CHUNK = materialize.encode.ATOMS_PER_COMMIT = 16
+materialize.chunks.AtomicEncoder = functools.partial(materialize.chunks.AtomicEncoder, tokens_per_batch=120)
 module, function, nth, *arguments = sys.argv[1:]
 module, calls = importlib.import_module(module), 0
 original = getattr(module, function)
