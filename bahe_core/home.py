@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,6 +42,10 @@ class Home:
             moves=config.data is None,
         )
 
+    def elsewhere(self) -> Home:
+        """The home as a worker on another machine can be given it: with where its lake lies."""
+        return Home(self.root, self.lake)
+
     @property
     def _lake_yaml(self) -> Path:
         return self.root / "lake.yaml"
@@ -61,6 +66,8 @@ class Home:
     @property
     def spill(self) -> Path:
         """Where DuckDB puts what exceeds its memory; there only while it needs it."""
+        if self.known_lake is not None and not self.root.is_dir():
+            return Path(tempfile.gettempdir()) / "bahe-spill"
         return self.root / "lake" / "spill"
 
     @property

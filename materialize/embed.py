@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 
 import duckdb
 import numpy as np
@@ -17,9 +19,10 @@ from bahe_core.progress import progress
 from bahe_models.artifact import Artifact, load, require_servable
 from materialize import runs
 from materialize.encode import vector_column
+from materialize.executor import LOCAL, ExecutorConfig
 from materialize.gates import require_gates
 from materialize.ingest import home_dataset
-from materialize.lake import commit, lake, quoted
+from materialize.lake import commit, connect, lake, quoted
 from materialize.training_data import Atoms, read_atoms, read_timelines
 
 JOB = "embed"
@@ -58,7 +61,13 @@ class Embedded:
     items: int
 
 
-def embed(home: Home, *, model_version: str | None = None, device_name: str | None = None) -> Embedded:
+def embed(
+    home: Home,
+    *,
+    model_version: str | None = None,
+    device_name: str | None = None,
+    where: ExecutorConfig = LOCAL,
+) -> Embedded:
     """Compute the vectors that the model_version (the last trained one) does not have yet.
 
     Raises NotServable, and writes nothing, when vectors do not suffice to score with the model.
@@ -99,7 +108,12 @@ def embed(home: Home, *, model_version: str | None = None, device_name: str | No
         artifact.model.to(device(device_name))
         atoms = read_atoms(connection, artifact.encoder_version)
         with runs.record(connection, JOB, version) as run:
-            _embed_users(connection, artifact, atoms, users, dataset.channels)
+            embedder: Callable[[], UserEmbedder] = partial(
+                UserEmbedder, connection, artifact, atoms, dataset.channels
+            )
+            if where.kind == "ray":
+                embedder = partial(user_embedder, home.elsewhere(), version, dataset.channels, device_name)
+            _embed_users(connection, artifact, users, embedder, where)
             _embed_items(connection, artifact, atoms, items)
             commit(connection, [run.statement({**facts, "width": artifact.vector_width})])
     return Embedded(version, users.num_rows, items.num_rows, **counts)
@@ -116,21 +130,59 @@ def _counts(connection: duckdb.DuckDBPyConnection) -> dict[str, int]:
 def _embed_users(
     connection: duckdb.DuckDBPyConnection,
     artifact: Artifact,
-    atoms: Atoms,
     users: pa.Table,
-    channels: list[str],
+    embedder: Callable[[], UserEmbedder],
+    where: ExecutorConfig,
 ) -> None:
     """Batch by batch, each committed: a killed run goes on where it stopped."""
-    atoms_AD = torch.from_numpy(atoms.vectors).to(_device_of(artifact))
-    with progress("embedding users", users.num_rows) as advance:
-        for start in range(0, users.num_rows, USERS_PER_BATCH):
-            part = users.slice(start, USERS_PER_BATCH)
-            timelines = read_timelines(connection, atoms, part["user_id"].combine_chunks(), channels)
-            vectors = artifact.user_vectors(
-                atoms_AD, atoms.ids, timelines, np.arange(part.num_rows), timelines.lengths()
-            )
+    if not users.num_rows:
+        return
+    # Taken, since a pickled slice would carry the whole table along.
+    starts = range(0, users.num_rows, USERS_PER_BATCH)
+    batches = (
+        users.take(np.arange(start, min(start + USERS_PER_BATCH, users.num_rows))) for start in starts
+    )
+    with where.start() as executor, progress("embedding users", users.num_rows) as advance:
+        for part, vectors in executor.map(embedder, batches):
             _replace(connection, "user_embedding", "user_id", part, vectors, artifact)
             advance(part.num_rows)
+
+
+class UserEmbedder:
+    """Timelines from the lake through a model."""
+
+    def __init__(
+        self,
+        connection: duckdb.DuckDBPyConnection,
+        artifact: Artifact,
+        atoms: Atoms,
+        channels: list[str],
+    ) -> None:
+        self._connection, self._artifact = connection, artifact
+        self._atoms, self._channels = atoms, channels
+        self._atoms_AD = torch.from_numpy(atoms.vectors).to(_device_of(artifact))
+
+    def __call__(self, users: pa.Table) -> tuple[pa.Table, np.ndarray]:
+        """The users as they came, and their vectors [users, width]."""
+        ids = users["user_id"].combine_chunks()
+        timelines = read_timelines(self._connection, self._atoms, ids, self._channels)
+        vectors = self._artifact.user_vectors(
+            self._atoms_AD, self._atoms.ids, timelines, np.arange(users.num_rows), timelines.lengths()
+        )
+        return users, vectors
+
+
+def user_embedder(
+    home: Home, model_version: str, channels: list[str], device_name: str | None
+) -> UserEmbedder:
+    """One on another machine, with a connection of its own; the home's models have to be there."""
+    path = home.models / model_version
+    if not path.is_dir():
+        raise NotReady(f"{path} is not on this node; put the home on a folder that every node has.")
+    artifact = load(path)
+    artifact.model.to(device(device_name))
+    connection = connect(home)
+    return UserEmbedder(connection, artifact, read_atoms(connection, artifact.encoder_version), channels)
 
 
 def _embed_items(

@@ -67,8 +67,8 @@ def frame(
 
     With `freshness: hourly | daily` in dataset.yaml an impression sees what was known at the start of its
     hour or day. `as_of` reads the lake as it was at that snapshot. Several workers of `where`
-    each join the users of one hash. Does nothing when the lake, the service, the freshness and the split are
-    those of the last run. Raises NotReady before `ingest` and `apply`,
+    each join the users of one hash. Does nothing when the lake, the service, the freshness and the split
+    are those of the last run. Raises NotReady before `ingest` and `apply`,
     BadInput when the service or the snapshot is unknown or a split would be empty.
     """
     dataset = home_dataset(home)

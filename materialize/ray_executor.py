@@ -47,18 +47,20 @@ class RayExecutor:
             batch_format="pyarrow",
             num_cpus=1,
             num_gpus=self._gpus,
-            max_restarts=-1,
-            max_task_retries=RETRIES,
+            ray_remote_args_fn=_restarts,
         )
         with _bahe_errors(self._ray):
             for block in results.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
                 for result in block[_COLUMN]:
-                    yield pickle.loads(result.as_buffer())
+                    value = pickle.loads(result.as_buffer())
+                    if isinstance(value, BaheError):
+                        raise value
+                    yield value
 
     def streams(
         self, shard: Callable[[int], Iterator[pa.RecordBatch]], count: int
     ) -> list[Iterator[pa.RecordBatch]]:
-        """As Executor says. What is not read yet waits in the object store, so no shard waits for others."""
+        """As Executor says. What is not read yet waits in the object store, and no shard for another."""
         task = self._ray.remote(_shard).options(
             num_returns="streaming", num_cpus=1, max_retries=RETRIES, retry_exceptions=False
         )
@@ -74,6 +76,10 @@ class RayExecutor:
 _COLUMN = "pickled"
 
 
+def _restarts() -> dict[str, Any]:
+    return {"max_restarts": -1, "max_task_retries": RETRIES}
+
+
 def _block(value: object) -> pa.Table:
     """Any value as a block of Ray Data's: one row, so that it is neither split nor looked into."""
     return pa.table({_COLUMN: pa.array([pickle.dumps(value, protocol=5)], pa.large_binary())})
@@ -87,7 +93,10 @@ class _Actor:
         self._work = make()
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        return _block(self._work(pickle.loads(block[_COLUMN][0].as_buffer())))
+        try:
+            return _block(self._work(pickle.loads(block[_COLUMN][0].as_buffer())))
+        except BaheError as error:  # as a result, since Ray Data passes errors on as text
+            return _block(error)
 
 
 def _shard(shard: Callable[[int], Iterator[pa.RecordBatch]], index: int) -> Iterator[pa.RecordBatch]:
@@ -171,18 +180,15 @@ def _workers(resources: dict[str, float], config: ExecutorConfig) -> int:
 
 @contextmanager
 def _bahe_errors(ray: ModuleType) -> Iterator[None]:
-    """A worker's own error in place of Ray's around it."""
+    """One sentence where workers are lost, and a shard's own error in place of Ray's around it."""
     try:
         yield
-    except Exception as error:
-        cause: BaseException | None = error
-        while cause is not None:
-            if isinstance(cause, BaheError) and not isinstance(cause, ray.exceptions.RayError):
-                raise cause from None
-            cause = getattr(cause, "cause", None) or cause.__cause__
-        if isinstance(error, ray.exceptions.RayError):
-            raise BaheError(
-                f"a worker of the Ray cluster failed ({last_line(error)}); what was committed is kept, run"
-                " it again."
-            ) from error
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, BaheError):
+            raise error.cause from None
         raise
+    except ray.exceptions.RayError as error:
+        raise BaheError(
+            f"workers of the Ray cluster were lost again and again ({type(error).__name__}; killed, or out"
+            " of memory?); what was committed is kept, so run it again."
+        ) from error

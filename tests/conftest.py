@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 # One thread for each of the test processes that run side by side; a lone one may have two.
@@ -132,6 +133,27 @@ def require_service(name: str) -> None:
     if name in os.environ.get("BAHE_REQUIRE_SERVICES", "").split():
         pytest.fail(f"{name} does not answer on port {port}, and BAHE_REQUIRE_SERVICES wants it: start it")
     pytest.skip(f"{name} does not answer on port {port}")
+
+
+RAY_WORKERS = 2
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    import ray
+
+    ray.init(address="local", num_cpus=RAY_WORKERS, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def ray_cluster(ray_session: None, request: pytest.FixtureRequest) -> None:
+    """A real Ray cluster of two workers on this machine; executors that are started join it."""
+    import ray
+
+    ray.cloudpickle.register_pickle_by_value(request.module)  # workers cannot import a test's module
 
 
 @pytest.fixture

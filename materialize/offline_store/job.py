@@ -106,9 +106,9 @@ class DuckLakeRetrievalJob(RetrievalJob):
         """
         assert self._shard_query is not None
         assert self._entities is None
-        home, count = home_of(self._config), executor.workers
+        home, count = home_of(self._config).elsewhere(), executor.workers
         queries = [self._shard_query(shard=Shard(key=key, index=i, count=count)) for i in range(count)]
-        read = ShardReader(home.root, home.lake, self.snapshot, queries)
+        read = ShardReader(home, self.snapshot, queries)
         rows = merged(executor.streams(read, count), BATCH_ROWS)
         return self._reader(self._with_views_on_demand(rows))
 

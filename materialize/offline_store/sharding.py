@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
 from bahe_core.errors import BaheError
 from bahe_core.home import Home
-from bahe_core.lake_location import LakeLocation
 from materialize.lake import lake
 
 SHARD_BATCH_ROWS = 61_440
@@ -24,16 +21,13 @@ same."""
 class ShardReader:
     """Runs one of several queries over one snapshot, on whatever machine it is called."""
 
-    root: Path
-    """The home, where it is there: what DuckDB needs beyond its memory is spilled to it."""
-    lake: LakeLocation
+    home: Home
     snapshot: int
     queries: list[str]
 
     def __call__(self, index: int) -> Iterator[pa.RecordBatch]:
         """The batches of the query with that number, on a connection of its own."""
-        root = self.root if self.root.is_dir() else Path(tempfile.gettempdir()) / "bahe"
-        with lake(Home(root, self.lake), as_of=self.snapshot) as connection:
+        with lake(self.home, as_of=self.snapshot) as connection:
             yield from connection.execute(self.queries[index]).to_arrow_reader(SHARD_BATCH_ROWS)
 
 
