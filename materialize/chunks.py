@@ -21,11 +21,11 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 
-from bahe_core.errors import BaheError
+from bahe_core.errors import BadInput, BaheError
 from bahe_core.home import Home
 from bahe_core.machine import configure_threads, device, threads
 from bahe_models.backbone import Backbone, BackboneConfig, load_backbone
-from bahe_models.encoder import AtomicEncoder, EncoderConfig
+from bahe_models.encoder import AtomicEncoder, EncoderConfig, encoder_version
 from materialize.executor import Executor
 from materialize.lake import connect
 
@@ -208,7 +208,12 @@ def encode_on(
 def _encode_chunk(
     home: Home, backbone: BackboneConfig, encoder: EncoderConfig, version: str, device_name: str | None
 ) -> Callable[[Chunk], Encodings]:
-    here = ChunkEncoder(home, load_backbone(backbone), encoder, version, device_name)
+    halves = load_backbone(backbone)
+    if encoder_version(halves, encoder, backbone.shallow_layers) != version:
+        raise BadInput(
+            f"{backbone.path} is another model on one node than on the first; give all the same."
+        )
+    here = ChunkEncoder(home, halves, encoder, version, device_name)
     return lambda chunk: here.encode(here.read(chunk))
 
 

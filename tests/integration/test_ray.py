@@ -177,6 +177,7 @@ bahe.app(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 def test_a_killed_driver_loses_one_batch_and_leaves_nothing_running(
     copy: Home, reference: Home, tmp_path: Path
 ) -> None:
