@@ -243,6 +243,44 @@ def publish(home: HomeOption = None) -> None:
 
 
 @app.command()
+def prune(
+    home: HomeOption = None,
+    keep: Annotated[int, typer.Option(help="How many of the newest models stay.")] = 3,
+    older_than: Annotated[
+        float | None,
+        typer.Option(help="Of these, drop what was trained more days ago.", show_default="no limit"),
+    ] = None,
+    history: Annotated[
+        float, typer.Option(help="Days for which the lake can be read as it was (`bahe frame --as-of`).")
+    ] = 7,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would go, and drop nothing.")
+    ] = False,
+) -> None:
+    """Drop old models and their vectors, frames, abandoned checkpoints and the lake's old history.
+
+    The live model, the one published before it (for a rollback), the last trained and the last embedded one
+    stay, with the atom vectors and frames that they read, and so does an encoder that is being built.
+    """
+    from materialize.prune import prune as job
+
+    done = job(Home.at(home), keep=keep, older_than=older_than, history=history, dry_run=dry_run)
+    would = "would go" if dry_run else "gone"
+    say(f"  models kept: {', '.join(done.kept) or 'none'}")
+    for what, names in (
+        ("models", done.models),
+        ("encoder versions", done.encoder_versions),
+        ("frames", done.frames),
+        ("checkpoints", done.checkpoints),
+    ):
+        say(f"  {what} {would}: {', '.join(names) or 'none'}")
+    rows = ", ".join(f"{count:,} of {table}" for table, count in done.rows.items())
+    say(f"  rows {would}: {rows}, {done.online_rows:,} online; {done.snapshots:,} snapshots")
+    if not dry_run:
+        say(f"  {done.freed / 2**20:,.1f} MiB freed")
+
+
+@app.command()
 def run(
     dataset: DatasetArgument,
     home: HomeOption = None,

@@ -14,7 +14,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -94,8 +94,7 @@ class AtomicEncoder:
         self.shallow = _placed(
             backbone.shallow, self.device, torch.bfloat16 if self.bfloat16 else torch.float32
         )
-        if config.compile:
-            self.shallow = torch.compile(self.shallow, dynamic=True)
+        self._forward: Any = torch.compile(self.shallow, dynamic=True) if config.compile else self.shallow
         default = TOKENS_PER_BATCH.get(self.device.type, TOKENS_PER_BATCH_ELSEWHERE)
         self.tokens_per_batch = tokens_per_batch or default
 
@@ -153,7 +152,7 @@ class AtomicEncoder:
         """Last hidden states [B, S, D]. Causal attention never looks to the right, so right padding needs
         no mask."""
         try:
-            states_BSD: torch.Tensor = self.shallow(input_ids=ids_BS, use_cache=False).last_hidden_state
+            states_BSD: torch.Tensor = self._forward(input_ids=ids_BS, use_cache=False).last_hidden_state
         except torch._dynamo.exc.TorchDynamoException as error:
             raise BadInput(
                 f"encoder.compile does not work here ({one_line(error)}); install a C++ compiler, or"

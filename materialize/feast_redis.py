@@ -119,6 +119,12 @@ class GuardedRedisOnlineStore(WireOnlineStore):
             pipe.set(_version_key(config, view), uuid.uuid4().hex)
             pipe.execute()
 
+    def forget(self, config: RepoConfig, view: FeatureView, keys: Sequence[bytes]) -> None:
+        """Remove the view's values of these entities; those that are not there are passed over."""
+        client, project = self._connected(config), config.project.encode()
+        _delete(client, config, view, [key + project for key in keys])
+        client.set(_version_key(config, view), uuid.uuid4().hex)
+
     def scan(self, config: RepoConfig, view: FeatureView, feature: str) -> tuple[list[bytes], Found]:
         """Keys of all entities of a view, and what is stored of one feature."""
         client, project = self._connected(config), config.project.encode()
@@ -163,13 +169,9 @@ class GuardedRedisOnlineStore(WireOnlineStore):
         """Forget the values of the views to delete; the others need no preparation."""
         client = self._connected(config)
         for view in tables_to_delete:
-            fields = _fields(config, view, [field.name for field in view.features])
             keys = _entities(client, config, view)
             while some := list(islice(keys, 1000)):
-                with client.pipeline(transaction=False) as pipe:
-                    for key in some:  # Redis forgets a hash with its last field
-                        pipe.execute_command("HDEL", key, *fields)  # type: ignore[no-untyped-call]
-                    pipe.execute()
+                _delete(client, config, view, some)
             client.delete(_version_key(config, view))
 
     def teardown(
@@ -199,6 +201,14 @@ def _fields(config: RepoConfig, view: FeatureView, features: Sequence[str]) -> l
 
 def _version_key(config: RepoConfig, view: FeatureView) -> str:
     return f"wire_version:{config.project}:{view.name}"
+
+
+def _delete(client: redis.Redis, config: RepoConfig, view: FeatureView, keys: Sequence[bytes]) -> None:
+    fields = _fields(config, view, [field.name for field in view.features])
+    with client.pipeline(transaction=False) as pipe:
+        for key in keys:  # Redis forgets a hash with its last field
+            pipe.execute_command("HDEL", key, *fields)  # type: ignore[no-untyped-call]
+        pipe.execute()
 
 
 def _times(rows: WireRows) -> list[bytes]:

@@ -87,9 +87,18 @@ class GuardedSqliteOnlineStore(WireOnlineStore):
                     ((rows.keys[i], feature, values[i], texts[i], events[i], created[i]) for i in order),
                 )
             if connection.total_changes > before:
-                connection.execute(
-                    f"INSERT OR REPLACE INTO {_VERSIONS} VALUES (?, ?)", [table, uuid.uuid4().hex]
-                )
+                _touch(connection, table)
+
+    def forget(self, config: RepoConfig, view: FeatureView, keys: Sequence[bytes]) -> None:
+        """One transaction: all rows or none."""
+        table = _table(config, view)
+        connection = self._connection(config)
+        with _transaction(connection):
+            _create(connection, table)
+            connection.executemany(
+                f"DELETE FROM {table} WHERE entity_key = ?", [(key,) for key in sorted(keys)]
+            )
+            _touch(connection, table)
 
     def scan(self, config: RepoConfig, view: FeatureView, feature: str) -> tuple[list[bytes], Found]:
         """Keys of all entities of a view, and what is stored of one feature."""
@@ -217,6 +226,10 @@ def _create(connection: sqlite3.Connection, table: str) -> None:
     for column, kind in _COLUMNS.items():
         if column not in there:  # made by stock Feast
             connection.execute(f"ALTER TABLE {table} ADD COLUMN {column} {kind}")
+
+
+def _touch(connection: sqlite3.Connection, table: str) -> None:
+    connection.execute(f"INSERT OR REPLACE INTO {_VERSIONS} VALUES (?, ?)", [table, uuid.uuid4().hex])
 
 
 def _upsert(table: str) -> str:

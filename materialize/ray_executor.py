@@ -90,9 +90,16 @@ class _Actor:
 
     def __init__(self, make: Callable[[], Callable[[Any], object]]) -> None:
         _one_thread()
-        self._work = make()
+        try:
+            self._work = make()
+        except BaheError as error:  # else Ray would start the worker again and again
+            self._failed: BaheError | None = error
+        else:
+            self._failed = None
 
     def __call__(self, block: pa.Table) -> pa.Table:
+        if self._failed is not None:
+            return _block(self._failed)
         try:
             return _block(self._work(pickle.loads(block[_COLUMN][0].as_buffer())))
         except BaheError as error:  # as a result, since Ray Data passes errors on as text
@@ -129,7 +136,7 @@ def ray_executor(config: ExecutorConfig) -> Iterator[RayExecutor]:
         _join(ray, config)
     try:
         ray.data.DataContext.get_current().enable_progress_bars = False  # bahe shows its own
-        logging.getLogger("ray.data").setLevel(logging.ERROR)
+        logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # errors are raised
         resources: dict[str, float] = ray.cluster_resources()
         yield RayExecutor(ray, workers=_workers(resources, config), gpus_per_actor=config.gpus_per_actor)
     finally:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryFile
 
 import duckdb
 import numpy as np
@@ -22,7 +25,7 @@ from materialize import runs
 from materialize.dataset import context_column
 from materialize.encode import vector_matrix
 from materialize.frame import SPLITS, Frame
-from materialize.lake import quoted
+from materialize.lake import quoted, scalar
 
 _NOT_ENCODED = "some atoms have no vector yet; run `bahe encode` first."
 
@@ -67,17 +70,52 @@ def read_atoms(connection: duckdb.DuckDBPyConnection, version: str) -> Atoms:
     return Atoms(table["atom_id"].to_numpy(), vector_matrix(table["embedding"]))
 
 
+@contextmanager
+def stored_atoms(
+    connection: duckdb.DuckDBPyConnection, version: str, wanted: str, folder: Path, width: int
+) -> Iterator[Atoms]:
+    """The vectors of the atoms that the table `wanted` names, in a file that memory is mapped to and that
+    is gone afterwards: memory holds only what is being read. One zero vector where none is wanted.
+
+    Raises NotReady when an atom has no vector.
+    """
+    reader = connection.execute(
+        f"SELECT atom_id, embedding FROM atomic_behavior_embedding SEMI JOIN {wanted} USING (atom_id)"
+        " WHERE encoder_version = ? ORDER BY atom_id",
+        [version],
+    ).to_arrow_reader(8192)
+    folder.mkdir(parents=True, exist_ok=True)
+    ids = []
+    with TemporaryFile(dir=folder) as file:
+        for batch in reader:
+            table = pa.Table.from_batches([batch])
+            ids.append(batch.column("atom_id").to_numpy())
+            file.write(vector_matrix(table["embedding"]).tobytes())
+        file.flush()
+        found = sum(map(len, ids))
+        if scalar(connection, f"SELECT count(*) FROM {wanted}") != found:
+            raise NotReady(_NOT_ENCODED)
+        if not found:
+            yield Atoms(np.zeros(1, dtype=np.int64), np.zeros((1, width), dtype=np.float32))
+            return
+        vectors = np.memmap(file, dtype=np.float32, mode="r").reshape(found, -1)
+        yield Atoms(np.concatenate(ids), vectors)
+
+
 def read_timelines(
     connection: duckdb.DuckDBPyConnection, atoms: Atoms, users: pa.Array, channels: list[str]
 ) -> Timelines:
     """Timelines of these users, in their order; a user without behaviors has empty ones."""
     connection.register("wanted_users", pa.table({"user_id": users, "u": np.arange(len(users))}))
+    # The files' statistics know the ends of their user ids, and spare what lies outside.
+    ends = list(pc.min_max(users).as_py().values())
     offsets, rows, times = [], [], []
     for channel in channels:
         table = connection.execute(
             "SELECT w.u, t.atom_id, epoch_us(t.event_timestamp) AS time_us"
             " FROM user_timeline t JOIN wanted_users w USING (user_id)"
-            f" WHERE t.channel = {quoted(channel)} ORDER BY w.u, t.position"
+            f" WHERE t.channel = {quoted(channel)} AND t.user_id BETWEEN ? AND ? ORDER BY w.u, t.position",
+            ends,
         ).to_arrow_table()
         counts = np.bincount(table["u"].to_numpy(), minlength=len(users))
         offsets.append(np.concatenate([[0], np.cumsum(counts)]).astype(np.int64))

@@ -17,9 +17,22 @@ from materialize.wire_rows import NO_TIME, Found, Vectors, as_vectors, microseco
 from materialize.wire_store import WireOnlineStore
 
 if TYPE_CHECKING:
-    from feast import FeatureStore
+    from feast import FeatureStore, FeatureView
 
 _ARROW = {ValueType.STRING: pa.string(), ValueType.INT64: pa.int64(), ValueType.INT32: pa.int32()}
+
+
+def view_keys(view: FeatureView, keys: Mapping[str, Sequence[Any] | npt.NDArray[Any]]) -> list[bytes]:
+    """Each row's entity key as stores know it, of a column for each join key.
+
+    Raises BadInput when a join key is missing.
+    """
+    types = {c.name: c.dtype.to_value_type() for c in view.entity_columns}
+    missing = [name for name in types if name not in keys]
+    if missing:
+        raise BadInput(f"view {view.name} is keyed by {', '.join(types)}; give {missing[0]}.")
+    columns = {name: pa.array(keys[name], _ARROW.get(kind)) for name, kind in types.items()}
+    return entity_keys(columns, types)
 
 
 class VectorReader:
@@ -30,7 +43,6 @@ class VectorReader:
         self._online = store.provider.online_store
         self._view = store.get_feature_view(view)
         self._feature = feature
-        self._types = {c.name: c.dtype.to_value_type() for c in self._view.entity_columns}
 
     def read(self, keys: Mapping[str, Sequence[Any] | npt.NDArray[Any]]) -> Vectors:
         """Vectors of entities given as a column for each join key, in their order.
@@ -38,13 +50,7 @@ class VectorReader:
         On our stores no number becomes a Python object on the way; on others each does.
         Raises BadInput when a join key is missing, or the stored vectors differ in length.
         """
-        missing = [name for name in self._types if name not in keys]
-        if missing:
-            raise BadInput(
-                f"view {self._view.name} is keyed by {', '.join(self._types)}; give {missing[0]}."
-            )
-        columns = {name: pa.array(keys[name], _ARROW.get(kind)) for name, kind in self._types.items()}
-        wire_keys = entity_keys(columns, self._types)
+        wire_keys = view_keys(self._view, keys)
         if isinstance(self._online, WireOnlineStore):
             return self._online.read_vectors(self._config, self._view, wire_keys, self._feature)
         return self._by_feast(wire_keys)

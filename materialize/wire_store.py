@@ -63,6 +63,10 @@ class WireOnlineStore(OnlineStore):
         """Keys of all entities of a view, and what is stored of one feature."""
 
     @abstractmethod
+    def forget(self, config: RepoConfig, view: FeatureView, keys: Sequence[bytes]) -> None:
+        """Remove the view's values of these entities; those that are not there are passed over."""
+
+    @abstractmethod
     def version(self, config: RepoConfig, view: FeatureView) -> str | None:
         """Another one after each write to the view; none when nothing is stored."""
 
