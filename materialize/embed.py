@@ -293,7 +293,7 @@ class UserEmbedder:
         self._held = held  # what the atoms' file lives as long as
 
     def __call__(self, users: pa.Table) -> tuple[pa.Table, np.ndarray]:
-        """Rows of these users as they are stored, but for their vectors, which come beside [users, width]."""
+        """Rows of these users as they are stored, and beside them their vectors [users, width]."""
         ids = users["user_id"].combine_chunks()
         timelines = read_timelines(self._connection, self._atoms, ids, self._channels)
         atoms_AD, ids_A, timelines = _used(self._atoms, timelines, self._artifact)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import pickle
-import socket
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -156,17 +155,27 @@ def _join(ray: ModuleType, config: ExecutorConfig) -> None:
         host, _, port = address.rpartition(":")
         if not host or not port.isdigit():
             raise BadInput(f"--ray-address is {address}; give host:port of the cluster's head, or auto.")
-        try:  # Ray itself would try for minutes, and then end this process
-            socket.create_connection((host, int(port)), PROBE_SECONDS).close()
-        except (OSError, OverflowError) as error:
-            raise Unreachable(f"no Ray cluster answers at {address} ({error}); {way_out}.") from None
+        if not _speaks_grpc(address):  # Ray itself would try for ever
+            raise Unreachable(f"no Ray cluster answers at {address}; {way_out}.")
     try:
         ray.init(address=address, **quietly)
     except (ConnectionError, RuntimeError, ValueError) as error:
         reason = last_line(error)
         raise Unreachable(f"the Ray cluster {address} cannot be joined ({reason}); {way_out}.") from None
-    except SystemExit:
-        raise Unreachable(f"what answers at {address} is no Ray cluster; {way_out}.") from None
+
+
+def _speaks_grpc(address: str) -> bool:
+    """Whether a server like a Ray cluster's head answers there."""
+    import grpc
+
+    if os.environ.get("RAY_USE_TLS", "0") == "1":
+        return True  # its certificates are Ray's business
+    with grpc.insecure_channel(address) as channel:
+        try:
+            grpc.channel_ready_future(channel).result(timeout=PROBE_SECONDS)
+        except grpc.FutureTimeoutError:
+            return False
+    return True
 
 
 def _workers(resources: dict[str, float], config: ExecutorConfig) -> int:

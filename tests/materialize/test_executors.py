@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -76,6 +77,15 @@ def test_map_of_nothing_makes_no_model(executor: Executor) -> None:
 def test_an_error_of_the_work_is_the_jobs(executor: Executor) -> None:
     with pytest.raises(NotReady, match=r"^task 3 is not ready; wait\.$"):
         list(executor.map(partial(make_double, 3), range(6)))
+
+
+def make_nothing() -> Callable[[int], int]:
+    raise NotReady("the model is not there; train it.")
+
+
+def test_an_error_of_making_the_model_is_the_jobs(executor: Executor) -> None:
+    with pytest.raises(NotReady, match=r"^the model is not there; train it\.$"):
+        list(executor.map(make_nothing, range(3)))
 
 
 def numbers(index: int, marker: Path | None = None) -> Iterator[pa.RecordBatch]:
@@ -164,6 +174,8 @@ def test_a_cluster_without_room_is_refused(
 
 ELSEWHERE = """
 import sys
+import materialize.ray_executor
+materialize.ray_executor.PROBE_SECONDS = 0.5
 from materialize.executor import ExecutorConfig
 from bahe_core.errors import BaheError
 for address in sys.argv[1:]:
@@ -175,14 +187,15 @@ for address in sys.argv[1:]:
 
 
 def test_a_cluster_that_does_not_answer_is_told() -> None:
-    addresses = ["127.0.0.1:1", "no-such-host.invalid:6379", "nonsense", "a:b"]
-    done = subprocess.run(
-        [sys.executable, "-c", ELSEWHERE, *addresses],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    with socket.create_server(("127.0.0.1", 0)) as mute:  # somebody answers who is no Ray
+        addresses = [f"127.0.0.1:{mute.getsockname()[1]}", "no-such-host.invalid:6379", "nonsense", "a:b"]
+        done = subprocess.run(
+            [sys.executable, "-c", ELSEWHERE, *addresses],
+            cwd=REPOSITORY,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
     lines = done.stdout.splitlines()
     kinds = [line.split()[0] for line in lines]
     assert kinds == ["Unreachable", "Unreachable", "BadInput", "BadInput"], done.stderr
