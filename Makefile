@@ -24,7 +24,7 @@ demo: install ## MovieLens-100k with SmolLM2-135M: from raw log to scores, with 
 test: install ## the tests, in two processes (several minutes on two cores)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-test-slow: install ## the tests that need the real language model, too (downloads it)
+test-slow: install ## the tests that take long or download the real language model
 	$(BIN)/python -m pytest -m slow
 
 check: install ## lint, format, strict types, import contracts

@@ -45,6 +45,26 @@ DatasetArgument = Annotated[Path, typer.Argument(help="dataset.yaml: see the REA
 DeviceOption = Annotated[
     str | None, typer.Option("--device", help="cpu, cuda, cuda:1, mps; chosen when left out.")
 ]
+ExecutorOption = Annotated[
+    Literal["local", "ray"], typer.Option("--executor", help="This machine, or a Ray cluster.")
+]
+RayAddressOption = Annotated[
+    str | None,
+    typer.Option(
+        "--ray-address",
+        help="host:port of the Ray cluster's head, or auto for the one this machine belongs to.",
+        show_default="a cluster on this machine, for the time of the job",
+    ),
+]
+ActorsOption = Annotated[
+    int | None,
+    typer.Option(
+        "--num-actors", help="Ray: workers side by side.", show_default="one for each core or GPU"
+    ),
+]
+GpusOption = Annotated[
+    float, typer.Option("--num-gpus-per-actor", help="Ray: GPUs that each worker gets, as 1 or 0.5.")
+]
 TrackerOption = Annotated[
     Literal["mlflow", "tensorboard", "none"], typer.Option(help="Where to log training.")
 ]
@@ -137,16 +157,24 @@ def encode(
     compiled: Annotated[
         bool, typer.Option("--compile", help="Fuse the layers' operations by torch.compile first.")
     ] = False,
+    executor: ExecutorOption = "local",
+    ray_address: RayAddressOption = None,
+    num_actors: ActorsOption = None,
+    num_gpus_per_actor: GpusOption = 0,
 ) -> None:
     """Encode atoms that have no vector yet with the frozen shallow layers. Then the encode gate.
 
     A changed `encoder:` or `backbone:` is built beside the vectors in use, and used when it is complete.
     """
     from materialize.encode import encode as job
+    from materialize.executor import ExecutorConfig
     from materialize.gates import gate
 
     where = Home.at(home)
-    done = job(where, device_name=device, processes=processes, compile=compiled)
+    workers = ExecutorConfig(
+        kind=executor, address=ray_address, actors=num_actors, gpus_per_actor=num_gpus_per_actor
+    )
+    done = job(where, device_name=device, processes=processes, compile=compiled, where=workers)
     say(f"  {done.encoder_version}: {done.added:,} atoms encoded, {done.total:,} in all")
     gate(where, "encode")
 
@@ -167,13 +195,18 @@ def frame(
         int | None,
         typer.Option(help="Read the lake as it was at this snapshot.", show_default="the newest"),
     ] = None,
+    executor: ExecutorOption = "local",
+    ray_address: RayAddressOption = None,
+    num_actors: ActorsOption = None,
 ) -> None:
     """Pull the point-in-time training frame through Feast and split it by time. Then its gate."""
+    from materialize.executor import ExecutorConfig
     from materialize.frame import frame as job
     from materialize.gates import gate
 
     where = Home.at(home)
-    done = job(where, service=service, as_of=as_of)
+    workers = ExecutorConfig(kind=executor, address=ray_address, actors=num_actors)
+    done = job(where, service=service, as_of=as_of, where=workers)
     rows = ", ".join(f"{count:,} {name}" for name, count in done.rows.items())
     snapshot = done.facts["snapshot"]
     say(f"  frame {done.frame_id}, snapshot {snapshot}: {rows}" + (" (unchanged)" if done.skipped else ""))
@@ -208,13 +241,24 @@ def train(
 
 
 @app.command()
-def embed(home: HomeOption = None, device: DeviceOption = None) -> None:
+def embed(
+    home: HomeOption = None,
+    device: DeviceOption = None,
+    executor: ExecutorOption = "local",
+    ray_address: RayAddressOption = None,
+    num_actors: ActorsOption = None,
+    num_gpus_per_actor: GpusOption = 0,
+) -> None:
     """Compute user and item vectors of the trained model where they changed. Then the embed gate."""
     from materialize.embed import embed as job
+    from materialize.executor import ExecutorConfig
     from materialize.gates import gate
 
     where = Home.at(home)
-    done = job(where, device_name=device)
+    workers = ExecutorConfig(
+        kind=executor, address=ray_address, actors=num_actors, gpus_per_actor=num_gpus_per_actor
+    )
+    done = job(where, device_name=device, where=workers)
     say(
         f"  {done.model_version}: {done.users_added:,} of {done.users:,} users and"
         f" {done.items_added:,} of {done.items:,} items embedded"

@@ -37,7 +37,17 @@ class Busy(BaheError):
     """Another process holds this home folder; nothing was done."""
 
 
+class Unreachable(BaheError):
+    """A server that the home is configured with (PostgreSQL, Ray) does not answer, or not as it should."""
+
+
 def one_line(error: Exception) -> str:
     """The first line of a library's error message, without a full stop, for use in one of ours."""
     message = str(error).strip() or type(error).__name__
     return " ".join(message.split("\n", 1)[0].split()).rstrip(".")
+
+
+def last_line(error: Exception) -> str:
+    """The last line of a library's error message that says something, where the first is its context."""
+    lines = [line for line in str(error).splitlines() if line.strip() and not line.startswith("\t")]
+    return " ".join(lines[-1].split()).rstrip(".") if lines else type(error).__name__

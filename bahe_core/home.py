@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from bahe_core.errors import Busy
+from bahe_core.errors import BadInput, Busy
+from bahe_core.lake_location import LakeConfig, LakeLocation, read_lake_config, write_lake_config
 
 DEFAULT_HOME = Path(".bahe")
 
@@ -18,6 +20,8 @@ class Home:
     """Where each part of the state lies. Nothing is created until `create` is called."""
 
     root: Path
+    known_lake: LakeLocation | None = None
+    """Where the lake lies, on a machine that has the lake and not the home."""
 
     @classmethod
     def at(cls, folder: Path | str | None = None) -> Home:
@@ -26,18 +30,44 @@ class Home:
         return cls(Path(chosen).expanduser().resolve())
 
     @property
-    def catalogue(self) -> Path:
-        """DuckLake catalogue (SQLite)."""
-        return self.root / "lake" / "catalogue.sqlite"
+    def lake(self) -> LakeLocation:
+        """Where the catalogue and the Parquet files are. Raises Damaged when lake.yaml cannot be read."""
+        if self.known_lake is not None:
+            return self.known_lake
+        config = read_lake_config(self._lake_yaml)
+        return LakeLocation(
+            catalogue=config.catalogue or str(self.root / "lake" / "catalogue.sqlite"),
+            schema=config.schema if config.catalogue else None,
+            data=config.data or str(self.root / "lake" / "data"),
+            moves=config.data is None,
+        )
+
+    def elsewhere(self) -> Home:
+        """The home as a worker on another machine can be given it: with where its lake lies."""
+        return Home(self.root, self.lake)
 
     @property
-    def lake_data(self) -> Path:
-        """DuckLake's Parquet files."""
-        return self.root / "lake" / "data"
+    def _lake_yaml(self) -> Path:
+        return self.root / "lake.yaml"
+
+    def place_lake(self, config: LakeConfig) -> None:
+        """Keep where the lake shall lie, before it is first opened. Raises BadInput when a home that holds
+        a dataset has its lake elsewhere."""
+        if config == read_lake_config(self._lake_yaml):
+            return
+        if (self.root / "dataset.yaml").is_file():
+            raise BadInput(
+                f"`lake` of dataset.yaml is not where the lake of {self.root} lies ({self.lake}); put it"
+                " back, or ingest into a new --home."
+            )
+        self.create()
+        write_lake_config(config, self._lake_yaml)
 
     @property
     def spill(self) -> Path:
         """Where DuckDB puts what exceeds its memory; there only while it needs it."""
+        if self.known_lake is not None and not self.root.is_dir():
+            return Path(tempfile.gettempdir()) / "bahe-spill"
         return self.root / "lake" / "spill"
 
     @property
@@ -91,7 +121,7 @@ class Home:
 
     def create(self) -> Home:
         """Make the folders; returns itself."""
-        for folder in (self.lake_data, self.frames, self.models, self.tracking, self.reports):
+        for folder in (self.spill.parent, self.frames, self.models, self.tracking, self.reports):
             folder.mkdir(parents=True, exist_ok=True)
         return self
 
@@ -99,14 +129,15 @@ class Home:
     def exclusive(self) -> Iterator[None]:
         """Hold the home's lock while a job writes; raises Busy when another process holds it.
 
-        The lock belongs to the process (flock), so a killed job leaves no stale lock behind.
+        The lock belongs to the process (flock), so a killed job leaves no stale lock behind. With a
+        catalogue in PostgreSQL it also keeps out the jobs of other homes and machines.
         """
         from filelock import FileLock, Timeout
 
         self.create()
         lock = FileLock(self.root / ".lock")
         try:
-            with lock.acquire(timeout=0):
+            with lock.acquire(timeout=0), self.lake.exclusive():
                 yield
         except Timeout:
             raise Busy(

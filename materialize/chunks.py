@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -20,11 +21,12 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 
-from bahe_core.errors import BaheError
+from bahe_core.errors import BadInput, BaheError
 from bahe_core.home import Home
 from bahe_core.machine import configure_threads, device, threads
 from bahe_models.backbone import Backbone, BackboneConfig, load_backbone
-from bahe_models.encoder import AtomicEncoder, EncoderConfig
+from bahe_models.encoder import AtomicEncoder, EncoderConfig, encoder_version
+from materialize.executor import Executor
 from materialize.lake import connect
 
 ATOMS_PER_CHUNK = 8192
@@ -184,6 +186,35 @@ def encode_in_processes(
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def encode_on(
+    executor: Executor,
+    home: Home,
+    backbone: BackboneConfig,
+    encoder: EncoderConfig,
+    version: str,
+    chunks: Sequence[Chunk],
+    device_name: str | None,
+    advance: Callable[[int], object],
+) -> Iterator[Encodings]:
+    """As chunks get ready on the executor's workers, which attach the lake themselves."""
+    make = partial(_encode_chunk, home.elsewhere(), backbone, encoder, version, device_name)
+    for encodings in executor.map(make, chunks):
+        advance(len(encodings.vectors))
+        yield encodings
+
+
+def _encode_chunk(
+    home: Home, backbone: BackboneConfig, encoder: EncoderConfig, version: str, device_name: str | None
+) -> Callable[[Chunk], Encodings]:
+    halves = load_backbone(backbone)
+    if encoder_version(halves, encoder, backbone.shallow_layers) != version:
+        raise BadInput(
+            f"{backbone.path} is another model on one node than on the first; give all the same."
+        )
+    here = ChunkEncoder(home, halves, encoder, version, device_name)
+    return lambda chunk: here.encode(here.read(chunk))
 
 
 _here: ChunkEncoder | None = None

@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from bahe_core.errors import BadInput
+from bahe_core.lake_location import LakeConfig
 
 
 class _Section(BaseModel):
@@ -104,6 +105,8 @@ class Dataset(_Section):
     """Behavior channels, in the order of the model's inputs."""
     quarantine: QuarantineRule = QuarantineRule()
     split: Split = Split()
+    lake: LakeConfig = LakeConfig()
+    """Where the lake lies, when not in the home."""
     freshness: Literal["event", "hourly", "daily"] = "event"
     """How fresh the features are that serving reads. An impression of a training frame sees what was known
     strictly before its own instant, the start of its hour, or the start of its day (UTC)."""
@@ -143,6 +146,9 @@ def load_dataset(path: Path) -> Dataset:
         raise BadInput(f"{path}{line} is not valid YAML; correct it.") from None
     if not isinstance(raw, dict):
         raise BadInput(f"{path} must hold a mapping with `name`, `behaviors`, `impressions`, `items`.")
+    lake = raw.get("lake")
+    if isinstance(lake, dict) and isinstance(lake.get("data"), str) and "://" not in lake["data"]:
+        lake["data"] = str((path.parent / Path(lake["data"]).expanduser()).resolve())
     try:
         dataset = Dataset.model_validate(raw)
     except ValidationError as error:
@@ -168,7 +174,7 @@ def _first_problem(error: ValidationError) -> str:
     field = ".".join(str(part) for part in first["loc"] if part != "ClickRule") or "top level"
     more = error.error_count() - 1
     rest = f" (and {more} more)" if more else ""
-    if first["type"] == "extra_forbidden":
+    if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"`{field}` is not a known field; check its spelling{rest}."
     if first["type"] == "missing":
         return f"`{field}` is missing; add it{rest}."

@@ -8,9 +8,11 @@ reach back (another model_version, expired snapshots, a table made anew), everyo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 import duckdb
@@ -26,9 +28,10 @@ from bahe_models.artifact import Artifact, load, require_servable
 from bahe_models.timelines import Timelines
 from materialize import derive, runs
 from materialize.encode import vector_column
+from materialize.executor import LOCAL, ExecutorConfig
 from materialize.gates import require_gates
 from materialize.ingest import home_dataset
-from materialize.lake import LAKE, commit, lake, quoted, scalar, snapshot
+from materialize.lake import LAKE, commit, connect, lake, quoted, scalar, snapshot
 from materialize.training_data import Atoms, read_timelines, stored_atoms
 
 JOB = "embed"
@@ -39,6 +42,7 @@ ITEMS_PER_BATCH = 50_000
 SEEN_ITEMS = 1000
 """How many of the latest items a user acted on are stored with the vector."""
 
+_NO_ITEMS = pa.table({"atom_id": pa.array([], pa.int64())})
 _OWN_COLUMNS = {
     "user_embedding": ("timeline_hash", "UBIGINT"),
     "item_embedding": ("atom_id", "BIGINT"),
@@ -57,7 +61,13 @@ class Embedded:
     items: int
 
 
-def embed(home: Home, *, model_version: str | None = None, device_name: str | None = None) -> Embedded:
+def embed(
+    home: Home,
+    *,
+    model_version: str | None = None,
+    device_name: str | None = None,
+    where: ExecutorConfig = LOCAL,
+) -> Embedded:
     """Compute the vectors that the model_version (the last trained one) lacks, or has of an older log.
 
     When there are none, no model is loaded. Raises NotServable, and writes nothing, when vectors do not
@@ -92,8 +102,16 @@ def embed(home: Home, *, model_version: str | None = None, device_name: str | No
             if users.num_rows or items.num_rows:
                 artifact = load(home.models / version)
                 artifact.model.to(device(device_name))
-                with _atoms_of(connection, home, artifact, users, items) as atoms:
-                    _embed_users(connection, artifact, atoms, users, dataset.channels)
+                here = where.kind == "local"
+                with _atoms_of(connection, home, artifact, users if here else users[:0], items) as atoms:
+                    make: Callable[[], UserEmbedder] = partial(
+                        UserEmbedder, connection, artifact, atoms, dataset.channels
+                    )
+                    if not here:
+                        make = partial(
+                            user_embedder, home.elsewhere(), version, users, dataset.channels, device_name
+                        )
+                    _embed_users(connection, artifact, users, make, where)
                     _embed_items(connection, artifact, atoms, items)
                 width = artifact.vector_width
             else:
@@ -239,28 +257,65 @@ def _batches(users: pa.Table) -> Iterator[pa.Table]:
         before = so_far[start - 1] if start else 0
         stop = int(np.searchsorted(so_far, before + BEHAVIORS_PER_BATCH, side="right"))
         stop = min(max(stop, start + 1), start + USERS_PER_BATCH)
-        yield users.slice(start, stop - start)
+        yield users.take(np.arange(start, stop))  # a pickled slice would take the whole table along
         start = stop
 
 
 def _embed_users(
     connection: duckdb.DuckDBPyConnection,
     artifact: Artifact,
-    atoms: Atoms,
     users: pa.Table,
-    channels: list[str],
+    make: Callable[[], UserEmbedder],
+    where: ExecutorConfig,
 ) -> None:
     """Batch by batch, each committed: a killed run goes on where it stopped."""
-    with progress("embedding users", users.num_rows) as advance:
-        for part in _batches(users):
-            timelines = read_timelines(connection, atoms, part["user_id"].combine_chunks(), channels)
-            atoms_AD, ids_A, timelines = _used(atoms, timelines, artifact)
-            vectors = artifact.user_vectors(
-                atoms_AD, ids_A, timelines, np.arange(part.num_rows), timelines.lengths()
-            )
-            rows = part.append_column("seen_items", _seen_items(connection, part))
+    if not users.num_rows:
+        return
+    with where.start() as executor, progress("embedding users", users.num_rows) as advance:
+        for rows, vectors in executor.map(make, _batches(users)):
             _replace(connection, "user_embedding", "user_id", rows, vectors, artifact)
-            advance(part.num_rows)
+            advance(rows.num_rows)
+
+
+class UserEmbedder:
+    """Timelines from the lake through a model."""
+
+    def __init__(
+        self,
+        connection: duckdb.DuckDBPyConnection,
+        artifact: Artifact,
+        atoms: Atoms,
+        channels: list[str],
+        held: object = None,
+    ) -> None:
+        self._connection, self._artifact = connection, artifact
+        self._atoms, self._channels = atoms, channels
+        self._held = held  # what the atoms' file lives as long as
+
+    def __call__(self, users: pa.Table) -> tuple[pa.Table, np.ndarray]:
+        """Rows of these users as they are stored, and beside them their vectors [users, width]."""
+        ids = users["user_id"].combine_chunks()
+        timelines = read_timelines(self._connection, self._atoms, ids, self._channels)
+        atoms_AD, ids_A, timelines = _used(self._atoms, timelines, self._artifact)
+        vectors = self._artifact.user_vectors(
+            atoms_AD, ids_A, timelines, np.arange(users.num_rows), timelines.lengths()
+        )
+        return users.append_column("seen_items", _seen_items(self._connection, users)), vectors
+
+
+def user_embedder(
+    home: Home, model_version: str, users: pa.Table, channels: list[str], device_name: str | None
+) -> UserEmbedder:
+    """On a worker elsewhere, for any of these users. Raises NotReady where the home's models are not."""
+    path = home.models / model_version
+    if not path.is_dir():
+        raise NotReady(f"{path} is not on every node; put the home on a folder that all of them have.")
+    artifact = load(path)
+    artifact.model.to(device(device_name))
+    connection = connect(home)
+    held = ExitStack()  # for as long as the worker is there
+    atoms = held.enter_context(_atoms_of(connection, home, artifact, users, _NO_ITEMS))
+    return UserEmbedder(connection, artifact, atoms, channels, held)
 
 
 def _used(

@@ -25,8 +25,16 @@ from bahe_core.progress import progress, say
 from bahe_models.backbone import BackboneConfig, load_backbone
 from bahe_models.encoder import EncoderConfig, encoder_version
 from materialize import runs
-from materialize.chunks import ChunkEncoder, Encodings, encode_here, encode_in_processes, missing_chunks
+from materialize.chunks import (
+    ChunkEncoder,
+    Encodings,
+    encode_here,
+    encode_in_processes,
+    encode_on,
+    missing_chunks,
+)
 from materialize.dataset import Dataset
+from materialize.executor import LOCAL, ExecutorConfig
 from materialize.fetch import backbone_config
 from materialize.gates import gate, require_gates
 from materialize.ingest import home_dataset
@@ -79,18 +87,26 @@ class VersionProgress:
 
 
 def encode(
-    home: Home, *, device_name: str | None = None, processes: int | None = None, compile: bool = False
+    home: Home,
+    *,
+    device_name: str | None = None,
+    processes: int | None = None,
+    compile: bool = False,
+    where: ExecutorConfig = LOCAL,
 ) -> Encoded:
     """Encode the atoms that have no vector under the configured encoder yet.
 
     Committed as it goes: a killed run loses little, and the next one goes on. When nothing is missing, no
     model is loaded. Where a model in use reads another encoder's vectors, new atoms get those first, and
-    pass the gate. `processes` is one for each visible GPU by default, else one.
+    pass the gate. `processes` is one for each visible GPU by default, else one; on Ray,
+    `where` says how many actors.
     """
     dataset = home_dataset(home)
     backbone, encoder = encoder_settings(dataset)
     encoder = replace(encoder, compile=encoder.compile or compile)
-    devices = _devices(device_name, processes)
+    if where.kind == "ray" and processes is not None:
+        raise BadInput("--processes is for --executor local; give --num-actors.")
+    devices = [device_name] if where.kind == "ray" else _devices(device_name, processes)
     with lake(home) as connection:
         others = _others_in_use(connection, home, _identity(backbone, encoder))
         behind = {
@@ -99,13 +115,13 @@ def encode(
     for version, (older_backbone, older_encoder) in behind.items():
         like = replace(older_encoder, compile=encoder.compile, bfloat16=encoder.bfloat16)
         try:
-            done = _encode(home, older_backbone, like, devices, expected=version)
+            done = _encode(home, older_backbone, like, devices, where, expected=version)
         except BadInput as error:  # its files may be gone, which stops its models, not the next ones
             say(f"  {version}, which a model in use reads, gets no vectors of new atoms: {error}")
             continue
         say(f"  {version}, which a model in use reads: {done.added:,} atoms encoded")
         gate(home, JOB)
-    return _encode(home, backbone, encoder, devices)
+    return _encode(home, backbone, encoder, devices, where)
 
 
 def encoder_settings(dataset: Dataset) -> Settings:
@@ -144,6 +160,7 @@ def _encode(
     backbone: BackboneConfig,
     encoder: EncoderConfig,
     devices: Sequence[str | None],
+    where: ExecutorConfig,
     *,
     expected: str | None = None,
 ) -> Encoded:
@@ -169,7 +186,14 @@ def _encode(
             chunks = missing_chunks(connection, version)
             writer = _Writer(connection, version)
             with progress("encoding atoms", sum(chunk.atoms for chunk in chunks)) as advance:
-                if len(devices) > 1:
+                if where.kind == "ray" and chunks:
+                    del halves  # each actor loads its own
+                    with where.start() as executor:
+                        for encodings in encode_on(
+                            executor, home, backbone, encoder, version, chunks, devices[0], advance
+                        ):
+                            writer.add(encodings)
+                elif len(devices) > 1:
                     del halves  # each process loads its own
                     encoded = encode_in_processes(
                         home, backbone, encoder, version, chunks, devices, advance

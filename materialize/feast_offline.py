@@ -154,15 +154,18 @@ class DuckLakeOfflineStore(OfflineStore):
         if frame.rows:  # an empty pandas column has no type of its own
             for view in views:
                 check_key_types(view, frame.columns)
+        query = partial(
+            point_in_time_query,
+            frame,
+            views,
+            strict=config.offline_store.join == "strict" and entity_df is not None,
+            known_by_then=filter_by_created_timestamp,
+            full_feature_names=full_feature_names,
+        )
         return DuckLakeRetrievalJob(
             config=config,
-            query=point_in_time_query(
-                frame,
-                views,
-                strict=config.offline_store.join == "strict" and entity_df is not None,
-                known_by_then=filter_by_created_timestamp,
-                full_feature_names=full_feature_names,
-            ),
+            query=query(),
+            shard_query=query,
             snapshot=number,
             entities=frame.given,
             full_feature_names=full_feature_names,

@@ -11,6 +11,7 @@ import yaml
 
 from bahe_core.errors import Damaged, NotReady
 from bahe_core.home import Home
+from materialize.lake import require_catalogue
 
 if TYPE_CHECKING:
     from feast import FeatureStore
@@ -61,8 +62,7 @@ def apply(home: Home) -> str:
 
     Raises NotReady before the first ingest, since Feast infers types from the lake.
     """
-    if not home.catalogue.is_file():
-        raise NotReady(f"{home.root} holds no data yet; run `bahe ingest dataset.yaml` first.")
+    require_catalogue(home)
     from feast import Entity, FeatureService, FeatureStore, FeatureView
 
     with warnings.catch_warnings():

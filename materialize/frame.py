@@ -23,6 +23,7 @@ from bahe_core.home import Home
 from bahe_core.progress import progress
 from materialize import runs
 from materialize.dataset import Split, context_column
+from materialize.executor import LOCAL, ExecutorConfig
 from materialize.feature_store import open_store
 from materialize.gates import require_gates
 from materialize.ingest import home_dataset
@@ -58,12 +59,19 @@ class Frame:
         return facts
 
 
-def frame(home: Home, *, service: str = "ctr_training", as_of: int | None = None) -> Frame:
+def frame(
+    home: Home,
+    *,
+    service: str = "ctr_training",
+    as_of: int | None = None,
+    where: ExecutorConfig = LOCAL,
+) -> Frame:
     """Pull the point-in-time frame of all impressions through Feast, split it by time, write Parquet.
 
     With `freshness: hourly | daily` in dataset.yaml an impression sees what was known at the start of its
-    hour or day. `as_of` reads the lake as it was at that snapshot. Does nothing when the lake, the service,
-    the freshness and the split are those of the last run. Raises NotReady before `ingest` and `apply`,
+    hour or day. `as_of` reads the lake as it was at that snapshot. Several workers of `where`
+    each join the users of one hash. Does nothing when the lake, the service, the freshness and the split
+    are those of the last run. Raises NotReady before `ingest` and `apply`,
     BadInput when the service or the snapshot is unknown or a split would be empty.
     """
     dataset = home_dataset(home)
@@ -103,7 +111,10 @@ def frame(home: Home, *, service: str = "ctr_training", as_of: int | None = None
                 "freshness": dataset.freshness,
                 "context": context,
             }
-            _write(job.to_arrow_reader(), path, about, sum(rows.values()))
+            with where.start() as executor:
+                one = executor.workers == 1
+                reader = job.to_arrow_reader() if one else job.to_sharded_reader(executor, "user_id")
+                _write(reader, path, about, sum(rows.values()))
             commit(connection, [run.statement({"rows": rows, "service": service})])
     return Frame(path, frame_id, rows, skipped=False)
 

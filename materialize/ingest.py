@@ -50,12 +50,14 @@ def ingest(home: Home, dataset_path: Path) -> Ingested:
     """
     dataset = load_dataset(dataset_path)
     folder = dataset_path.resolve().parent
+    home.place_lake(dataset.lake)
     with home.exclusive():
         check_same_dataset(home, dataset, dataset_path)
         with lake(home, create=True) as connection:
             connection.execute(f"SET file_search_path = {quoted(str(folder))}")
             found = sources.find_sources(connection, _sections(dataset), folder)
             last = runs.last(connection, JOB)
+            _check_same_lake(home, dataset, last)
             anew = last is None or last.facts.get("derived") != derive.VERSION
             reads = read_new(connection, dataset, found)
             if not reads and not anew:
@@ -103,6 +105,18 @@ def _sections(dataset: Dataset) -> dict[str, Table]:
     return {table: section for table, section in given.items() if section is not None}
 
 
+def _check_same_lake(home: Home, dataset: Dataset, last: runs.Run | None) -> None:
+    """Refuse a lake that another home has filled from another dataset, or with other channels."""
+    if last is None:
+        return
+    for what, wanted in (("dataset", dataset.name), ("channels", dataset.channels)):
+        if last.facts.get(what, wanted) != wanted:
+            raise BadInput(
+                f"the lake {home.lake} holds {what} {last.facts[what]}, not {wanted}; give each dataset a"
+                " `lake.schema` (and `lake.data`) of its own."
+            )
+
+
 def _write(
     connection: duckdb.DuckDBPyConnection,
     dataset: Dataset,
@@ -115,6 +129,7 @@ def _write(
     fingerprint = _fingerprint(dataset, reads, last)
     facts = {
         "dataset": dataset.name,
+        "channels": dataset.channels,
         "derived": derive.VERSION,
         "read": {table: read.rows for table, read in reads.items()},
         "broken": {table: read.broken for table, read in reads.items()},

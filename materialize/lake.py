@@ -1,22 +1,41 @@
-"""The offline store: one DuckLake catalogue (SQLite) over Parquet files."""
+"""The offline store: one DuckLake catalogue (SQLite or PostgreSQL) over Parquet files."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import duckdb
 
-from bahe_core.errors import BadInput, Damaged, NotReady, one_line
+from bahe_core.errors import BadInput, BaheError, Damaged, NotReady, one_line
 from bahe_core.home import Home
 from bahe_core.machine import memory_limit, threads
 
 LAKE = "lake"
 COMMIT_ATTEMPTS = 8
+
+_OTHER_WRITER = (
+    "database is locked",  # SQLite
+    "onflict",  # DuckLake, of one table that two have changed
+    "duplicate key value",  # PostgreSQL, when two take the next snapshot's number again and again
+    "could not serialize",
+    "deadlock detected",
+)
+"""What DuckDB says when another writer came first, and trying again helps."""
+
+_NO_SERVER = (
+    "Unable to connect to Postgres",
+    "server closed the connection",
+    "terminating connection",
+    "Failed to execute query",
+    "Failed to prepare",
+)
 
 
 def load_extension(connection: duckdb.DuckDBPyConnection, name: str) -> None:
@@ -42,14 +61,21 @@ def name(identifier: str) -> str:
     return '"' + identifier.replace('"', '""') + '"'
 
 
+def require_catalogue(home: Home) -> None:
+    """Raises NotReady when the home has no lake yet; with PostgreSQL, opening it tells."""
+    if not home.lake.postgres and not Path(home.lake.catalogue).is_file():
+        raise _nothing_yet(home)
+
+
 def connect(home: Home, *, create: bool = False, as_of: int | None = None) -> duckdb.DuckDBPyConnection:
     """A DuckDB connection with the home's lake attached and current; times are UTC.
 
     One connection per thread. `as_of` attaches the lake as it was at that snapshot, read-only. Raises
-    NotReady when the home has no lake and `create` is not set, BadInput when there is no such snapshot.
+    NotReady when the home has no lake and `create` is not set, BadInput when there is no such snapshot,
+    Unreachable when the catalogue's server does not answer.
     """
-    if not create and not home.catalogue.is_file():
-        raise NotReady(f"{home.root} holds no data yet; run `bahe ingest dataset.yaml` first.")
+    if not create:
+        require_catalogue(home)
     settings: dict[str, str | bool | int | float | list[str]] = {
         "threads": threads(),
         # What exceeds memory is written here, and removed when the connection closes.
@@ -65,27 +91,79 @@ def connect(home: Home, *, create: bool = False, as_of: int | None = None) -> du
         connection = duckdb.connect(config=settings)
     except duckdb.Error as error:
         raise BadInput(f"BAHE_MEMORY is {limit} ({one_line(error)}); write a size such as 4GB.") from None
-    for extension in ("sqlite_scanner", "ducklake"):
-        load_extension(connection, extension)
-    connection.execute("SET TimeZone = 'UTC'")
-    # The data always lies beside the catalogue, wherever the home was moved or copied to.
-    options = f"DATA_PATH {quoted(f'{home.lake_data}/')}, OVERRIDE_DATA_PATH true"
-    if as_of is not None:
-        options += f", SNAPSHOT_VERSION {as_of}"
     try:
-        connection.execute(f"ATTACH {quoted(f'ducklake:sqlite:{home.catalogue}')} AS {LAKE} ({options})")
-    except duckdb.Error as error:
+        _attach(connection, home, create=create, as_of=as_of)
+    except BaseException:
         connection.close()
-        if as_of is not None and "No snapshot found" in str(error):
-            raise BadInput(
-                f"the lake of {home.root} has no snapshot {as_of}; `bahe frame` prints the one it used."
-            ) from None
-        raise Damaged(
-            f"the lake's catalogue {home.catalogue} cannot be read ({one_line(error)}); restore it from a"
-            " copy, or delete the home and run again."
-        ) from None
-    connection.execute(f"USE {LAKE}")
+        raise
     return connection
+
+
+def _attach(connection: duckdb.DuckDBPyConnection, home: Home, *, create: bool, as_of: int | None) -> None:
+    where = home.lake
+    for extension in ("postgres_scanner" if where.postgres else "sqlite_scanner", "ducklake"):
+        load_extension(connection, extension)
+    if where.data.startswith("s3://"):
+        _allow_object_storage(connection)
+    connection.execute("SET TimeZone = 'UTC'")
+    options = [f"DATA_PATH {quoted(where.data.rstrip('/') + '/')}"]
+    if where.moves:  # to wherever the home was moved or copied
+        options.append("OVERRIDE_DATA_PATH true")
+    if where.schema is not None:
+        options.append(f"METADATA_SCHEMA {quoted(where.schema)}")
+    if not create:
+        options.append("CREATE_IF_NOT_EXISTS false")
+    if as_of is not None:
+        options.append(f"SNAPSHOT_VERSION {as_of}")
+    kind = "postgres" if where.postgres else "sqlite"
+    try:
+        connection.execute(
+            f"ATTACH {quoted(f'ducklake:{kind}:{where.catalogue}')} AS {LAKE} ({', '.join(options)})"
+        )
+    except duckdb.Error as error:
+        raise _why_not_attached(error, home, as_of) from None
+    connection.execute(f"USE {LAKE}")
+
+
+def _why_not_attached(error: duckdb.Error, home: Home, as_of: int | None) -> BaheError:
+    where, message = home.lake, str(error)
+    if as_of is not None and "No snapshot found" in message:
+        return BadInput(
+            f"the lake of {home.root} has no snapshot {as_of}; `bahe frame` prints the one it used."
+        )
+    if where.postgres and "creating a new DuckLake is explicitly disabled" in message:
+        return _nothing_yet(home)
+    if "does not match existing data path" in message:
+        held = message.split('catalog "', 1)[-1].split('"', 1)[0]
+        return BadInput(
+            f"the lake {where} keeps its data in {held}, not in {where.data}; correct `lake.data`, or"
+            " choose another `lake.schema`."
+        )
+    if _server_is_gone(error, home):
+        return where.unreachable(error)
+    return Damaged(
+        f"the lake's catalogue {where} cannot be read ({one_line(error)}); restore it from a"
+        " copy, or delete the home and run again."
+    )
+
+
+def _nothing_yet(home: Home) -> NotReady:
+    return NotReady(f"{home.root} holds no data yet; run `bahe ingest dataset.yaml` first.")
+
+
+def _allow_object_storage(connection: duckdb.DuckDBPyConnection) -> None:
+    """Credentials as every AWS client finds them (environment, profile, role); none is kept or shown.
+
+    AWS_ENDPOINT_URL names an object store that is not Amazon's.
+    """
+    for extension in ("httpfs", "aws"):
+        load_extension(connection, extension)
+    endpoint = urlsplit(os.environ.get("AWS_ENDPOINT_URL", ""))
+    other = ""
+    if endpoint.netloc:
+        secure = str(endpoint.scheme == "https").lower()
+        other = f", ENDPOINT {quoted(endpoint.netloc)}, USE_SSL {secure}, URL_STYLE 'path'"
+    connection.execute(f"CREATE SECRET object_storage (TYPE s3, PROVIDER credential_chain{other})")
 
 
 @contextmanager
@@ -103,16 +181,23 @@ def lake(
 
 @contextmanager
 def damaged_files_named(home: Home) -> Iterator[None]:
-    """Turns DuckDB's error about a file of the lake into Damaged."""
+    """Turns DuckDB's error about a file of the lake into Damaged, about its server into Unreachable."""
     try:
         yield
     except duckdb.Error as error:
-        if str(home.lake_data) not in str(error):
+        if _server_is_gone(error, home):
+            raise home.lake.unreachable(error) from None
+        if home.lake.data not in str(error):
             raise
         raise Damaged(
             f"a file of the lake cannot be read ({one_line(error)}); restore it from a copy, or delete the"
             " home and run again."
         ) from None
+
+
+def _server_is_gone(error: duckdb.Error, home: Home) -> bool:
+    """Whether the error is PostgreSQL's, of a connection that could not be made or broke."""
+    return home.lake.postgres and any(sign in str(error) for sign in _NO_SERVER)
 
 
 def commit(connection: duckdb.DuckDBPyConnection, statements: list[str]) -> None:
@@ -136,8 +221,8 @@ def transact(connection: duckdb.DuckDBPyConnection, work: Callable[[], None]) ->
         except duckdb.Error as error:
             with contextlib.suppress(duckdb.Error):  # a failed COMMIT has ended it already
                 connection.execute("ROLLBACK")
-            locked = "database is locked" in str(error) or "onflict" in str(error)
-            if not locked or attempt == COMMIT_ATTEMPTS - 1:
+            busy = any(sign in str(error) for sign in _OTHER_WRITER)
+            if not busy or attempt == COMMIT_ATTEMPTS - 1:
                 raise
             time.sleep(0.05 * 2**attempt)
 

@@ -9,13 +9,13 @@ from fastapi import FastAPI, Query, Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 
-from bahe_core.errors import BaheError, Damaged, NotReady, UnknownEntity
+from bahe_core.errors import BaheError, Damaged, NotReady, UnknownEntity, Unreachable
 from bahe_core.home import Home
 from bahe_models.context import Value
 from serving.live import LiveLookup
 from serving.lookup import Answer, Identifier, OnlineLookup, parsed_context
 
-_STATUS = {UnknownEntity: 404, NotReady: 503, Damaged: 503}
+_STATUS = {UnknownEntity: 404, NotReady: 503, Damaged: 503, Unreachable: 503}
 """HTTP status by error; any other that bahe raises on purpose is the request's fault."""
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-import shutil
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 # One thread for each of the test processes that run side by side; a lone one may have two.
@@ -120,19 +120,40 @@ def write_dataset(
     return path
 
 
-SERVICES = {"redis": (6379, "redis-server"), "postgres": (5432, "pg_ctlcluster")}
-"""Port on this machine, and the program that would be there if the service could be started."""
+SERVICES = {"redis": 6379, "postgres": 5432}
+"""Ports on this machine."""
 
 
 def require_service(name: str) -> None:
-    """Skip the test where the service does not answer; in CI what is installed has to run."""
-    port, program = SERVICES[name]
+    """Skip the test where the service does not answer, and fail where BAHE_REQUIRE_SERVICES names it."""
+    port = SERVICES[name]
     with socket.socket() as probe:
         if probe.connect_ex(("127.0.0.1", port)) == 0:
             return
-    if os.environ.get("CI") == "true" and shutil.which(program):
-        pytest.fail(f"{name} is installed and does not answer on port {port}: start it before the tests")
+    if name in os.environ.get("BAHE_REQUIRE_SERVICES", "").split():
+        pytest.fail(f"{name} does not answer on port {port}, and BAHE_REQUIRE_SERVICES wants it: start it")
     pytest.skip(f"{name} does not answer on port {port}")
+
+
+RAY_WORKERS = 2
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    import ray
+
+    ray.init(address="local", num_cpus=RAY_WORKERS, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def ray_cluster(ray_session: None, request: pytest.FixtureRequest) -> None:
+    """A real Ray cluster of two workers on this machine; executors that are started join it."""
+    import ray
+
+    ray.cloudpickle.register_pickle_by_value(request.module)  # workers cannot import a test's module
 
 
 @pytest.fixture

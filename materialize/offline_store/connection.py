@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 import duckdb
 
-from bahe_core.errors import BadInput, NotReady
+from bahe_core.errors import BadInput
 from bahe_core.home import Home
-from materialize.lake import LAKE, connect, damaged_files_named
+from materialize.lake import LAKE, connect, damaged_files_named, require_catalogue
 
 if TYPE_CHECKING:
     from feast.repo_config import RepoConfig
@@ -62,12 +62,10 @@ def open_lake_to_write(config: RepoConfig) -> AbstractContextManager[duckdb.Duck
 
 
 def _instance(home: Home, snapshot: int | None) -> duckdb.DuckDBPyConnection:
-    try:
-        file = home.catalogue.stat()
-    except FileNotFoundError:
-        raise NotReady(f"{home.root} holds no data yet; run `bahe ingest dataset.yaml` first.") from None
+    require_catalogue(home)
     # A home that was deleted and filled again is another one, and DuckDB does not survive a fork.
-    key = (os.getpid(), home.catalogue, file.st_dev, file.st_ino, snapshot)
+    file = None if home.lake.postgres else Path(home.lake.catalogue).stat()
+    key = (os.getpid(), home.lake, file and (file.st_dev, file.st_ino), snapshot)
     with _lock:
         if key not in _attached:
             _attached[key] = connect(home, as_of=snapshot)

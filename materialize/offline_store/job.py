@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -19,8 +19,10 @@ from feast.infra.offline_stores.offline_store import RetrievalJob, RetrievalMeta
 
 from bahe_core.errors import BadInput
 from materialize.lake import tables
-from materialize.offline_store.connection import open_lake, open_lake_to_write
+from materialize.offline_store.connection import home_of, open_lake, open_lake_to_write
 from materialize.offline_store.entities import GIVEN
+from materialize.offline_store.point_in_time import Shard
+from materialize.offline_store.sharding import ShardReader, merged
 from materialize.offline_store.source import SavedDatasetDuckLakeStorage, local_path
 from materialize.offline_store.writes import replace_table
 
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     from feast.on_demand_feature_view import OnDemandFeatureView
     from feast.repo_config import RepoConfig
     from feast.saved_dataset import SavedDatasetStorage
+
+    from materialize.executor import Executor
 
 BATCH_ROWS = 122_880
 """Rows of a batch in a stream: one of DuckDB's own row groups."""
@@ -45,6 +49,7 @@ class DuckLakeRetrievalJob(RetrievalJob):
         config: RepoConfig,
         query: str,
         snapshot: int,
+        shard_query: Callable[..., str] | None = None,
         entities: pa.Table | None = None,
         full_feature_names: bool = False,
         on_demand_feature_views: list[OnDemandFeatureView] | None = None,
@@ -55,6 +60,7 @@ class DuckLakeRetrievalJob(RetrievalJob):
         """The lake's snapshot that is read: `offline_store.as_of` gives the same answer again."""
         self._config = config
         self._query = query
+        self._shard_query = shard_query
         self._entities = entities
         self._full_feature_names = full_feature_names
         self._on_demand_feature_views = on_demand_feature_views or []
@@ -86,16 +92,35 @@ class DuckLakeRetrievalJob(RetrievalJob):
         batch by batch.
         """
         with self._connection() as connection:
-            for batch in connection.execute(self._query).to_arrow_reader(rows):
-                if self._on_demand_feature_views:
-                    table = _TableJob(pa.Table.from_batches([batch]), self).to_arrow()
-                    yield from table.combine_chunks().to_batches()
-                else:
-                    yield batch
+            yield from self._with_views_on_demand(connection.execute(self._query).to_arrow_reader(rows))
 
     def to_arrow_reader(self, rows: int = BATCH_ROWS) -> pa.RecordBatchReader:
         """`to_arrow_batches` with its schema, which Arrow's writers and DuckDB read from."""
-        batches = self.to_arrow_batches(rows)
+        return self._reader(self.to_arrow_batches(rows))
+
+    def to_sharded_reader(self, executor: Executor, key: str) -> pa.RecordBatchReader:
+        """`to_arrow_reader`, put together from shards by the hash of a join key, one for each worker.
+
+        The same rows in the same order. Workers attach the lake themselves. Only for an entity frame that
+        is a query over the lake.
+        """
+        assert self._shard_query is not None
+        assert self._entities is None
+        home, count = home_of(self._config).elsewhere(), executor.workers
+        queries = [self._shard_query(shard=Shard(key=key, index=i, count=count)) for i in range(count)]
+        read = ShardReader(home, self.snapshot, queries)
+        rows = merged(executor.streams(read, count), BATCH_ROWS)
+        return self._reader(self._with_views_on_demand(rows))
+
+    def _with_views_on_demand(self, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        for batch in batches:
+            if self._on_demand_feature_views:
+                table = _TableJob(pa.Table.from_batches([batch]), self).to_arrow()
+                yield from table.combine_chunks().to_batches()
+            else:
+                yield batch
+
+    def _reader(self, batches: Iterator[pa.RecordBatch]) -> pa.RecordBatchReader:
         first = next(batches, None)
         if first is None:
             return self.to_arrow().to_reader()

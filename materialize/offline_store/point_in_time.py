@@ -7,6 +7,7 @@ no pass of their own: 5 views over a million rows take a third of the time of `r
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from datetime import timedelta
 
 from materialize.lake import name, quoted
@@ -21,6 +22,20 @@ _LAST = 2**63 - 1
 _MICROSECOND = "INTERVAL 1 MICROSECOND"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """One of several parts of an entity frame: the rows whose key has this hash."""
+
+    key: str
+    """A join key; of views that have it, only the shard's rows are sorted."""
+    index: int
+    count: int
+
+    def holds(self, column: str) -> str:
+        """The condition that a row with this column's value belongs to the shard."""
+        return f"hash({name(column)}::VARCHAR) % {self.count} = {self.index}"
+
+
 def point_in_time_query(
     frame: EntityFrame,
     views: list[View],
@@ -28,9 +43,11 @@ def point_in_time_query(
     strict: bool,
     known_by_then: bool,
     full_feature_names: bool,
+    shard: Shard | None = None,
 ) -> str:
     """Every row of the frame, in its order, with the features as of its moment.
 
+    Of a `shard` only its rows, each with its number in the whole frame as the last column.
     `strict` leaves out what happened at that very moment;
     `known_by_then` also what was computed only after it.
     """
@@ -40,7 +57,7 @@ def point_in_time_query(
     for index, view in enumerate(views):
         v = f"v{index}"
         late = view.table is not None and view.wide
-        ranked = _ranked(frame, view, strict=strict, known_by_then=known_by_then, late=late)
+        ranked = _ranked(frame, view, strict=strict, known_by_then=known_by_then, late=late, shard=shard)
         on = [f"e.{name(key)} = {v}.k{i}" for i, key in enumerate(view.keys)]
         on.append(_before(moment, f"{v}.since", view, strict=strict, known_by_then=known_by_then))
         joins.append(f"ASOF LEFT JOIN ({ranked}) {v} ON {' AND '.join(on)}")
@@ -59,13 +76,19 @@ def point_in_time_query(
                 value = f"CASE WHEN {moment} - {_ttl(view)} <= {v}.time THEN {value} END"
             shown = f"{view.name}__{feature}" if full_feature_names else feature
             selected.append(f"{value} AS {name(shown)}")
+    entities = frame.relation
+    if shard is not None:
+        entities = f"FROM ({entities}) WHERE {shard.holds(shard.key)}"
+        selected.append(f"e.{frame.row_number}")
     return (
-        f"WITH {_ENTITIES} AS ({frame.relation}) SELECT {', '.join(selected)} FROM {_ENTITIES} e"
+        f"WITH {_ENTITIES} AS ({entities}) SELECT {', '.join(selected)} FROM {_ENTITIES} e"
         f" {' '.join([*joins, *lookups])} ORDER BY e.{frame.row_number}"
     )
 
 
-def _ranked(frame: EntityFrame, view: View, *, strict: bool, known_by_then: bool, late: bool) -> str:
+def _ranked(
+    frame: EntityFrame, view: View, *, strict: bool, known_by_then: bool, late: bool, shard: Shard | None
+) -> str:
     """A view's rows with the keys as k0, k1 …, the sort key as `since`, and the values as f0, f1 …"""
     time = f"{name(view.time)}::TIMESTAMPTZ"
     created = f"{name(view.created)}::TIMESTAMPTZ" if view.created else None
@@ -82,6 +105,8 @@ def _ranked(frame: EntityFrame, view: View, *, strict: bool, known_by_then: bool
     where = [f"{time} <= TIMESTAMPTZ {quoted(frame.latest.isoformat())}"]
     if view.ttl:
         where.append(f"{time} >= TIMESTAMPTZ {quoted(frame.earliest.isoformat())} - {_ttl(view)}")
+    if shard is not None and shard.key in view.keys:
+        where.append(shard.holds(view.keys[shard.key]))
     cut_off = known_by_then and created is not None
     if cut_off:
         where.append(f"{created} IS NOT NULL")

@@ -1,0 +1,176 @@
+"""Where a home's lake lies: its catalogue in SQLite or PostgreSQL, its data in a folder or on S3."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+from urllib.parse import parse_qsl, urlsplit
+
+import yaml
+
+from bahe_core.errors import BadInput, Busy, Damaged, Unreachable, last_line
+
+if TYPE_CHECKING:
+    import psycopg
+
+os.environ.setdefault("PGCONNECT_TIMEOUT", "10")  # seconds; libpq would wait for minutes
+
+
+@dataclass(frozen=True, kw_only=True)
+class LakeConfig:
+    """The `lake` section of dataset.yaml. What is left out lies in the home."""
+
+    catalogue: str | None = None
+    """`postgresql://user@host:port/database`, without the password: that is PGPASSWORD's or ~/.pgpass's
+    to give, as for every PostgreSQL client. Left out: SQLite, for one machine."""
+    schema: str = "bahe"
+    """The catalogue's schema in that database, made by the first ingest; one for each dataset."""
+    data: str | None = None
+    """Folder of the Parquet files (relative to dataset.yaml), or `s3://bucket/prefix`."""
+
+    def __post_init__(self) -> None:
+        if self.catalogue is not None:
+            _check_url(self.catalogue)
+            if self.data is None:
+                raise ValueError(
+                    "`data` is missing; name a folder or s3://bucket/prefix that every machine which uses"
+                    " this catalogue can reach"
+                )
+        if not re.fullmatch(r"(?!pg_)[a-z_][a-z0-9_]{0,62}", self.schema):
+            raise ValueError(
+                f"`schema` is {self.schema}; take small letters, digits and _, not pg_ in front"
+            )
+        if self.data is not None and "://" in self.data and not re.match(r"s3://[^/]", self.data):
+            raise ValueError(f"`data` is {self.data}; give a folder or s3://bucket/prefix")
+
+
+def _check_url(url: str) -> None:
+    """Raises ValueError; what may hold a password is not shown."""
+    try:
+        parts = urlsplit(url)
+        password = parts.password or "password" in dict(parse_qsl(parts.query))
+        complete = parts.scheme in ("postgresql", "postgres") and len(parts.path) > 1
+    except ValueError:
+        password, complete = None, False
+    if password:
+        raise ValueError("`catalogue` holds a password; take it out, and set PGPASSWORD or write ~/.pgpass")
+    if not complete:
+        raise ValueError("`catalogue` is not of the form postgresql://user@host:port/database")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LakeLocation:
+    """A lake's place, complete; with a PostgreSQL catalogue the same on every machine."""
+
+    catalogue: str
+    """A PostgreSQL URL, or the path of an SQLite file."""
+    data: str
+    schema: str | None = None
+    """PostgreSQL's."""
+    moves: bool = True
+    """The data lies beside the catalogue, and may be moved or copied together with it."""
+
+    @property
+    def postgres(self) -> bool:
+        """Whether the catalogue is in PostgreSQL."""
+        return self.schema is not None
+
+    def __str__(self) -> str:
+        """As errors name it."""
+        return f"{self.catalogue} (schema {self.schema})" if self.postgres else self.catalogue
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Keep the writers of all machines out while a job writes; raises Busy when one is at work.
+
+        An advisory lock of PostgreSQL, which goes when the connection does, so a killed job leaves none
+        behind. Nothing to do with SQLite, whose writers all hold the home's own lock.
+        """
+        if not self.postgres:
+            yield
+            return
+        with self._session() as session:
+            key = f"bahe lake {self.schema}"
+            if not _single(session, "SELECT pg_try_advisory_lock(hashtextextended(%s, 0))", key):
+                raise Busy(
+                    f"a bahe job of another home or machine is writing to the lake {self}; wait for it to"
+                    " end."
+                )
+            yield
+            try:
+                kept = _single(session, "SELECT pg_advisory_unlock(hashtextextended(%s, 0))", key)
+            except _psycopg().OperationalError:
+                kept = False
+            if not kept:
+                raise Busy(
+                    f"the connection to {self} was lost during the job, and with it the lock, so another"
+                    " job may have written at the same time; what was committed is kept, run it again."
+                )
+
+    @contextmanager
+    def _session(self) -> Iterator[psycopg.Connection]:
+        library = _psycopg()
+        try:
+            # Kept alive, or a firewall drops the silent connection of a long job, and the lock with it.
+            session = library.connect(
+                self.catalogue, autocommit=True, keepalives_idle=30, fallback_application_name="bahe lock"
+            )
+        except library.Error as error:
+            raise self.unreachable(error) from None
+        try:
+            yield session
+        finally:
+            session.close()
+
+    def unreachable(self, error: Exception) -> Unreachable:
+        """The sentence for a server that does not answer, or not as it should."""
+        return Unreachable(
+            f"the lake's catalogue {self} cannot be reached ({last_line(error)}); start the server, create"
+            " the database, or correct `lake.catalogue` (the password comes from PGPASSWORD or ~/.pgpass)."
+        )
+
+
+def _single(session: psycopg.Connection, query: str, value: str) -> object:
+    row = session.execute(query, [value]).fetchone()
+    assert row is not None
+    return row[0]
+
+
+def _psycopg() -> ModuleType:
+    try:
+        import psycopg
+    except ImportError:
+        raise BadInput(
+            "`lake.catalogue` is in PostgreSQL, for which a package is missing: pip install"
+            " 'bahe[postgres]'."
+        ) from None
+    return psycopg
+
+
+def read_lake_config(path: Path) -> LakeConfig:
+    """The home's lake.yaml; the default where there is none. Raises Damaged."""
+    if not path.is_file():
+        return LakeConfig()
+    try:
+        return LakeConfig(**yaml.safe_load(path.read_text()))
+    except (TypeError, ValueError, UnicodeDecodeError, yaml.YAMLError):
+        raise Damaged(
+            f"{path} cannot be read; write the `lake` section of dataset.yaml into it again."
+        ) from None
+
+
+def write_lake_config(config: LakeConfig, path: Path) -> None:
+    """Keep it in the home, whole or not at all; the default is no file."""
+    if config == LakeConfig():
+        path.unlink(missing_ok=True)
+        return
+    temporary = path.with_suffix(".part")
+    text = "# Where the lake of this home lies; written by the first `bahe ingest`.\n"
+    temporary.write_text(text + yaml.safe_dump(asdict(config), sort_keys=False))
+    temporary.replace(path)
