@@ -93,7 +93,8 @@ def ingest(home: Home, dataset_path: Path) -> Ingested:
             with runs.record(connection, JOB, fingerprint) as run:
                 statements = _write(connection, list(sections), dataset.impressions.context)
                 statements += derive.statements(dataset.channels)
-                statements.append(run.statement({"dataset": dataset.name}))
+                facts = {"dataset": dataset.name, "source": str(dataset_path.resolve())}
+                statements.append(run.statement(facts))
                 commit(connection, statements)
             duplicates = _duplicates(connection, list(sections))
             totals = _totals(connection)
@@ -475,3 +476,10 @@ def _totals(connection: duckdb.DuckDBPyConnection) -> dict[str, int]:
     known = tables(connection)
     wanted = ("behaviors", "impressions", "items", "users", "atoms")
     return {t: scalar(connection, f"SELECT count(*) FROM {t}") for t in wanted if t in known}
+
+
+def is_current(connection: duckdb.DuckDBPyConnection, path: Path) -> bool:
+    """Whether the last ingest read this dataset.yaml's sources as they are now. Raises BadInput."""
+    last = runs.last(connection, JOB)
+    dataset = load_dataset(path)
+    return last is not None and last.fingerprint == _fingerprint(dataset, path.resolve().parent)
