@@ -27,8 +27,8 @@ app = typer.Typer(
         "From long logs of what people do, in words, to click predictions with a language model.\n\n"
         "Start with `bahe demo`, or `bahe run dataset.yaml` for a log of your own. `run` calls, in"
         " this order, the commands that also work alone: ingest, encode, apply, frame, train, embed,"
-        " publish. `daily` is one night of it, `status` says what is behind, `runs` what was done. Each does"
-        " only what is new; killed anywhere, the next call goes on.\n\nExit codes: 0 done, 1 a defect of"
+        " publish. `daily` is one night of it, `status` says what is behind, `runs` what was done. Each"
+        " does only what is new; killed anywhere, the next call goes on.\n\nExit codes: 0 done, 1 a defect of"
         " bahe's, 2 bad input, a failed gate or a busy home, 130 interrupted."
     ),
     no_args_is_help=True,
@@ -74,7 +74,9 @@ ContextOption = Annotated[
 LogFormatOption = Annotated[
     Literal["text", "json"],
     typer.Option(
-        "--log-format", envvar="BAHE_LOG", help="Lines on standard error: for people, or a JSON object each."
+        "--log-format",
+        envvar="BAHE_LOG",
+        help="Lines on standard error: for people, or a JSON object each.",
     ),
 ]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
@@ -175,7 +177,12 @@ def train(
     done = job(Home.at(home), device_name=device, tracker=tracker, warm_start=warm_start, shard=shard)
     if int(os.environ.get("RANK", "0")):
         return  # of torchrun's processes, the first one speaks
-    say(f"  {done.model_version}" + (" (unchanged)" if done.skipped else ""))
+    version = done.model_version
+    say(
+        f"  {version}" + (" (unchanged)" if done.skipped else ""),
+        model_version=version,
+        results=done.results,
+    )
     _print_results(done.results)
     say(f"  report: {done.report}")
 
@@ -319,7 +326,7 @@ def daily(
         "quality": quality,
         "embed": lambda day: do("embed", model=day.trained or day.live_before)(day),
     }
-    day = run_day(
+    run_day(
         where,
         date.date() if date else today(),
         None if dataset is None else str(dataset.resolve()),
@@ -327,13 +334,14 @@ def daily(
         steps,
         wait=wait,
     )
-    say(f"[bold]{day.date} is done[/bold]; live: {day.model_version}", model_version=day.model_version)
 
 
 @app.command()
 def runs(
     home: HomeOption = None,
-    job: Annotated[str | None, typer.Option("--job", help="Only this job, as `embed` or `gate embed`.")] = None,
+    job: Annotated[
+        str | None, typer.Option("--job", help="Only this job, as `embed` or `gate embed`.")
+    ] = None,
     limit: Annotated[int, typer.Option(min=1, help="How many, the newest first.")] = 20,
     as_json: JsonFlag = False,
 ) -> None:
@@ -349,10 +357,10 @@ def runs(
             typer.echo(json.dumps(shown, default=str))
         return
     _print_table(
-        ("finished", "job", "seconds", "read", "written", "snapshot", "says"),
+        ("finished, UTC", "job", "seconds", "read", "written", "snapshot", ""),
         [
             (
-                f"{one.finished:%Y-%m-%d %H:%M:%S}",
+                f"{one.finished:%Y-%m-%d %H:%M}",
                 one.job,
                 f"{one.seconds:.1f}",
                 "" if one.rows_read is None else f"{one.rows_read:,}",
@@ -362,6 +370,7 @@ def runs(
             )
             for one in found
         ],
+        plain=True,
     )
 
 
@@ -378,6 +387,7 @@ def status(home: HomeOption = None, as_json: JsonFlag = False) -> None:
     _print_table(
         ("part", "state", ""),
         [(f.part, "[yellow]behind[/yellow]" if f.stale else "ok", f.says) for f in found.findings],
+        plain=True,
     )
     if found.busy:
         typer.echo("another job is writing now")
@@ -554,14 +564,17 @@ def _print_answer(answer: Any, as_json: bool) -> None:
     )
 
 
-def _print_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+def _print_table(header: tuple[str, ...], rows: list[tuple[str, ...]], *, plain: bool = False) -> None:
+    """A framed table; a plain one is as wide as its rows, so that grep finds them whole."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(*header)
+    # Where nobody looks at it, a plain table is not folded into 80 columns.
+    console = Console(width=1000 if plain and not sys.stdout.isatty() else None)
+    table = Table(*header, box=None, pad_edge=False) if plain else Table(*header)
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    console.print(table)
 
 
 def main() -> None:

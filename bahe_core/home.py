@@ -111,6 +111,9 @@ class Home:
 
         self.create()
         lock = FileLock(self.root / ".lock", is_singleton=True)
+        if lock.is_locked:  # by this thread
+            yield
+            return
         try:
             lock.acquire(timeout=wait)
         except Timeout:

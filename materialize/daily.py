@@ -100,8 +100,8 @@ def run_day(
     """Take the steps that this date's run has not finished, in the order of `STEPS`.
 
     Holds the home's lock from the first to the last, for which it waits so many seconds. Does nothing when
-    this date or a later one is done. A changed `retrain` takes the steps from training on again. Raises what
-    a step raises, with the reason in the manifest; Busy; BadInput on a date to come.
+    this date or a later one is done. A changed `retrain` takes the steps from training on again. Raises
+    what a step raises, with the reason in the manifest; Busy; BadInput on a date to come.
     """
     if when > today() + timedelta(days=1):  # a clock ahead of UTC may be a day on
         raise BadInput(f"--date {when} lies in the future; give the day that the log ends with.")
@@ -113,13 +113,17 @@ def run_day(
         done = next((d for d in known if d.finished and d.date >= when.isoformat()), None)
         if done is not None:
             later = "" if done.date == when.isoformat() else f", and so is {when} with it"
-            say(f"  {done.date} is done{later}; live: {done.model_version}", model_version=done.model_version)
+            say(
+                f"  {done.date} is done{later}; live: {done.model_version}",
+                model_version=done.model_version,
+            )
             return done
         day = _begin(home, when, dataset, retrain, known)
         for name in _wanted(day):
             if name not in day.steps or day.steps[name].state != "done":
                 _take(home, day, name, steps[name])
         _finish(home, day)
+        say(f"[bold]{day.date} is done[/bold]; live: {day.model_version}", model_version=day.model_version)
     return day
 
 
@@ -142,9 +146,8 @@ def _begin(home: Home, when: date, dataset: str | None, retrain: Retrain, known:
             f"no daily run of {home.root} is known yet; name its dataset.yaml: `bahe daily dataset.yaml`."
         )
     live = None
-    if home.catalogue.is_file():
-        with lake(home) as connection:
-            live = pointer.live(connection)
+    with contextlib.suppress(NotReady), lake(home) as connection:  # nothing is there on the first day
+        live = pointer.live(connection)
     day = next((d for d in known if d.date == when.isoformat()), None)
     if day is None:
         day = Day(date=when.isoformat(), dataset=dataset, retrain=retrain, started=_now(), live_before=live)
@@ -191,8 +194,7 @@ def _take(home: Home, day: Day, name: str, step: Step) -> None:
         try:
             settled = step(day)
         except BaseException as error:
-            # An error of ours is a sentence; of any other its kind says more than half of its message.
-            facts.state, facts.reason = "failed", str(error) if isinstance(error, BaheError) else repr(error)
+            facts.state, facts.reason = "failed", _reason(error)
             with contextlib.suppress(Exception):  # the error that counts is the one at hand
                 _add_record(home, name, facts)
             raise
@@ -207,10 +209,16 @@ def _take(home: Home, day: Day, name: str, step: Step) -> None:
         say(f"  [dim]{facts.seconds:.1f} s[/dim]", state="done", seconds=facts.seconds, **more)
 
 
+def _reason(error: BaseException) -> str:
+    if isinstance(error, BaheError):
+        return str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    return repr(error)  # of other errors the kind says more than the message
+
+
 def _add_record(home: Home, name: str, facts: StepFacts) -> None:
     """Complete a step's facts from the table `runs`."""
-    if not home.catalogue.is_file():
-        return
     with lake(home) as connection:
         last = runs.last(connection, name)
         verdict = runs.last(connection, f"gate {name}")

@@ -101,7 +101,11 @@ def embed(home: Home, *, model_version: str | None = None, device_name: str | No
         with runs.record(connection, JOB, version) as run:
             _embed_users(connection, artifact, atoms, users, dataset.channels)
             _embed_items(connection, artifact, atoms, items)
-            commit(connection, [run.statement({**facts, "width": artifact.vector_width})])
+            written = users.num_rows + items.num_rows
+            done = run.statement(
+                {**facts, "width": artifact.vector_width}, rows_read=written, rows_written=written
+            )
+            commit(connection, [done])
     return Embedded(version, users.num_rows, items.num_rows, **counts)
 
 

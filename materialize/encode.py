@@ -81,7 +81,13 @@ def encode(home: Home, *, device_name: str | None = None) -> Encoded:
                 _store(connection, missing, pending, version)
             commit(
                 connection,
-                [run.statement({"encoder_version": version, "width": halves.width})],
+                [
+                    run.statement(
+                        {"encoder_version": version, "width": halves.width},
+                        rows_read=missing.num_rows,
+                        rows_written=missing.num_rows,
+                    )
+                ],
             )
     return Encoded(version, halves.width, added=missing.num_rows, total=total)
 

@@ -61,8 +61,8 @@ class DuckLakeOfflineStoreConfig(FeastConfigBaseModel):
     """A snapshot of the lake (`job.snapshot`, or what `bahe frame` prints): everything is read as it was
     then, so an old frame comes back bit for bit. Of an open store: `store.config.offline_store.as_of`."""
     changed_since: int | None = None
-    """A snapshot of the lake: what is materialized are only keys that got rows after it, as far as the lake can
-    tell. Meant for an open store that is known to hold everything of before: `bahe publish` sets it."""
+    """A snapshot of the lake: what is materialized are only keys that got rows after it, as far as the lake
+    can tell. For an open store that is known to hold everything of before: `bahe publish` sets it."""
 
 
 class DuckLakeOfflineStore(OfflineStore):

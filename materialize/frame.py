@@ -101,7 +101,9 @@ def frame(home: Home, *, service: str = "ctr_training", as_of: int | None = None
                 "context": context,
             }
             _write(job.to_arrow_reader(), path, about, sum(rows.values()))
-            commit(connection, [run.statement({"rows": rows, "service": service})])
+            count = sum(rows.values())
+            facts_of_run = {"rows": rows, "service": service}
+            commit(connection, [run.statement(facts_of_run, rows_read=count, rows_written=count)])
     return Frame(path, frame_id, rows, skipped=False)
 
 

@@ -36,15 +36,16 @@ def gate(home: Home, job: str) -> None:
         docs = home.reports / "data_docs"
         stamp = _stamp(last)
         if verdict is not None and verdict.fingerprint == stamp and verdict.facts["passed"]:
-            say(f"  gate {job}: passed ({verdict.facts['checks']} checks, unchanged)")
+            checks = verdict.facts["checks"]
+            say(f"  gate {job}: passed ({checks} checks, unchanged)", passed=True, checks=checks)
             return
         tables, parameters = _scope(connection, job, last, dataset.channels, home)
-        result = run_gate(connection, job, tables=tables, parameters=parameters, docs=docs)
         with runs.record(connection, _name(job), stamp) as run:
+            result = run_gate(connection, job, tables=tables, parameters=parameters, docs=docs)
             facts = {"passed": result.passed, "checks": result.checks, "failures": result.failures}
             commit(connection, [run.statement(facts)])
     if result.passed:
-        say(f"  gate {job}: passed ({result.checks} checks)")
+        say(f"  gate {job}: passed ({result.checks} checks)", passed=True, checks=result.checks)
     require(result)
 
 

@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 import duckdb
@@ -64,6 +65,7 @@ def ingest(home: Home, dataset_path: Path) -> Ingested:
 
     Raises BadInput on a source that cannot be read or breaks the contract; nothing is written then.
     """
+    started = datetime.now(UTC)
     dataset = load_dataset(dataset_path)
     folder = dataset_path.resolve().parent
     with home.exclusive():
@@ -90,11 +92,12 @@ def ingest(home: Home, dataset_path: Path) -> Ingested:
             _check_ids_match_lake(connection, list(sections))
             say("  writing atoms, timelines and statistics")
             before = _totals(connection)
-            with runs.record(connection, JOB, fingerprint) as run:
+            with runs.record(connection, JOB, fingerprint, started=started) as run:
                 statements = _write(connection, list(sections), dataset.impressions.context)
                 statements += derive.statements(dataset.channels)
                 facts = {"dataset": dataset.name, "source": str(dataset_path.resolve())}
-                statements.append(run.statement(facts))
+                read = sum(scalar(connection, f"SELECT count(*) FROM raw_{table}") for table in sections)
+                statements.append(run.statement(facts, rows_read=read))
                 commit(connection, statements)
             duplicates = _duplicates(connection, list(sections))
             totals = _totals(connection)

@@ -154,8 +154,8 @@ def snapshot(connection: duckdb.DuckDBPyConnection) -> int:
 def written_since(connection: duckdb.DuckDBPyConnection, table: str, earlier: int) -> str | None:
     """Subquery of the table's rows that were inserted or changed after a snapshot (DuckLake's change feed).
 
-    All rows of a table that was made anew since. None when the lake cannot tell, because the snapshots since
-    have expired or the lake is an older one.
+    All rows of a table that was made anew since. None when the lake cannot tell, because the snapshots
+    since have expired or the lake is an older one.
     """
     now = snapshot(connection)
     if earlier == now:

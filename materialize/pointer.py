@@ -80,8 +80,8 @@ def flip(
     said = online(store)
     if said is None or said.model_version != version:
         raise BaheError(
-            f"the online store names {said.model_version if said else 'no model'} as live after {version} was"
-            " written; something else writes to it, so give this home a store of its own."
+            f"the online store names {said.model_version if said else 'no model'} as live after {version}"
+            " was written; something else writes to it, so give this home a store of its own."
         )
     stamp = f"TIMESTAMPTZ {quoted(now.isoformat())}"
     commit(

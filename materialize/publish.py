@@ -83,8 +83,8 @@ def publish(home: Home) -> Published:
         items = staleness.items_behind(connection, version)
         if users or items:
             raise NotReady(
-                f"the vectors of {users:,} users and {items:,} items under {version} are behind the log, and"
-                " so behind the statistics; run `bahe embed` first."
+                f"the vectors of {users:,} users and {items:,} items under {version} are behind the log,"
+                " and so behind the statistics; run `bahe embed` first."
             )
         with runs.record(connection, JOB, fingerprint) as run:
             since = last.snapshot_read if ours and last else None
@@ -121,7 +121,9 @@ def rollback(home: Home, to: str | None = None) -> Published:
             raise NotReady(f"{home.root} has nothing published; run `bahe publish` first.")
         live, *others = versions
         if to is None and not others:
-            raise BadInput(f"{live} is the only version that was ever live, so there is none to go back to.")
+            raise BadInput(
+                f"{live} is the only version that was ever live, so there is none to go back to."
+            )
         version = to or others[0]
         if version not in versions:
             raise BadInput(f"--to {version} was never live; choose from {', '.join(versions)}.")
@@ -130,14 +132,15 @@ def rollback(home: Home, to: str | None = None) -> Published:
             return Published(version, skipped=True)
         if not (home.models / version / "config.json").is_file():
             raise BadInput(
-                f"the artifact of {version} is no longer in {home.models}, so it cannot answer; the live model"
-                " was left as it is."
+                f"the artifact of {version} is no longer in {home.models}, so it cannot answer; the live"
+                " model was left as it is."
             )
         require_servable(home.models / version)
         with runs.record(connection, ROLLBACK, version) as run:
             if not _is_online(store, connection, version, run.snapshot_read):
                 raise NotReady(
-                    f"vectors of {version} are no longer in the online store; the live model was left as it is."
+                    f"vectors of {version} are no longer in the online store; the live model was left as it"
+                    " is."
                 )
             facts = {"model_version": version, "left_version": live}
             pointer.flip(store, connection, version, [run.statement(facts)])
@@ -158,7 +161,8 @@ def _materialize(store: FeatureStore, connection: duckdb.DuckDBPyConnection, sin
         store.materialize(
             start_date=datetime(1970, 1, 2, tzinfo=UTC), end_date=end, feature_views=list(VIEWS)
         )
-    return store.provider.batch_engine.take_rows()
+    rows: int = store.provider.batch_engine.take_rows()
+    return rows
 
 
 def _not_reading_back(
@@ -178,9 +182,7 @@ def _not_reading_back(
     return None
 
 
-def _is_online(
-    store: FeatureStore, connection: duckdb.DuckDBPyConnection, version: str, seed: int
-) -> bool:
+def _is_online(store: FeatureStore, connection: duckdb.DuckDBPyConnection, version: str, seed: int) -> bool:
     """Whether a sample of users and items has vectors of the version online."""
     for entity in ("user", "item"):
         keys = _sample(connection, entity, version, seed)[f"{entity}_id"]

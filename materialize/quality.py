@@ -1,4 +1,4 @@
-"""The quality gate: a new model against the live one, on the same impressions, before it may be published."""
+"""The quality gate: a new model against the live one, on the same impressions, before it is published."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def judge(
     if not verdict.passed:
         raise GateFailed(
             f"the quality gate refused {model_version}: {verdict.facts['failures'][0]}; the live model was"
-            " left as it is."
+            " left as it is, and `bahe daily --retrain never` refreshes it."
         )
     return verdict
 
@@ -70,15 +70,15 @@ def require_quality(connection: duckdb.DuckDBPyConnection, model_version: str) -
     )
     if last is not None and not last.facts["passed"]:
         raise GateFailed(
-            f"the quality gate refused {model_version}: {last.facts['failures'][0]}; train another, or judge"
-            " it again by `bahe daily` with another --tolerance."
+            f"the quality gate refused {model_version}: {last.facts['failures'][0]}; train another, or"
+            " judge it again by `bahe daily` with another --tolerance."
         )
 
 
 def _sentence(facts: dict[str, Any]) -> str:
     return (
-        f"its {SPLIT} AUC is {facts['auc']:.4f}, more than {facts['tolerance']:g} below the {facts['live_auc']:.4f} of"
-        f" {facts['live_version']}, which is live"
+        f"its {SPLIT} AUC is {facts['auc']:.4f}, more than {facts['tolerance']:g} below the"
+        f" {facts['live_auc']:.4f} of {facts['live_version']}, which is live"
     )
 
 
@@ -114,6 +114,7 @@ def _compared(
     else:
         results = live.facts.get("results", [])
         live_auc = next((r["auc"] for r in results if (r["model"], r["split"]) == ("bahe", SPLIT)), None)
+    way = "on the same impressions" if alike else "by the AUC that the live model was trained with"
     return {
         "model_version": model_version,
         "live_version": live_version,
@@ -122,7 +123,7 @@ def _compared(
         "live_auc": live_auc,
         "gain": None if live_auc is None else auc - live_auc,
         **interval,
-        "measured": "on the same impressions" if alike else "by the AUC that the live model was trained with",
+        "measured": way,
     }
 
 
@@ -149,5 +150,3 @@ def _logits(artifact: Artifact, data: Any, device_name: str | None) -> np.ndarra
     )
     clipped = np.clip(probability, 1e-12, 1 - 1e-12)
     return np.asarray(np.log(clipped) - np.log1p(-clipped))
-
-

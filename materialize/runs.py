@@ -54,13 +54,13 @@ class Run:
         made = {"train": "model_version", "frame": "frame_id"}.get(self.job)
         return {**found, made: self.fingerprint} if made else found
 
-
     @property
     def says(self) -> str:
         """Its versions, or a gate's verdict, for a person."""
         if "passed" in self.facts:
-            first = "" if self.facts["passed"] else f": {self.facts['failures'][0]}"
-            return f"{'passed' if self.facts['passed'] else 'FAILED'} ({self.facts['checks']} checks){first}"
+            if self.facts["passed"]:
+                return f"passed ({self.facts['checks']} checks)"
+            return f"FAILED: {self.facts['failures'][0]}"
         return " ".join(self.versions.values())
 
 
@@ -81,7 +81,8 @@ class Open:
             "job": quoted(self.job),
             "fingerprint": quoted(self.fingerprint),
             "started": f"TIMESTAMPTZ {quoted(self.started.isoformat())}",
-            "finished": "now()",
+            # now() would be when the transaction began, before all that it writes.
+            "finished": "uuid_extract_timestamp(uuidv7())",
             "snapshot_read": str(self.snapshot_read),
             "facts": quoted(json.dumps(facts)),
             "rows_read": "NULL" if rows_read is None else str(rows_read),
@@ -91,15 +92,17 @@ class Open:
 
 
 @contextmanager
-def record(connection: duckdb.DuckDBPyConnection, job: str, fingerprint: str) -> Iterator[Open]:
-    """Open a run; the caller commits its `statement` together with what it writes."""
+def record(
+    connection: duckdb.DuckDBPyConnection, job: str, fingerprint: str, *, started: datetime | None = None
+) -> Iterator[Open]:
+    """Open a run that started now, or before; the caller commits its `statement` with what it writes."""
     if "runs" not in tables(connection):
         layout = ", ".join(f"{column} {kind}" for column, kind in _COLUMNS.items())
         connection.execute(f"CREATE TABLE IF NOT EXISTS runs ({layout})")
     else:
         for column in _COLUMNS.keys() - columns(connection, "runs").keys():
             connection.execute(f"ALTER TABLE runs ADD COLUMN IF NOT EXISTS {column} {_COLUMNS[column]}")
-    yield Open(job, fingerprint, datetime.now(UTC), snapshot(connection))
+    yield Open(job, fingerprint, started or datetime.now(UTC), snapshot(connection))
 
 
 def history(

@@ -10,11 +10,11 @@ from pathlib import Path
 import duckdb
 import yaml
 
-from bahe_core.errors import BaheError
+from bahe_core.errors import BaheError, NotReady
 from bahe_core.home import Home
 from materialize import daily, gates, pointer, runs, staleness
 from materialize.ingest import is_current
-from materialize.lake import lake
+from materialize.lake import connect, damaged_files_named
 from materialize.quality import JOB as QUALITY
 
 
@@ -54,10 +54,12 @@ class Status:
 def status(home: Home) -> Status:
     """Look at every part of the home."""
     found = Status(home=str(home.root), busy=home.busy())
-    if not home.catalogue.is_file():
+    try:
+        connected = connect(home)
+    except NotReady:
         found.add("log", "nothing is ingested yet", "bahe ingest dataset.yaml", fine="")
         return found
-    with lake(home) as connection:
+    with contextlib.closing(connected) as connection, damaged_files_named(home):
         found.live = pointer.live(connection)
         _day(found, home)
         _log(found, connection)
@@ -211,8 +213,10 @@ def _online(
     elif published.fingerprint != staleness.publish_fingerprint(embedded, ingested):
         problem = "the online store is behind the vectors and statistics"
     rolled_back = runs.last(connection, "rollback")
-    newer = rolled_back is not None and published is not None and (
-        rolled_back.snapshot_read > published.snapshot_read
+    newer = (
+        rolled_back is not None
+        and published is not None
+        and (rolled_back.snapshot_read > published.snapshot_read)
     )
     back = f", rolled back from {rolled_back.facts['left_version']}" if newer and rolled_back else ""
     found.add("online", problem, "bahe publish", fine=f"{found.live} is live{back}")
