@@ -28,8 +28,8 @@ app = typer.Typer(
         "Start with `bahe demo`, or `bahe run dataset.yaml` for a log of your own. `run` calls, in"
         " this order, the commands that also work alone: ingest, encode, apply, frame, train, embed,"
         " publish. `daily` is one night of it, `status` says what is behind, `runs` what was done. Each"
-        " does only what is new; killed anywhere, the next call goes on.\n\nExit codes: 0 done, 1 a defect of"
-        " bahe's, 2 bad input, a failed gate or a busy home, 130 interrupted."
+        " does only what is new; killed anywhere, the next call goes on.\n\nExit codes: 0 done, 1 a defect"
+        " of bahe's, 2 bad input, a failed gate or a busy home, 130 interrupted."
     ),
     no_args_is_help=True,
     add_completion=False,

@@ -32,7 +32,7 @@ def recorded(connection: duckdb.DuckDBPyConnection) -> list[Pointer]:
     if "publications" not in tables(connection):
         return []
     rows = connection.execute(
-        "SELECT live_model_version, epoch(event_timestamp)::BIGINT FROM publications WHERE deployment = ?"
+        "SELECT live_model_version, epoch_us(event_timestamp) // 1000000 FROM publications WHERE deployment = ?"
         " ORDER BY event_timestamp DESC",
         [DEPLOYMENT],
     ).fetchall()
