@@ -1,7 +1,7 @@
 """A process that is forked for every `bahe` command, so that imports are paid for once.
 
-python -c 'from tests.integration.nights import main; main()' FOLDER DATASET: kills a daily run in every step,
-lets it finish with JSON logs, then starts two at once. Leaves what was seen in FOLDER/seen.json.
+python -c 'from tests.integration.nights import main; main()' FOLDER DATASET: kills a daily run in every
+step, lets it finish with JSON logs, then starts two at once. Leaves what was seen in FOLDER/seen.json.
 """
 
 from __future__ import annotations

@@ -244,7 +244,7 @@ def test_a_worse_model_is_not_published(second_morning: tuple[Home, Path]) -> No
     home, dataset = second_morning
     live = OnlineLookup(home).live_version()
     before = OnlineLookup(home).user("u1")
-    with pytest.raises(GateFailed, match="quality gate refused.*more than -0.99 below"):
+    with pytest.raises(GateFailed, match=r"quality gate refused.*more than -0\.99 below"):
         daily(home, dataset, "--date", SECOND, "--tolerance", "-0.99")
     assert OnlineLookup(home).live_version() == live
     np.testing.assert_array_equal(OnlineLookup(home).user("u1").vector, before.vector)
