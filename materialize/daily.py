@@ -196,11 +196,11 @@ def _take(home: Home, day: Day, name: str, step: Step) -> None:
         except BaseException as error:
             facts.state, facts.reason = "failed", _reason(error)
             with contextlib.suppress(Exception):  # the error that counts is the one at hand
-                _add_record(home, name, facts)
+                _add_record(home, day, name, facts)
             raise
         else:
             facts.state = "done"
-            _add_record(home, name, facts)
+            _add_record(home, day, name, facts)
             facts.versions = settled or facts.versions
         finally:
             facts.finished, facts.seconds = _now(), round(time.monotonic() - start, 2)
@@ -217,7 +217,7 @@ def _reason(error: BaseException) -> str:
     return repr(error)  # of other errors the kind says more than the message
 
 
-def _add_record(home: Home, name: str, facts: StepFacts) -> None:
+def _add_record(home: Home, day: Day, name: str, facts: StepFacts) -> None:
     """Complete a step's facts from the table `runs`."""
     with lake(home) as connection:
         last = runs.last(connection, name)
@@ -227,6 +227,9 @@ def _add_record(home: Home, name: str, facts: StepFacts) -> None:
         facts.snapshot, facts.versions = last.snapshot_read, last.versions
         if not facts.unchanged:
             facts.rows_read, facts.rows_written = last.rows_read, last.rows_written
+    if name == "quality" and verdict is not None:
+        compared = [verdict.facts[key] for key in ("model_version", "live_version")]
+        verdict = verdict if compared == [day.trained, day.live_before] else None
     if verdict is not None:
         facts.gate = {k: verdict.facts[k] for k in ("passed", "checks", "failures")}
 

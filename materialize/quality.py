@@ -110,7 +110,8 @@ def _compared(
     if alike:
         compared = quality["live"]
         live_auc: float | None = compared.auc
-        interval = {"gain_low": compared.bahe_gain_low, "gain_high": compared.bahe_gain_high}
+        row = compared.row()  # without NaN, which JSON does not know
+        interval = {"gain_low": row["bahe_gain_low"], "gain_high": row["bahe_gain_high"]}
     else:
         results = live.facts.get("results", [])
         live_auc = next((r["auc"] for r in results if (r["model"], r["split"]) == ("bahe", SPLIT)), None)
