@@ -386,7 +386,7 @@ def status(home: HomeOption = None, as_json: JsonFlag = False) -> None:
         return
     _print_table(
         ("part", "state", ""),
-        [(f.part, "[yellow]behind[/yellow]" if f.stale else "ok", f.says) for f in found.findings],
+        [(f.part, "behind" if f.stale else "ok", f.says) for f in found.findings],
         plain=True,
     )
     if found.busy:
@@ -567,13 +567,14 @@ def _print_answer(answer: Any, as_json: bool) -> None:
 def _print_table(header: tuple[str, ...], rows: list[tuple[str, ...]], *, plain: bool = False) -> None:
     """A framed table; a plain one is as wide as its rows, so that grep finds them whole."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     # Where nobody looks at it, a plain table is not folded into 80 columns.
     console = Console(width=1000 if plain and not sys.stdout.isatty() else None)
     table = Table(*header, box=None, pad_edge=False) if plain else Table(*header)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     console.print(table)
 
 

@@ -100,12 +100,11 @@ def run_day(
     """Take the steps that this date's run has not finished, in the order of `STEPS`.
 
     Holds the home's lock from the first to the last, for which it waits so many seconds. Does nothing when
-    this date or a later one is done. A changed `retrain` takes the steps from training on again. Raises
-    what a step raises, with the reason in the manifest; Busy; BadInput on a date to come.
+    this date or a later one is done. A changed `retrain`, and a rollback meanwhile, take the steps from
+    training on again. Raises what a step raises, with the reason in the manifest; Busy; BadInput on a date to come.
     """
     if when > today() + timedelta(days=1):  # a clock ahead of UTC may be a day on
         raise BadInput(f"--date {when} lies in the future; give the day that the log ends with.")
-    home.create()
     if wait and home.busy():
         say(f"  another bahe job is writing to {home.root}; waiting for up to {wait:g} s", wait=wait)
     with job(JOB), home.exclusive(wait):
@@ -151,11 +150,15 @@ def _begin(home: Home, when: date, dataset: str | None, retrain: Retrain, known:
     day = next((d for d in known if d.date == when.isoformat()), None)
     if day is None:
         day = Day(date=when.isoformat(), dataset=dataset, retrain=retrain, started=_now(), live_before=live)
-    elif (day.retrain, day.dataset) != (retrain, dataset):
-        first = "ingest" if day.dataset != dataset else "train"
-        redone = STEPS[STEPS.index(first) :]
-        day.steps = {name: step for name, step in day.steps.items() if name not in redone}
+    else:
+        published = "publish" in day.steps and day.steps["publish"].state == "done"
+        rolled_back = not published and live not in (day.live_before, day.trained)
+        if day.dataset != dataset:
+            _forget_from("ingest", day)
+        elif day.retrain != retrain or rolled_back:
+            _forget_from("train", day)
         day.retrain, day.dataset = retrain, dataset
+        day.live_before = live if rolled_back else day.live_before
     if day.retrain == "never" and day.live_before is None:
         raise NotReady(f"{home.root} has no live model to refresh; run `bahe daily --retrain fresh` first.")
     stopped = day.stopped_at
@@ -163,6 +166,11 @@ def _begin(home: Home, when: date, dataset: str | None, retrain: Retrain, known:
         say(f"  {day.date} goes on with {stopped}", step=stopped)
     _write(home, day)
     return day
+
+
+def _forget_from(first: str, day: Day) -> None:
+    """Let a step and those after it be taken again."""
+    day.steps = {name: step for name, step in day.steps.items() if STEPS.index(name) < STEPS.index(first)}
 
 
 def _finish(home: Home, day: Day) -> None:

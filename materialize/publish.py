@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import duckdb
 import pyarrow.parquet as pq
+from rich.markup import escape
 
 from bahe_core.errors import BadInput, BaheError, NotReady
 from bahe_core.home import Home
@@ -91,7 +92,9 @@ def publish(home: Home) -> Published:
             rows = _materialize(store, connection, since)
             unread = _not_reading_back(store, connection, version, run.snapshot_read)
             if unread and since is not None:
-                say(f"  {unread} is missing or old in the online store, so everything is written anew")
+                say(
+                    f"  {escape(unread)} is missing or old in the online store, so everything is written anew"
+                )
                 rows += _materialize(store, connection, None)
                 unread = _not_reading_back(store, connection, version, run.snapshot_read)
             if unread:

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from bahe_models.artifact import Artifact
 
 JOB = "gate quality"
-TOLERANCE = 0.005
-"""How far below the live model's AUC a new one may be; seeds alone move it by about as much."""
 SPLIT = "validation"
 
 
