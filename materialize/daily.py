@@ -101,7 +101,8 @@ def run_day(
 
     Holds the home's lock from the first to the last, for which it waits so many seconds. Does nothing when
     this date or a later one is done. A changed `retrain`, and a rollback meanwhile, take the steps from
-    training on again. Raises what a step raises, with the reason in the manifest; Busy; BadInput on a date to come.
+    training on again. Raises what a step raises, with the reason in the manifest; Busy; BadInput on a date
+    to come.
     """
     if when > today() + timedelta(days=1):  # a clock ahead of UTC may be a day on
         raise BadInput(f"--date {when} lies in the future; give the day that the log ends with.")

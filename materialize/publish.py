@@ -92,9 +92,7 @@ def publish(home: Home) -> Published:
             rows = _materialize(store, connection, since)
             unread = _not_reading_back(store, connection, version, run.snapshot_read)
             if unread and since is not None:
-                say(
-                    f"  {escape(unread)} is missing or old in the online store, so everything is written anew"
-                )
+                say(f"  {escape(unread)} is not online as it should be, so everything is written anew")
                 rows += _materialize(store, connection, None)
                 unread = _not_reading_back(store, connection, version, run.snapshot_read)
             if unread:

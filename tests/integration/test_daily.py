@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from datetime import datetime, timedelta
+from datetime import date, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import bahe
 from bahe_core.errors import BadInput, Damaged, GateFailed, NotReady
 from bahe_core.home import Home
 from materialize import encode
-from materialize.daily import STEPS, days, today
+from materialize.daily import STEPS, _begin, days, today
 from materialize.lake import lake
 from materialize.quality import judge
 from materialize.runs import history, last
@@ -341,6 +341,25 @@ def test_what_a_daily_run_refuses(tmp_path: Path, home: Home, first_day: tuple[H
     with pytest.raises(Damaged, match="delete it and run again"):
         daily(broken, "--date", SECOND)
     assert "cannot be read" in status(broken).findings[0].says
+
+
+def test_a_rollback_meanwhile_is_respected(first_day: tuple[Home, Path], tmp_path: Path) -> None:
+    home = Home(Path(shutil.copytree(first_day[0].root, tmp_path / "home")))
+    manifest = home.days / f"{SECOND}.json"
+    began = json.loads((home.days / f"{FIRST}.json").read_text())
+    began |= {"date": SECOND, "finished": None, "live_before": "bahe-that-was-left"}
+    del began["steps"]["publish"]
+    began["steps"]["train"]["versions"]["model_version"] = "bahe-trained-from-it"
+    manifest.write_text(json.dumps(began))
+    day = _begin(home, date.fromisoformat(SECOND), None, "warm", days(home))
+    assert day.live_before == OnlineLookup(home).live_version()
+    assert list(day.steps) == ["ingest", "encode", "apply", "frame"]
+    # What the night itself made live before it was killed is no rollback.
+    began["steps"]["train"]["versions"]["model_version"] = day.live_before
+    manifest.write_text(json.dumps(began))
+    day = _begin(home, date.fromisoformat(SECOND), None, "warm", days(home))
+    assert day.live_before == "bahe-that-was-left"
+    assert "embed" in day.steps
 
 
 def test_runs_of_a_lake_from_before(first_day: tuple[Home, Path], tmp_path: Path) -> None:
