@@ -67,10 +67,11 @@ def status(home: Home) -> Status:
             runs.last(connection, job) for job in ("encode", "frame", "train", "embed", "publish")
         )
         _atoms(found, connection, encoded)
+        refused = _refusal(connection, trained)
         if not _only_refreshed(home):
             _frame(found, home, connection, framed)
             _model(found, home, framed, trained)
-        refused = _quality(found, connection, trained)
+            found.add("quality", refused, "bahe daily --retrain never", fine="nothing is refused")
         _vectors(found, connection, None if refused else trained, embedded)
         _online(found, home, connection, embedded, published)
     return found
@@ -160,15 +161,12 @@ def _model(found: Status, home: Home, framed: runs.Run | None, trained: runs.Run
     found.add("model", problem, "bahe train", fine=trained.fingerprint if trained else "")
 
 
-def _quality(found: Status, connection: duckdb.DuckDBPyConnection, trained: runs.Run | None) -> bool:
-    """Whether the quality gate refused the model that was trained last."""
+def _refusal(connection: duckdb.DuckDBPyConnection, trained: runs.Run | None) -> str | None:
+    """Why the quality gate refused the model that was trained last; None when it did not."""
     judged = runs.last(connection, QUALITY)
     if judged is None or trained is None or judged.facts["model_version"] != trained.fingerprint:
-        return False
-    facts = judged.facts
-    refused = None if facts["passed"] else f"refused {trained.fingerprint}: {facts['failures'][0]}"
-    found.add("quality", refused, "bahe daily --retrain never", fine=f"{trained.fingerprint} passed")
-    return not facts["passed"]
+        return None
+    return None if judged.facts["passed"] else f"{trained.fingerprint}: {judged.facts['failures'][0]}"
 
 
 def _vectors(

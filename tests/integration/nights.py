@@ -127,7 +127,7 @@ def main() -> None:
         os.write(there[1], b"!")
 
     waiting = start(
-        command(*second_day, "--wait", "120"),
+        command(*second_day, "--wait", "600"),
         "waiting",
         functools.partial(at_call, "materialize.daily", "say", 1, go_on),
     )
