@@ -6,17 +6,20 @@ import json
 import os
 import sys
 import time
+import traceback
 import warnings
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
-from bahe_core.errors import BaheError, NotServable
+from bahe_core.errors import BadInput, BaheError, NotServable
 from bahe_core.home import Home
 from bahe_core.machine import configure_threads
-from bahe_core.progress import say
+from bahe_core.progress import job as job_of_lines
+from bahe_core.progress import json_log, say, use_log_format, write_json
 
 app = typer.Typer(
     name="bahe",
@@ -24,13 +27,16 @@ app = typer.Typer(
         "From long logs of what people do, in words, to click predictions with a language model.\n\n"
         "Start with `bahe demo`, or `bahe run dataset.yaml` for a log of your own. `run` calls, in"
         " this order, the commands that also work alone: ingest, encode, apply, frame, train, embed,"
-        " publish. Each does only what is new; killed anywhere, the next call goes on. Exit codes:"
-        " 0 done, 1 a defect of bahe's, 2 bad input, a failed gate or a busy home."
+        " publish. `daily` is one night of it, `status` says what is behind, `runs` what was done. Each"
+        " does only what is new; killed anywhere, the next call goes on.\n\nExit codes: 0 done, 1 a defect"
+        " of bahe's, 2 bad input, a failed gate or a busy home, 130 interrupted."
     ),
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+INTERRUPTED = 130
 
 HomeOption = Annotated[
     Path | None,
@@ -85,7 +91,22 @@ ContextOption = Annotated[
         show_default="unknown",
     ),
 ]
+LogFormatOption = Annotated[
+    Literal["text", "json"],
+    typer.Option(
+        "--log-format",
+        envvar="BAHE_LOG",
+        help="Lines on standard error: for people, or a JSON object each.",
+    ),
+]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+@app.callback()
+def options(context: typer.Context, log_format: LogFormatOption = "text") -> None:
+    """What holds for every command."""
+    use_log_format(log_format)
+    context.with_resource(job_of_lines(context.invoked_subcommand or ""))
 
 
 @app.command()
@@ -235,7 +256,12 @@ def train(
     done = job(Home.at(home), device_name=device, tracker=tracker, warm_start=warm_start, shard=shard)
     if int(os.environ.get("RANK", "0")):
         return  # of torchrun's processes, the first one speaks
-    say(f"  {done.model_version}" + (" (unchanged)" if done.skipped else ""))
+    version = done.model_version
+    say(
+        f"  {version}" + (" (unchanged)" if done.skipped else ""),
+        model_version=version,
+        results=done.results,
+    )
     _print_results(done.results)
     say(f"  report: {done.report}")
 
@@ -244,12 +270,16 @@ def train(
 def embed(
     home: HomeOption = None,
     device: DeviceOption = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", help="A model_version of this home.", show_default="the last trained one"),
+    ] = None,
     executor: ExecutorOption = "local",
     ray_address: RayAddressOption = None,
     num_actors: ActorsOption = None,
     num_gpus_per_actor: GpusOption = 0,
 ) -> None:
-    """Compute user and item vectors of the trained model where they changed. Then the embed gate."""
+    """Compute user and item vectors of a model where they changed. Then the embed gate."""
     from materialize.embed import embed as job
     from materialize.executor import ExecutorConfig
     from materialize.gates import gate
@@ -258,7 +288,7 @@ def embed(
     workers = ExecutorConfig(
         kind=executor, address=ray_address, actors=num_actors, gpus_per_actor=num_gpus_per_actor
     )
-    done = job(where, device_name=device, where=workers)
+    done = job(where, model_version=model, device_name=device, where=workers)
     say(
         f"  {done.model_version}: {done.users_added:,} of {done.users:,} users and"
         f" {done.items_added:,} of {done.items:,} items embedded"
@@ -267,12 +297,26 @@ def embed(
 
 
 @app.command()
-def publish(home: HomeOption = None) -> None:
-    """Write vectors and statistics to the online store and make the embedded model the live one."""
-    from materialize.publish import publish as job
+def publish(
+    home: HomeOption = None,
+    rollback: Annotated[
+        bool, typer.Option("--rollback", help="Make the version that was live before live again, at once.")
+    ] = False,
+    to: Annotated[
+        str | None, typer.Option(help="With --rollback: which version.", metavar="MODEL_VERSION")
+    ] = None,
+) -> None:
+    """Write what is new to the online store, check it, and make the embedded model the live one.
 
-    done = job(Home.at(home))
-    say(f"  live: {done.model_version}" + (" (unchanged)" if done.skipped else ""))
+    --rollback only moves the pointer, to vectors that are still online, and back when repeated.
+    """
+    from materialize import publish as job
+
+    if to is not None and not rollback:
+        raise BadInput(f"--to {to} says where a rollback goes; add --rollback.")
+    done = job.rollback(Home.at(home), to) if rollback else job.publish(Home.at(home))
+    wrote = "" if rollback or done.skipped else f", {done.rows:,} rows written online"
+    say(f"  live: {done.model_version}{wrote}" + (" (unchanged)" if done.skipped else ""))
 
 
 @app.command()
@@ -303,21 +347,18 @@ def prune(
         float | None,
         typer.Option(help="Of these, drop what was trained more days ago.", show_default="no limit"),
     ] = None,
-    history: Annotated[
-        float, typer.Option(help="Days for which the lake can be read as it was (`bahe frame --as-of`).")
-    ] = 7,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would go, and drop nothing.")
     ] = False,
 ) -> None:
-    """Drop old models and their vectors, frames, abandoned checkpoints and the lake's old history.
+    """Drop old models and their vectors, frames and abandoned checkpoints. `bahe compact` then makes room.
 
     The live model, the one published before it (for a rollback), the last trained and the last embedded one
     stay, with the atom vectors and frames that they read, and so does an encoder that is being built.
     """
     from materialize.prune import prune as job
 
-    done = job(Home.at(home), keep=keep, older_than=older_than, history=history, dry_run=dry_run)
+    done = job(Home.at(home), keep=keep, older_than=older_than, dry_run=dry_run)
     would = "would go" if dry_run else "gone"
     say(f"  models kept: {', '.join(done.kept) or 'none'}")
     for what, names in (
@@ -328,7 +369,7 @@ def prune(
     ):
         say(f"  {what} {would}: {', '.join(names) or 'none'}")
     rows = ", ".join(f"{count:,} of {table}" for table, count in done.rows.items())
-    say(f"  rows {would}: {rows}, {done.online_rows:,} online; {done.snapshots:,} snapshots")
+    say(f"  rows {would}: {rows}, {done.online_rows:,} online")
     if not dry_run:
         say(f"  {done.freed / 2**20:,.1f} MiB freed")
 
@@ -344,24 +385,155 @@ def run(
 
     Ends after training when the model can only be used offline (model.head: target).
     """
-    steps: list[tuple[str, Any]] = [
-        (f"ingest {dataset}", lambda: ingest(dataset, home)),
-        ("encode", lambda: encode(home, device)),
-        ("apply", lambda: apply(home)),
-        ("frame", lambda: frame_quietly(home)),
-        ("train", lambda: train(home, device, tracker)),
-        ("embed", lambda: embed(home, device)),
-        ("publish", lambda: publish(home)),
-    ]
-    for name, step in steps:
+    for name, step in _steps(dataset, home, device, tracker).items():
         start = time.perf_counter()
         say(f"[bold]bahe {name}[/bold]")
-        try:
-            step()
-        except NotServable as error:
-            say(f"  {error}")
-            return
+        with job_of_lines(name):
+            try:
+                step()
+            except NotServable as error:
+                say(f"  {error}")
+                return
         say(f"  [dim]{time.perf_counter() - start:.1f} s[/dim]")
+
+
+@app.command()
+def daily(
+    dataset: Annotated[
+        Path | None, typer.Argument(help="dataset.yaml; that of the last daily run when left out.")
+    ] = None,
+    home: HomeOption = None,
+    date: Annotated[
+        datetime | None,
+        typer.Option(formats=["%Y-%m-%d"], help="What the run is called.", show_default="today, UTC"),
+    ] = None,
+    retrain: Annotated[
+        Literal["warm", "fresh", "never"],
+        typer.Option(
+            help="Train on from the live model, train anew, or keep the live model and refresh its vectors."
+        ),
+    ] = "warm",
+    tolerance: Annotated[
+        float,
+        typer.Option(help="How far the new model's validation AUC may be below the live model's."),
+    ] = 0.005,
+    wait: Annotated[
+        float, typer.Option(min=0, help="Seconds to wait for another job on this home to end.")
+    ] = 0,
+    device: DeviceOption = None,
+    tracker: TrackerOption = "mlflow",
+) -> None:
+    """One night: everything that `run` does, with a quality gate before a new model goes live.
+
+    Keeps a manifest in HOME/daily/DATE.json: killed anywhere, the same call goes on with the step that was
+    not finished; a date that is done is done. A failed gate ends it with exit code 2 and leaves the live
+    model as it is.
+    """
+    from materialize.daily import Day, run_day, today, trained_on_latest_frame
+
+    where = Home.at(home)
+
+    def do(name: str, **more: Any) -> Any:
+        return lambda day: _steps(Path(day.dataset), home, device, tracker, **more)[name]()
+
+    def training(day: Day) -> dict[str, str] | None:
+        live = day.live_before if day.retrain == "warm" else None
+        if live is not None and trained_on_latest_frame(where, live):
+            say(f"  {live} has been trained on this frame")
+            return {"model_version": live}
+        try:
+            do("train", warm_start=live)(day)
+        except BadInput as error:
+            raise BadInput(
+                str(error).replace("train without --warm-start", "give --retrain fresh")
+            ) from None
+        return None
+
+    def quality(day: Day) -> None:
+        from materialize.quality import judge
+
+        if day.live_before is None or day.trained is None or day.trained == day.live_before:
+            say("  there is no other model to compare with")
+            return
+        facts = judge(where, day.trained, day.live_before, tolerance, device).facts
+        say(
+            f"  gate quality: passed, validation AUC {facts['auc']:.4f} against {facts['live_auc']:.4f} of"
+            f" {day.live_before}",
+            **facts,
+        )
+
+    steps: dict[str, Any] = {name: do(name) for name in ("ingest", "encode", "apply", "frame", "publish")}
+    steps |= {
+        "train": training,
+        "quality": quality,
+        "embed": lambda day: do("embed", model=day.trained or day.live_before)(day),
+    }
+    run_day(
+        where,
+        date.date() if date else today(),
+        None if dataset is None else str(dataset.resolve()),
+        retrain,
+        steps,
+        wait=wait,
+    )
+
+
+@app.command()
+def runs(
+    home: HomeOption = None,
+    job: Annotated[
+        str | None, typer.Option("--job", help="Only this job, as `embed` or `gate embed`.")
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="How many, the newest first.")] = 20,
+    as_json: JsonFlag = False,
+) -> None:
+    """What was done: when, for how long, rows, snapshot of the lake, versions, and what the gates said."""
+    from materialize.lake import lake
+    from materialize.runs import history
+
+    with lake(Home.at(home)) as connection:
+        found = history(connection, job, limit)
+    if as_json:
+        for one in found:
+            shown = {**vars(one), "seconds": one.seconds, "versions": one.versions}
+            typer.echo(json.dumps(shown, default=str))
+        return
+    _print_table(
+        ("finished, UTC", "job", "seconds", "read", "written", "snapshot", ""),
+        [
+            (
+                f"{one.finished:%Y-%m-%d %H:%M}",
+                one.job,
+                f"{one.seconds:.1f}",
+                "" if one.rows_read is None else f"{one.rows_read:,}",
+                "" if one.rows_written is None else f"{one.rows_written:,}",
+                str(one.snapshot_read),
+                one.says,
+            )
+            for one in found
+        ],
+        plain=True,
+    )
+
+
+@app.command()
+def status(home: HomeOption = None, as_json: JsonFlag = False) -> None:
+    """What is behind what, and which command to run next. Loads no model."""
+    from materialize.status import as_json as in_json
+    from materialize.status import status as job
+
+    found = job(Home.at(home))
+    if as_json:
+        typer.echo(in_json(found))
+        return
+    _print_table(
+        ("part", "state", ""),
+        [(f.part, "behind" if f.stale else "ok", f.says) for f in found.findings],
+        plain=True,
+    )
+    if found.busy:
+        typer.echo("another job is writing now")
+    typer.echo(f"next: {found.next}" if found.next else "everything is up to date")
 
 
 @app.command()
@@ -470,8 +642,29 @@ def serve(
     uvicorn.run(application, host=host, port=port, log_level="warning")
 
 
+def _steps(
+    dataset: Path,
+    home: Path | None,
+    device: str | None,
+    tracker: Literal["mlflow", "tensorboard", "none"],
+    *,
+    warm_start: str | None = None,
+    model: str | None = None,
+) -> dict[str, Callable[[], None]]:
+    """The commands from the log to online scores, in their order: what `run` and `daily` call."""
+    return {
+        "ingest": lambda: ingest(dataset, home),
+        "encode": lambda: encode(home, device),
+        "apply": lambda: apply(home),
+        "frame": lambda: frame_quietly(home),
+        "train": lambda: train(home, device, tracker, warm_start),
+        "embed": lambda: embed(home, device, model),
+        "publish": lambda: publish(home),
+    }
+
+
 def frame_quietly(home: Path | None) -> None:
-    """The frame step within `run`, where its path is no answer to print."""
+    """The frame step within `run` and `daily`, where its path is no answer to print."""
     import contextlib
     import io
 
@@ -513,14 +706,18 @@ def _print_answer(answer: Any, as_json: bool) -> None:
     )
 
 
-def _print_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+def _print_table(header: tuple[str, ...], rows: list[tuple[str, ...]], *, plain: bool = False) -> None:
+    """A framed table; a plain one is as wide as its rows, so that grep finds them whole."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
-    table = Table(*header)
+    # Where nobody looks at it, a plain table is not folded into 80 columns.
+    console = Console(width=1000 if plain and not sys.stdout.isatty() else None)
+    table = Table(*header, box=None, pad_edge=False) if plain else Table(*header)
     for row in rows:
-        table.add_row(*row)
-    Console().print(table)
+        table.add_row(*map(escape, row))
+    console.print(table)
 
 
 def main() -> None:
@@ -533,11 +730,24 @@ def main() -> None:
     try:
         app()
     except BaheError as error:
-        print(f"bahe: {error}", file=sys.stderr)
+        _say_error(str(error), error, error.exit_code)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("bahe: interrupted; what was committed is kept, run it again to go on", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as error:
+        if error.code == INTERRUPTED:  # Typer's own answer to Ctrl-C
+            _say_error("interrupted; what was committed is kept, run it again to go on", error, INTERRUPTED)
+        raise
+    except Exception as error:
+        if not json_log():
+            raise
+        _say_error(str(error), error, 1, traceback=traceback.format_exc())
+        sys.exit(1)
+
+
+def _say_error(message: str, error: BaseException, exit_code: int, **fields: Any) -> None:
+    if json_log():
+        write_json("error", message, {"error": type(error).__name__, "exit_code": exit_code, **fields})
+    else:
+        print(f"bahe: {message}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -119,6 +119,11 @@ class Home:
         """Data Docs and training reports."""
         return self.root / "reports"
 
+    @property
+    def days(self) -> Path:
+        """What each daily run did and how far it came, a JSON file for each date."""
+        return self.root / "daily"
+
     def create(self) -> Home:
         """Make the folders; returns itself."""
         for folder in (self.spill.parent, self.frames, self.models, self.tracking, self.reports):
@@ -126,23 +131,45 @@ class Home:
         return self
 
     @contextmanager
-    def exclusive(self) -> Iterator[None]:
-        """Hold the home's lock while a job writes; raises Busy when another process holds it.
+    def exclusive(self, wait: float = 0) -> Iterator[None]:
+        """Hold the home's lock while a job writes; a job within a job of the same thread holds it too.
 
-        The lock belongs to the process (flock), so a killed job leaves no stale lock behind. With a
-        catalogue in PostgreSQL it also keeps out the jobs of other homes and machines.
+        Raises Busy when another process holds it, after waiting so many seconds. The lock belongs to the
+        process (flock), so a killed job leaves no stale lock behind. With a catalogue in PostgreSQL it
+        also keeps out the jobs of other homes and machines.
         """
         from filelock import FileLock, Timeout
 
         self.create()
-        lock = FileLock(self.root / ".lock")
+        lock = FileLock(self.root / ".lock", is_singleton=True)
+        if lock.is_locked:  # by this thread
+            yield
+            return
         try:
-            with lock.acquire(timeout=0), self.lake.exclusive():
-                yield
+            lock.acquire(timeout=wait)
         except Timeout:
+            way_out = "wait for it to end" if not wait else f"it did not end within {wait:g} s; try later"
             raise Busy(
-                f"another bahe job is writing to {self.root}; wait for it to end, or use another --home."
+                f"another bahe job is writing to {self.root}; {way_out}, or use another --home."
             ) from None
+        try:
+            with self.lake.exclusive(wait):
+                yield
+        finally:
+            lock.release()
+
+    def busy(self) -> bool:
+        """Whether another process holds the lock."""
+        from filelock import FileLock, Timeout
+
+        if not self.root.is_dir():
+            return False
+        lock = FileLock(self.root / ".lock", is_singleton=True)
+        try:
+            with lock.acquire(timeout=0):
+                return False
+        except Timeout:
+            return True
 
 
 def cache_folder() -> Path:

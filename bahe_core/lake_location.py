@@ -86,8 +86,10 @@ class LakeLocation:
         return f"{self.catalogue} (schema {self.schema})" if self.postgres else self.catalogue
 
     @contextmanager
-    def exclusive(self) -> Iterator[None]:
-        """Keep the writers of all machines out while a job writes; raises Busy when one is at work.
+    def exclusive(self, wait: float = 0) -> Iterator[None]:
+        """Keep the writers of all machines out while a job writes.
+
+        Raises Busy when one is still at work after so many seconds.
 
         An advisory lock of PostgreSQL, which goes when the connection does, so a killed job leaves none
         behind. Nothing to do with SQLite, whose writers all hold the home's own lock.
@@ -97,7 +99,7 @@ class LakeLocation:
             return
         with self._session() as session:
             key = f"bahe lake {self.schema}"
-            if not _single(session, "SELECT pg_try_advisory_lock(hashtextextended(%s, 0))", key):
+            if not _locked(session, key, wait):
                 raise Busy(
                     f"a bahe job of another home or machine is writing to the lake {self}; wait for it to"
                     " end."
@@ -134,6 +136,19 @@ class LakeLocation:
             f"the lake's catalogue {self} cannot be reached ({last_line(error)}); start the server, create"
             " the database, or correct `lake.catalogue` (the password comes from PGPASSWORD or ~/.pgpass)."
         )
+
+
+def _locked(session: psycopg.Connection, key: str, wait: float) -> bool:
+    """Take the advisory lock of this key, after waiting for it so many seconds."""
+    if not wait:
+        return bool(_single(session, "SELECT pg_try_advisory_lock(hashtextextended(%s, 0))", key))
+    session.execute(f"SET lock_timeout = {round(wait * 1000)}")
+    try:
+        session.execute("SELECT pg_advisory_lock(hashtextextended(%s, 0))", [key])
+    except _psycopg().errors.LockNotAvailable:
+        return False
+    session.execute("RESET lock_timeout")
+    return True
 
 
 def _single(session: psycopg.Connection, query: str, value: str) -> object:

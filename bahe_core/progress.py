@@ -1,13 +1,49 @@
-"""Progress bars for long steps, and plain lines for short ones; all on standard error."""
+"""What a job says while it works, on standard error: lines and bars for people, JSON for machines."""
 
 from __future__ import annotations
 
+import json
+import logging
+import os
+import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from contextvars import ContextVar
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+FORMATS = ("text", "json")
+REPORT_SECONDS = 15.0
+"""Where there is no terminal for a bar, a long step says how far it is once in so many seconds."""
+
+_job: ContextVar[str | None] = ContextVar("job", default=None)
+
+
+def json_log() -> bool:
+    """Whether lines are JSON objects: BAHE_LOG=json, or `bahe --log-format json`, which sets it."""
+    return os.environ.get("BAHE_LOG", "text") == "json"
+
+
+def use_log_format(name: str) -> None:
+    """Write what is said from here on as `text` or `json`, here and in processes started from here."""
+    os.environ["BAHE_LOG"] = name
+    if name == "json":
+        # What libraries log would otherwise stand between the objects as bare text.
+        logging.basicConfig(handlers=[_JsonHandler()], level=logging.WARNING, force=True)
+
+
+@contextmanager
+def job(name: str) -> Iterator[None]:
+    """Lines said within belong to this job."""
+    token = _job.set(name)
+    try:
+        yield
+    finally:
+        _job.reset(token)
 
 
 def console() -> Console:
@@ -17,14 +53,66 @@ def console() -> Console:
     return Console(stderr=True, highlight=False)
 
 
-def say(message: str) -> None:
-    """One line of progress."""
-    console().print(message, soft_wrap=True)
+def say(message: str, **fields: Any) -> None:
+    """One line of progress; the fields are for machines, so the message should tell a person the same."""
+    if json_log():
+        from rich.text import Text
+
+        write_json("info", Text.from_markup(message).plain.strip(), fields)
+    else:
+        console().print(message, soft_wrap=True)
+
+
+def write_json(level: str, message: str, fields: dict[str, Any]) -> None:
+    """One JSON object a line: time (UTC), level, job, message, and the fields."""
+    line = {
+        "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+        "level": level,
+        "job": _job.get(),
+        "message": message,
+        **fields,
+    }
+    sys.stderr.write(json.dumps(line, default=str) + "\n")
+    sys.stderr.flush()
 
 
 @contextmanager
 def progress(description: str, total: float | None) -> Iterator[Callable[..., None]]:
-    """A bar with rate and time left; yields `advance(amount, note="")`. A total of None is unknown."""
+    """How far a step is; yields `advance(amount, note="")`. A total of None is unknown.
+
+    A bar with rate and time left on a terminal, else a line every `REPORT_SECONDS` and one at the end.
+    """
+    if json_log() or not console().is_terminal:
+        yield from _lines(description, total)
+    else:
+        yield from _bar(description, total)
+
+
+def _lines(description: str, total: float | None) -> Iterator[Callable[..., None]]:
+    start = last = time.monotonic()
+    done, shown = 0.0, ""
+
+    def advance(amount: float = 1, note: str | None = None) -> None:
+        nonlocal done, shown, last
+        done += amount
+        shown = shown if note is None else note
+        if time.monotonic() - last >= REPORT_SECONDS:
+            last = time.monotonic()
+            report()
+
+    def report() -> None:
+        of = "" if total is None else f" of {total:,.0f}"
+        seconds = round(time.monotonic() - start, 1)
+        words = f"  {description}: {done:,.0f}{of}, {seconds} s{f', {shown}' if shown else ''}"
+        fields: dict[str, Any] = {"step": description, "done": done, "total": total, "seconds": seconds}
+        say(words, **fields, **({"note": shown} if shown else {}))
+
+    yield advance
+    if done:
+        report()
+
+
+def _bar(description: str, total: float | None) -> Iterator[Callable[..., None]]:
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -51,3 +139,8 @@ def progress(description: str, total: float | None) -> Iterator[Callable[..., No
                 bar.update(task, note=note)
 
         yield advance
+
+
+class _JsonHandler(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        write_json(record.levelname.lower(), record.getMessage(), {"logger": record.name})

@@ -23,7 +23,7 @@ class RootMeanSquareNorm(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x over its root mean square, times the weight [..., D]."""
         if x.device.type == "cpu" and x.dtype == torch.bfloat16:
-            normal: torch.Tensor = _Bfloat16.apply(x, self.weight, self.variance_epsilon)
+            normal: torch.Tensor = _Bfloat16.apply(x, self.weight, self.variance_epsilon)  # type: ignore[no-untyped-call]
             return normal
         weight = self.weight.to(x.dtype)
         return nn.functional.rms_norm(x, weight.shape, weight, self.variance_epsilon)
@@ -50,7 +50,7 @@ class _Bfloat16(torch.autograd.Function):
         return (x * scale.to(x.dtype)).mul_(weight_D)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
         x, weight_D, scale = ctx.saved_tensors
         width = x.shape[-1]
         x_PD, gradient_PD = x.reshape(-1, width), gradient.reshape(-1, width).to(x.dtype)

@@ -45,7 +45,7 @@ class Group:
         if self.place_P is not None:
             empty = own_PK.new_zeros(self.sequences * self.longest, *own_PK.shape[1:])
             own_PK = empty.index_copy(0, self.place_P, own_PK)
-        return own_PK.unflatten(0, (self.sequences, self.longest))
+        return own_PK.reshape(self.sequences, self.longest, *own_PK.shape[1:])
 
     def packed(self, x_WLK: torch.Tensor) -> torch.Tensor:
         """Back from [W, L, ...] to the group's rows."""

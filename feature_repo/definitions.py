@@ -134,7 +134,8 @@ def _by_channel(entity: Entity, window: str) -> FeatureView:
         ttl=FOREVER,
         source=_source(view, created=""),
         online=False,
-        description=f"Behaviors of the {entity.name} by channel, {f'last {window}' if window else 'so far'}.",
+        description=f"Behaviors of the {entity.name} by channel, "
+        + (f"last {window}." if window else "so far."),
     )
 
 

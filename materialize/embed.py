@@ -118,7 +118,11 @@ def embed(
                 width = before.get("width") or load(home.models / version).vector_width
             counts = _counts(connection, sources)
             facts = {"snapshot": now, "derived": derive.VERSION, "width": width}
-            commit(connection, [run.statement({"model_version": version, **counts, **facts})])
+            written = users.num_rows + items.num_rows
+            done = run.statement(
+                {"model_version": version, **counts, **facts}, rows_read=written, rows_written=written
+            )
+            commit(connection, [done])
     return Embedded(version, users.num_rows, items.num_rows, **counts)
 
 

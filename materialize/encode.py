@@ -209,7 +209,9 @@ def _encode(
                         here.close()
             writer.flush()
             facts = {"encoder_version": version, "width": width, "settings": json.loads(identity)}
-            commit(connection, [run.statement({**facts, **writer.facts()})])
+            done = writer.facts()
+            added = done["added"]
+            commit(connection, [run.statement({**facts, **done}, rows_read=added, rows_written=added)])
     return Encoded(version, width, total=total, **writer.facts())
 
 

@@ -42,6 +42,13 @@ class ArrowEngineConfig(FeastConfigBaseModel):
 class ArrowEngine(LocalComputeEngine):
     """Materializes a batch of rows at a time; memory does not grow with the view."""
 
+    _rows = 0
+
+    def take_rows(self) -> int:
+        """How many rows were written since this was last asked."""
+        rows, self._rows = self._rows, 0
+        return rows
+
     def _materialize_one(
         self, registry: BaseRegistry, task: MaterializationTask, **kwargs: Any
     ) -> LocalMaterializationJob:
@@ -72,6 +79,7 @@ class ArrowEngine(LocalComputeEngine):
         with progress(f"materializing {view.name}", None) as advance:
             for batch in _batches(job, size):
                 self._write(view, _as_view(view, batch))
+                self._rows += batch.num_rows
                 advance(batch.num_rows)
 
     def _write(self, view: FeatureView, batch: pa.RecordBatch) -> None:

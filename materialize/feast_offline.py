@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import duckdb
 import pyarrow as pa
 from feast.data_source import DataSource
 from feast.feature_logging import LoggingConfig, LoggingSource
@@ -21,7 +22,7 @@ from feast.repo_config import FeastConfigBaseModel, RepoConfig
 from feast.utils import compute_non_entity_date_range
 
 from bahe_core.errors import BadInput
-from materialize.lake import name, quoted, snapshot, tables
+from materialize.lake import name, quoted, snapshot, tables, written_since
 from materialize.offline_store.connection import open_lake, open_lake_to_write
 from materialize.offline_store.entities import EVENT_TIMESTAMP, EntityFrame, EntityFrameLike, read_entities
 from materialize.offline_store.job import DuckLakeRetrievalJob
@@ -59,6 +60,9 @@ class DuckLakeOfflineStoreConfig(FeastConfigBaseModel):
     as_of: int | None = None
     """A snapshot of the lake (`job.snapshot`, or what `bahe frame` prints): everything is read as it was
     then, so an old frame comes back bit for bit. Of an open store: `store.config.offline_store.as_of`."""
+    changed_since: int | None = None
+    """A snapshot of the lake: what is materialized are only keys that got rows after it, as far as the lake
+    can tell. For an open store that is known to hold everything of before: `bahe publish` sets it."""
 
 
 class DuckLakeOfflineStore(OfflineStore):
@@ -241,10 +245,13 @@ def _pull(
         for sign, moment in ((">=", start_date), ("<=", end_date))
         if moment is not None
     ]
-    where = f" WHERE {' AND '.join(bounds)}" if bounds else ""
     select = f"SELECT {', '.join(map(name, columns))} FROM {relation}"
-    query = select + where
     with open_lake(config) as connection:
+        since = config.offline_store.changed_since
+        if latest_of and since is not None:
+            bounds += _changed(connection, relation, latest_of, since)
+        where = f" WHERE {' AND '.join(bounds)}" if bounds else ""
+        query = select + where
         number = snapshot(connection)
         source_columns(connection, source.name or relation, relation, columns)
         if latest_of is not None:
@@ -260,6 +267,18 @@ def _pull(
             else:
                 query += first
     return DuckLakeRetrievalJob(config=config, query=query, snapshot=number)
+
+
+def _changed(
+    connection: duckdb.DuckDBPyConnection, relation: str, keys: list[str], since: int
+) -> list[str]:
+    """The condition that a key got rows after the snapshot; none when that cannot be told."""
+    read = connection.get_table_names(f"SELECT * FROM {relation}")
+    written = written_since(connection, next(iter(read)), since) if len(read) == 1 else None
+    if written is None:
+        return []
+    listed = ", ".join(map(name, keys))
+    return [f"({listed}) IN (SELECT ({listed}) FROM {written})"]
 
 
 def _instants(views: list[View], start: datetime, end: datetime) -> str:

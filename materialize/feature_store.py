@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import logging
+import os
+import sqlite3
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import yaml
 
-from bahe_core.errors import Damaged, NotReady
+from bahe_core.errors import BadInput, Damaged, NotReady, one_line
 from bahe_core.home import Home
 from materialize.lake import require_catalogue
 
@@ -26,12 +30,24 @@ TEMPLATE = Path(__file__).resolve().parent.parent / "feature_repo" / "feature_st
 
 
 def write_configuration(home: Home) -> Path:
-    """The settings of feature_repo/feature_store.yaml with this home's paths, written to the home."""
-    settings = yaml.safe_load(TEMPLATE.read_text())
-    settings["registry"]["path"] = str(home.registry)
-    settings["online_store"]["path"] = str(home.online_store)
-    settings["offline_store"]["home"] = str(home.root)
-    text = "# Written by `bahe apply`; settings come from feature_repo/feature_store.yaml.\n"
+    """The settings of the template with this home's paths, written to the home.
+
+    The template is BAHE_FEATURE_STORE, which may name another online store, else
+    feature_repo/feature_store.yaml. Raises BadInput when it cannot be read.
+    """
+    template = Path(os.environ.get("BAHE_FEATURE_STORE") or TEMPLATE).expanduser()
+    try:
+        settings = yaml.safe_load(template.read_text())
+        settings["registry"]["path"] = str(home.registry)
+        if "path" in settings["online_store"]:  # a file; a server is where it is
+            settings["online_store"]["path"] = str(home.online_store)
+        settings["offline_store"]["home"] = str(home.root)
+    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+        raise BadInput(
+            f"BAHE_FEATURE_STORE is {template}, which is no such file as feature_repo/profiles/redis.yaml"
+            f" ({one_line(error)}); correct it or unset it."
+        ) from None
+    text = f"# Written by `bahe apply`; settings come from {template.name}.\n"
     text += yaml.safe_dump(settings, sort_keys=False)
     if not home.feature_store_yaml.is_file() or home.feature_store_yaml.read_text() != text:
         home.feature_store_yaml.write_text(text)
@@ -57,6 +73,25 @@ def open_store(home: Home) -> FeatureStore:
     return store
 
 
+@contextmanager
+def online_errors(home: Home) -> Iterator[None]:
+    """Turns what a lost or broken online store says into one sentence, as Damaged or NotReady."""
+    try:
+        yield
+    except sqlite3.DatabaseError as error:
+        raise Damaged(
+            f"the online store {home.online_store} cannot be read ({error}); delete it and run"
+            " `bahe publish`."
+        ) from None
+    except Exception as error:
+        if type(error).__module__.split(".")[0] not in ("redis", "psycopg"):
+            raise
+        raise NotReady(
+            f"the online store of {home.feature_store_yaml} does not answer ({one_line(error)}); start it"
+            " and run this again."
+        ) from None
+
+
 def apply(home: Home) -> str:
     """Register feature_repo's definitions in the home's registry; returns what is registered, in words.
 
@@ -77,7 +112,8 @@ def apply(home: Home) -> str:
             for thing in vars(definitions).values()
             if isinstance(thing, Entity | FeatureView | FeatureService)
         ]
-        store.apply(found)
+        with online_errors(home):
+            store.apply(found)
     count = {
         kind: sum(isinstance(t, kind) for t in found) for kind in (Entity, FeatureView, FeatureService)
     }

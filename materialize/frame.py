@@ -114,8 +114,10 @@ def frame(
             with where.start() as executor:
                 one = executor.workers == 1
                 reader = job.to_arrow_reader() if one else job.to_sharded_reader(executor, "user_id")
-                _write(reader, path, about, sum(rows.values()))
-            commit(connection, [run.statement({"rows": rows, "service": service})])
+                count = sum(rows.values())
+                _write(reader, path, about, count)
+            facts_of_run = {"rows": rows, "service": service}
+            commit(connection, [run.statement(facts_of_run, rows_read=count, rows_written=count)])
     return Frame(path, frame_id, rows, skipped=False)
 
 

@@ -18,7 +18,7 @@ from materialize.ingest import home_dataset
 from materialize.lake import commit, lake, quoted, scalar
 from materialize.reading import CLOCK_TOLERANCE
 
-_ORDER = ("ingest", "encode", "frame", "embed")
+ORDER = ("ingest", "encode", "frame", "embed")
 
 
 def gate(home: Home, job: str) -> None:
@@ -38,29 +38,38 @@ def gate(home: Home, job: str) -> None:
         docs = home.reports / "data_docs"
         stamp = _stamp(last)
         if verdict is not None and verdict.fingerprint == stamp and verdict.facts["passed"]:
-            say(f"  gate {job}: passed ({verdict.facts['checks']} checks, unchanged)")
+            checks = verdict.facts["checks"]
+            say(f"  gate {job}: passed ({checks} checks, unchanged)", passed=True, checks=checks)
             return
         tables, parameters = _scope(connection, job, last, dataset, home)
-        result = run_gate(connection, job, tables=tables, parameters=parameters, docs=docs)
         with runs.record(connection, _name(job), stamp) as run:
+            result = run_gate(connection, job, tables=tables, parameters=parameters, docs=docs)
             facts = {"passed": result.passed, "checks": result.checks, "failures": result.failures}
             commit(connection, [run.statement(facts)])
     if result.passed:
-        say(f"  gate {job}: passed ({result.checks} checks)")
+        say(f"  gate {job}: passed ({result.checks} checks)", passed=True, checks=result.checks)
     require(result)
 
 
 def require_gates(connection: duckdb.DuckDBPyConnection, before: str) -> None:
     """Raises GateFailed when an earlier job's output has not passed its gate."""
-    for job in _ORDER[: _ORDER.index(before)] if before in _ORDER else _ORDER:
-        last, verdict = runs.last(connection, job), runs.last(connection, _name(job))
-        if last is None:
-            continue  # the job itself says what is missing
-        if verdict is None or verdict.fingerprint != _stamp(last):
-            raise GateFailed(f"what `bahe {job}` wrote last has not been checked; run `bahe {job}` again.")
-        if not verdict.facts["passed"]:
-            first = verdict.facts["failures"][0]
-            raise GateFailed(f"the {job} gate failed ({first}); correct that and run it again.")
+    for job in ORDER[: ORDER.index(before)] if before in ORDER else ORDER:
+        problem = refusal(connection, job)
+        if problem is not None:
+            raise GateFailed(problem)
+
+
+def refusal(connection: duckdb.DuckDBPyConnection, job: str) -> str | None:
+    """Why what the job wrote last may not be passed on; None when it may, or when there is nothing yet."""
+    last, verdict = runs.last(connection, job), runs.last(connection, _name(job))
+    if last is None:
+        return None  # the job itself says what is missing
+    if verdict is None or verdict.fingerprint != _stamp(last):
+        return f"what `bahe {job}` wrote last has not been checked; run `bahe {job}` again."
+    if not verdict.facts["passed"]:
+        first = verdict.facts["failures"][0]
+        return f"the {job} gate failed ({first}); correct that and run it again."
+    return None
 
 
 def _name(job: str) -> str:

@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 import duckdb
@@ -48,6 +49,7 @@ def ingest(home: Home, dataset_path: Path) -> Ingested:
     Raises BadInput on a source that cannot be read, lacks a column, or breaks the contract in more rows
     than `quarantine.max_share` allows; nothing is written then.
     """
+    started = datetime.now(UTC)
     dataset = load_dataset(dataset_path)
     folder = dataset_path.resolve().parent
     home.place_lake(dataset.lake)
@@ -65,7 +67,7 @@ def ingest(home: Home, dataset_path: Path) -> Ingested:
                 return Ingested(True, {}, _totals(connection), {}, {})
             check_clicks(connection, reads)
             before = _totals(connection)
-            _write(connection, dataset, reads, last, anew=anew)
+            _write(connection, dataset, reads, last, started, dataset_path, anew=anew)
             totals = _totals(connection)
         save_dataset(dataset, home.root / "dataset.yaml")
     added = {table: count - before.get(table, 0) for table, count in totals.items()}
@@ -122,6 +124,8 @@ def _write(
     dataset: Dataset,
     reads: Mapping[str, Read],
     last: runs.Run | None,
+    started: datetime,
+    dataset_path: Path,
     *,
     anew: bool,
 ) -> None:
@@ -130,11 +134,12 @@ def _write(
     facts = {
         "dataset": dataset.name,
         "channels": dataset.channels,
+        "source": str(dataset_path.resolve()),
         "derived": derive.VERSION,
         "read": {table: read.rows for table, read in reads.items()},
         "broken": {table: read.broken for table, read in reads.items()},
     }
-    with runs.record(connection, JOB, fingerprint) as run:
+    with runs.record(connection, JOB, fingerprint, started=started) as run:
 
         def work() -> None:
             changed = _add(connection, dataset, reads)
@@ -149,7 +154,8 @@ def _write(
             # What did not change the log must not look like a new log to the jobs that read it.
             known = last is not None and not changed and not anew
             kept = dataclasses.replace(run, fingerprint=last.fingerprint) if known and last else run
-            connection.execute(kept.statement(facts))
+            rows = sum(read.rows for read in reads.values())
+            connection.execute(kept.statement(facts, rows_read=rows))
 
         transact(connection, work)
 
@@ -334,3 +340,10 @@ def _totals(connection: duckdb.DuckDBPyConnection) -> dict[str, int]:
     known = tables(connection)
     wanted = ("behaviors", "impressions", "items", "users", "atoms")
     return {t: scalar(connection, f"SELECT count(*) FROM {t}") for t in wanted if t in known}
+
+
+def is_current(connection: duckdb.DuckDBPyConnection, path: Path) -> bool:
+    """Whether the lake has all of this dataset.yaml's sources as they are now. Raises BadInput."""
+    dataset = load_dataset(path)
+    found = sources.find_sources(connection, _sections(dataset), path.resolve().parent)
+    return not any(source.unread for source in found.values())

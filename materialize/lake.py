@@ -245,6 +245,22 @@ def snapshot(connection: duckdb.DuckDBPyConnection) -> int:
     return scalar(connection, f"FROM {LAKE}.current_snapshot()")
 
 
+def written_since(connection: duckdb.DuckDBPyConnection, table: str, earlier: int) -> str | None:
+    """Subquery of the table's rows that were inserted or changed after a snapshot (DuckLake's change feed).
+
+    All rows of a table that was made anew since. None when the lake cannot tell, because the snapshots
+    since have expired or the lake is an older one.
+    """
+    now = snapshot(connection)
+    if earlier == now:
+        return f"(SELECT * FROM {name(table)} WHERE false)"
+    if not scalar(
+        connection, f"SELECT count(*) FROM {LAKE}.snapshots() WHERE snapshot_id = ?", [earlier + 1]
+    ):
+        return None
+    return f"ducklake_table_insertions('{LAKE}', 'main', {quoted(table)}, {earlier + 1}, {now})"
+
+
 def scalar(connection: duckdb.DuckDBPyConnection, query: str, values: list[object] | None = None) -> int:
     """The single integer that a query returns."""
     row = connection.execute(query, values or []).fetchone()

@@ -1,5 +1,6 @@
 """Drops what nobody needs any more: old models with their vectors, atom vectors that no kept model reads,
-frames, abandoned checkpoints, and the lake's history.
+frames and abandoned checkpoints. The lake's own history is `upkeep.compact`'s to forget, and so is the
+room that dropped rows still take there.
 
 Never dropped: the live model and the one published before it (what a rollback goes to), the last trained
 and the last embedded one, what these read, and an encoder_version that is being built.
@@ -16,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import duckdb
-import pyarrow.parquet as pq
 
 from bahe_core.errors import BadInput
 from bahe_core.home import Home
@@ -26,7 +26,7 @@ from materialize import runs
 from materialize.encode import encoder_settings
 from materialize.feature_store import open_store
 from materialize.ingest import home_dataset
-from materialize.lake import LAKE, commit, lake, quoted, scalar, snapshot
+from materialize.lake import commit, lake, quoted, scalar
 
 JOB = "prune"
 _VECTORS = {
@@ -35,8 +35,6 @@ _VECTORS = {
     "item_embedding": "model_version",
 }
 _KEYS_PER_CALL = 10_000
-_REWRITE_FROM = 0.3
-"""A file of which this share is deleted is written again."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +52,8 @@ class Pruned:
     """Rows of the lake, by table."""
     online_rows: int
     """Rows of an online store that cannot forget single rows are not counted, and stay."""
-    snapshots: int
-    """Moments of the lake that cannot be read any more."""
     freed: int
-    """Bytes; 0 in a dry run."""
+    """Bytes of models and frames; 0 in a dry run. The lake's are freed by `compact`."""
 
 
 def prune(
@@ -65,15 +61,13 @@ def prune(
     *,
     keep: int = 3,
     older_than: float | None = None,
-    history: float = 7,
     dry_run: bool = False,
 ) -> Pruned:
-    """Keep the newest `keep` models, of these none `older_than` so many days, and `history` days of lake.
+    """Keep the newest `keep` models, of these none `older_than` so many days.
 
-    Snapshots that kept frames were pulled at stay readable. A `history` shorter than the longest reader
-    takes its files away. Killed anywhere, the next run finishes. Raises BadInput on a negative number.
+    Killed anywhere, the next run finishes. Raises BadInput on a negative number.
     """
-    for option, value in (("--keep", keep), ("--older-than", older_than or 0), ("--history", history)):
+    for option, value in (("--keep", keep), ("--older-than", older_than or 0)):
         if value < 0:
             raise BadInput(f"{option} is {value}; it must be at least 0.")
     home_dataset(home)
@@ -99,7 +93,6 @@ def prune(
             checkpoints=tuple(path.name for path in checkpoints),
             rows=rows,
             online_rows=online,
-            snapshots=len(_snapshots(connection, home, frames, history)),
             freed=0,
         )
         if dry_run:
@@ -117,9 +110,6 @@ def prune(
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
-        _rewrite(connection)
-        # Asked for again: what was the newest one before the rows were deleted holds them still.
-        _expire(connection, _snapshots(connection, home, frames, history))
         return replace(plan, freed=max(0, before - _size(home)))
 
 
@@ -209,22 +199,6 @@ def _checkpoints(connection: duckdb.DuckDBPyConnection, home: Home) -> list[Path
     return found
 
 
-def _snapshots(
-    connection: duckdb.DuckDBPyConnection, home: Home, dropped_frames: Sequence[Path], history: float
-) -> list[int]:
-    """Snapshots older than `history` days that no kept frame was pulled at."""
-    needed = {snapshot(connection)}
-    for path in home.frames.glob("*/frame.parquet"):
-        if path.parent not in dropped_frames:
-            facts = (pq.read_schema(path).metadata or {}).get(b"bahe", b"{}")
-            needed.add(json.loads(facts).get("snapshot"))
-    rows = connection.execute(
-        f"SELECT snapshot_id FROM {LAKE}.snapshots() WHERE snapshot_time < ? ORDER BY snapshot_id",
-        [datetime.now(UTC) - timedelta(days=history)],
-    ).fetchall()
-    return [row[0] for row in rows if row[0] not in needed]
-
-
 def _among(column: str, values: Sequence[str]) -> str:
     return f"{column} IN ({', '.join(map(quoted, values))})" if values else "false"
 
@@ -262,23 +236,6 @@ def _keys(
         yield batch.to_pydict()
 
 
-def _rewrite(connection: duckdb.DuckDBPyConnection) -> None:
-    """Files of vectors without the deleted ones, and small ones merged."""
-    for table in _VECTORS:
-        connection.execute(
-            f"CALL ducklake_rewrite_data_files('{LAKE}', '{table}', delete_threshold => {_REWRITE_FROM})"
-        )
-        connection.execute(f"CALL ducklake_merge_adjacent_files('{LAKE}', '{table}')")
-
-
-def _expire(connection: duckdb.DuckDBPyConnection, snapshots: Sequence[int]) -> None:
-    """Forget the snapshots, and remove the files that no other one needs."""
-    if snapshots:
-        connection.execute(f"CALL ducklake_expire_snapshots('{LAKE}', versions => {list(snapshots)})")
-    connection.execute(f"CALL ducklake_cleanup_old_files('{LAKE}', cleanup_all => true)")
-
-
 def _size(home: Home) -> int:
-    """Bytes of what is pruned; the catalogue and the online store keep their room for later rows."""
-    folders = (home.lake_data, home.models, home.frames)
+    folders = (home.models, home.frames)
     return sum(path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file())

@@ -11,22 +11,57 @@ from typing import Any
 
 import duckdb
 
-from materialize.lake import quoted, snapshot, tables
+from materialize.lake import columns, quoted, snapshot, tables
 
-_CREATE = (
-    "CREATE TABLE IF NOT EXISTS runs (job VARCHAR, fingerprint VARCHAR, started TIMESTAMPTZ,"
-    " finished TIMESTAMPTZ, snapshot_read BIGINT, facts VARCHAR)"
-)
+_COLUMNS = {
+    "job": "VARCHAR",
+    "fingerprint": "VARCHAR",
+    "started": "TIMESTAMPTZ",
+    "finished": "TIMESTAMPTZ",
+    "snapshot_read": "BIGINT",
+    "facts": "VARCHAR",
+    # Lakes of before lack these until their next run.
+    "rows_read": "BIGINT",
+    "rows_written": "BIGINT",
+}
+# A clock may jump; snapshots only ever count up.
+_NEWEST_FIRST = "ORDER BY snapshot_read DESC, finished DESC"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Run:
     """A finished run."""
 
     job: str
     fingerprint: str
+    started: datetime
     finished: datetime
+    snapshot_read: int
+    """The lake as the run found it."""
     facts: dict[str, Any]
+    rows_read: int | None = None
+    rows_written: int | None = None
+
+    @property
+    def seconds(self) -> float:
+        """How long it took."""
+        return (self.finished - self.started).total_seconds()
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """Versions of what it wrote: model_version, encoder_version, frame_id."""
+        found = {key: str(value) for key, value in self.facts.items() if key.endswith("_version")}
+        made = {"train": "model_version", "frame": "frame_id"}.get(self.job)
+        return {**found, made: self.fingerprint} if made else found
+
+    @property
+    def says(self) -> str:
+        """Its versions, or a gate's verdict, for a person."""
+        if "passed" in self.facts:
+            if self.facts["passed"]:
+                return f"passed ({self.facts['checks']} checks)"
+            return f"FAILED: {self.facts['failures'][0]}"
+        return " ".join(self.versions.values())
 
 
 @dataclass(frozen=True)
@@ -38,28 +73,57 @@ class Open:
     started: datetime
     snapshot_read: int
 
-    def statement(self, facts: dict[str, Any]) -> str:
+    def statement(
+        self, facts: dict[str, Any], *, rows_read: int | None = None, rows_written: int | None = None
+    ) -> str:
         """SQL that records the run as finished."""
-        return (
-            f"INSERT INTO runs VALUES ({quoted(self.job)}, {quoted(self.fingerprint)},"
-            f" {quoted(self.started.isoformat())}, now(), {self.snapshot_read},"
-            f" {quoted(json.dumps(facts))})"
-        )
+        values = {
+            "job": quoted(self.job),
+            "fingerprint": quoted(self.fingerprint),
+            "started": f"TIMESTAMPTZ {quoted(self.started.isoformat())}",
+            # now() would be when the transaction began, before all that it writes.
+            "finished": "uuid_extract_timestamp(uuidv7())",
+            "snapshot_read": str(self.snapshot_read),
+            "facts": quoted(json.dumps(facts)),
+            "rows_read": "NULL" if rows_read is None else str(rows_read),
+            "rows_written": "NULL" if rows_written is None else str(rows_written),
+        }
+        return f"INSERT INTO runs ({', '.join(values)}) VALUES ({', '.join(values.values())})"
 
 
 @contextmanager
-def record(connection: duckdb.DuckDBPyConnection, job: str, fingerprint: str) -> Iterator[Open]:
-    """Open a run; the caller commits its `statement` together with what it writes."""
-    connection.execute(_CREATE)
-    yield Open(job, fingerprint, datetime.now(UTC), snapshot(connection))
+def record(
+    connection: duckdb.DuckDBPyConnection, job: str, fingerprint: str, *, started: datetime | None = None
+) -> Iterator[Open]:
+    """Open a run that started now, or before; the caller commits its `statement` with what it writes."""
+    if "runs" not in tables(connection):
+        layout = ", ".join(f"{column} {kind}" for column, kind in _COLUMNS.items())
+        connection.execute(f"CREATE TABLE IF NOT EXISTS runs ({layout})")
+    else:
+        for column in _COLUMNS.keys() - columns(connection, "runs").keys():
+            connection.execute(f"ALTER TABLE runs ADD COLUMN IF NOT EXISTS {column} {_COLUMNS[column]}")
+    yield Open(job, fingerprint, started or datetime.now(UTC), snapshot(connection))
+
+
+def history(
+    connection: duckdb.DuckDBPyConnection, job: str | None = None, limit: int | None = None
+) -> list[Run]:
+    """Finished runs, of one job or of all, the newest first."""
+    if "runs" not in tables(connection):
+        return []
+    where = "" if job is None else f"WHERE job = {quoted(job)}"
+    rows = connection.execute(
+        f"SELECT * FROM runs {where} {_NEWEST_FIRST}{'' if limit is None else f' LIMIT {limit}'}"
+    )
+    assert rows.description is not None
+    names = [column[0] for column in rows.description]
+    found = [dict(zip(names, row, strict=True)) for row in rows.fetchall()]
+    return [
+        Run(**{name: row[name] for name in _COLUMNS if name in row} | {"facts": json.loads(row["facts"])})
+        for row in found
+    ]
 
 
 def last(connection: duckdb.DuckDBPyConnection, job: str) -> Run | None:
     """The job's latest finished run."""
-    if "runs" not in tables(connection):
-        return None
-    row = connection.execute(
-        "SELECT job, fingerprint, finished, facts FROM runs WHERE job = ? ORDER BY finished DESC LIMIT 1",
-        [job],
-    ).fetchone()
-    return None if row is None else Run(row[0], row[1], row[2], json.loads(row[3]))
+    return next(iter(history(connection, job, 1)), None)

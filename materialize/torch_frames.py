@@ -296,7 +296,7 @@ def _found(frame: Frame | Home | Path | str) -> tuple[Path, Home | None, Frame |
         return (found := latest_frame(frame)).path, frame, found
     path = frame.path
     home = Home(path.parents[2]) if len(path.parents) > 2 else None
-    if home is None or path.parent.parent != home.frames or not home.catalogue.is_file():
+    if home is None or path.parent.parent != home.frames or not (home.root / "dataset.yaml").is_file():
         return path, None, None
     return path, home, frame
 

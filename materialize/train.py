@@ -201,7 +201,8 @@ def train_models(
                 write_report(report, dataset.name, version, results, histories, evaluations)
                 log.results(results)
                 log.files([artifact_path, report])
-            commit(connection, [run.statement({"results": results, "encoder_version": encoder})])
+            learned = {"results": results, "encoder_version": encoder, "frame_id": frame.frame_id}
+            commit(connection, [run.statement(learned, rows_read=sum(frame.rows.values()))])
     return TrainingOutcome(version, artifact_path, results, report, skipped=False)
 
 

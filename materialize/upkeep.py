@@ -12,10 +12,12 @@ still finds what it reads.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from datetime import timedelta
 
 import duckdb
+import pyarrow.parquet as pq
 
 from bahe_core.errors import BadInput
 from bahe_core.home import Home
@@ -46,8 +48,8 @@ class Compacted:
 def compact(home: Home, *, keep_days: float) -> Compacted:
     """Merge small files, and forget what the lake was more than `keep_days` (or GRACE) ago.
 
-    Frames and stores that read the lake as of a forgotten snapshot fail afterwards. Raises NotReady
-    without a lake.
+    What the home's frames were pulled from is kept. Other frames and stores that read the lake as of a
+    forgotten snapshot fail afterwards. Raises NotReady without a lake.
     """
     if keep_days < 0:
         raise BadInput(f"--keep-days is {keep_days:g}; give 0 or more days.")
@@ -58,7 +60,7 @@ def compact(home: Home, *, keep_days: float) -> Compacted:
             # then rewritten answers wrongly of its past (DuckLake 1.0).
             f"CALL ducklake_rewrite_data_files('{LAKE}', delete_threshold => {DELETED_SHARE})",
             f"CALL ducklake_merge_adjacent_files('{LAKE}')",
-            *_forget(connection, max(timedelta(keep_days), GRACE)),
+            *_forget(connection, max(timedelta(keep_days), GRACE), _pulled(home)),
             f"CALL ducklake_cleanup_old_files('{LAKE}', older_than => now() - {_interval(GRACE)})",
             # Files that a killed job wrote and never committed.
             f"CALL ducklake_delete_orphaned_files('{LAKE}', older_than => now() - {_interval(GRACE)})",
@@ -75,15 +77,22 @@ def compact(home: Home, *, keep_days: float) -> Compacted:
         return Compacted(files_before, _files(connection), forgotten, oldest, removed)
 
 
-def _forget(connection: duckdb.DuckDBPyConnection, age: timedelta) -> list[str]:
+def _pulled(home: Home) -> set[int]:
+    """Snapshots that frames of the home were pulled at."""
+    found = (pq.read_schema(path).metadata or {} for path in home.frames.glob("*/frame.parquet"))
+    return {json.loads(facts[b"bahe"])["snapshot"] for facts in found if b"bahe" in facts}
+
+
+def _forget(connection: duckdb.DuckDBPyConnection, age: timedelta, needed: set[int]) -> list[str]:
     """The statement, if any, that forgets snapshots which others replaced longer than `age` ago."""
     rows = connection.execute(
         "SELECT snapshot_id FROM (SELECT snapshot_id,"
         " lead(snapshot_time) OVER (ORDER BY snapshot_id) AS replaced"
         f" FROM {LAKE}.snapshots()) WHERE replaced < now() - {_interval(age)}"
     ).fetchall()
-    listed = ", ".join(str(number) for (number,) in rows)
-    return [f"CALL ducklake_expire_snapshots('{LAKE}', versions => [{listed}])"] if rows else []
+    old = [str(number) for (number,) in rows if number not in needed]
+    listed = ", ".join(old)
+    return [f"CALL ducklake_expire_snapshots('{LAKE}', versions => [{listed}])"] if old else []
 
 
 def _interval(length: timedelta) -> str:

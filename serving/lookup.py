@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sqlite3
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -15,13 +13,13 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet as pq
 
-from bahe_core.errors import BadInput, Damaged, NotReady, UnknownEntity
+from bahe_core.errors import BadInput, NotReady, UnknownEntity
 from bahe_core.home import Home
 from bahe_models.artifact import Artifact, load
 from bahe_models.context import Value, hash_context, refuse_unknown
 from bahe_models.features import needed_columns
-from materialize.feature_store import open_store
-from materialize.publish import DEPLOYMENT
+from materialize.feature_store import online_errors, open_store
+from materialize.pointer import DEPLOYMENT
 from materialize.vectors import VectorReader
 from materialize.wire_rows import Vectors
 
@@ -235,7 +233,7 @@ class OnlineLookup:
     def _item_features(
         self, items: Sequence[Identifier], version: str
     ) -> tuple[Vectors, dict[str, list[float | None]]]:
-        with self._readable():
+        with online_errors(self._home):
             vectors = self._item_vectors.read({"item_id": items, "model_version": [version] * len(items)})
         if not items:
             return vectors, {}
@@ -248,20 +246,10 @@ class OnlineLookup:
         return VectorReader(self._store, "item_embedding", VECTOR)
 
     def _read(self, features: list[str], rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
-        with self._readable():
+        with online_errors(self._home):
             response = self._store.get_online_features(features, entity_rows=rows)
         answer: dict[str, list[Any]] = response.to_dict()
         return answer
-
-    @contextmanager
-    def _readable(self) -> Iterator[None]:
-        try:
-            yield
-        except sqlite3.DatabaseError as error:
-            raise Damaged(
-                f"the online store {self._home.online_store} cannot be read ({error}); delete it and run"
-                " `bahe publish`."
-            ) from None
 
     def _as_stored(self, view: str, key: str, value: Identifier) -> Identifier:
         """The id in the type that the log has it in."""

@@ -91,7 +91,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -
         ("materialize.frame", "_write", 1),
         ("materialize.train", "write_report", 1),
         ("materialize.embed", "_replace", 2),
-        ("materialize.publish", "_read_back", 1),
+        ("materialize.publish", "_not_reading_back", 1),
     ],
 )
 def test_a_killed_run_is_finished_by_the_next(

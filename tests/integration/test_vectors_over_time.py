@@ -276,10 +276,10 @@ def test_prune_keeps_what_is_needed_and_drops_the_rest(home: Home) -> None:
         return [vector is not None for vector in answer["embedding"]]
 
     assert online() == [True] * 3
-    told = prune(home, keep=1, history=0, dry_run=True)
+    told = prune(home, keep=1, dry_run=True)
     assert told.models == (first,)
     assert online() == [True] * 3
-    done = prune(home, keep=1, history=0)
+    done = prune(home, keep=1)
     assert (done.models, set(done.kept)) == ((first,), set(names[1:]))
     assert done.rows == {"atomic_behavior_embedding": 0, "user_embedding": 31, "item_embedding": 25}
     assert (done.frames, done.checkpoints) == (("old",), ("bahe-abandoned.checkpoint",))
@@ -290,7 +290,7 @@ def test_prune_keeps_what_is_needed_and_drops_the_rest(home: Home) -> None:
     with lake(home) as connection:
         assert scalar(connection, "SELECT count(DISTINCT model_version) FROM user_embedding") == 2
     # Whatever follows finds what it needs, and there is nothing left to drop.
-    again = prune(home, keep=1, history=0)
+    again = prune(home, keep=1)
     assert (again.models, again.frames, sum(again.rows.values())) == ((), (), 0)
     assert embed(home).users_added == 0
     change_log(home, REPLACED)
@@ -301,7 +301,7 @@ def test_prune_keeps_what_is_needed_and_drops_the_rest(home: Home) -> None:
     assert frame.is_file()
 
 
-@pytest.mark.parametrize("option", ["keep", "older_than", "history"])
+@pytest.mark.parametrize("option", ["keep", "older_than"])
 def test_prune_refuses_negative_numbers(option: str, home: Home) -> None:
     with pytest.raises(BadInput, match="at least 0"):
         prune(home, **{option: -1})  # type: ignore[arg-type]

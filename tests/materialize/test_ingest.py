@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -215,8 +216,16 @@ def test_csv_and_integer_users_work_too(tmp_path: Path, home: Home) -> None:
 
 def test_a_busy_home_is_left_alone(tmp_path: Path, home: Home) -> None:
     path = write_dataset(tmp_path / "log", small_log())
-    with home.exclusive(), pytest.raises(Busy, match="another bahe job"):
-        ingest(home, path)
+
+    def elsewhere() -> None:
+        with pytest.raises(Busy, match="another bahe job"):
+            ingest(home, path)
+
+    with home.exclusive(), home.exclusive(), ThreadPoolExecutor(1) as pool:  # twice: a job within a job
+        pool.submit(elsewhere).result()
+        assert pool.submit(home.busy).result()
+    assert not home.busy()
+    ingest(home, path)
 
 
 def test_an_empty_home_says_what_to_do(home: Home) -> None:

@@ -90,10 +90,10 @@ def test_what_is_kept_answers_as_before(filled: Home, monkeypatch: pytest.Monkey
     reader.close()
     assert contents(filled) == before[kept[-1]]
     monkeypatch.setattr(upkeep, "GRACE", timedelta(0))
-    files = len(list(filled.lake_data.rglob("*.parquet")))
+    files = len(list((filled.root / "lake" / "data").rglob("*.parquet")))
     third = compact(filled, keep_days=0)
     assert third.files_removed > 0
-    assert len(list(filled.lake_data.rglob("*.parquet"))) == files - third.files_removed
+    assert len(list((filled.root / "lake" / "data").rglob("*.parquet"))) == files - third.files_removed
     assert contents(filled) == before[kept[-1]]
     with pytest.raises(BadInput, match=f"no snapshot {kept[1]}"):
         connect(filled, as_of=kept[1])
