@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from bahe_core.errors import BaheError, NotServable
+from bahe_core.errors import BaheError, NotServable, storage_problem
 from bahe_core.home import Home
 from bahe_core.machine import configure_threads
 from bahe_core.progress import say
@@ -450,6 +450,12 @@ def main() -> None:
     except BaheError as error:
         print(f"bahe: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except Exception as error:
+        problem = storage_problem(error)
+        if problem is None:
+            raise
+        print(f"bahe: {problem}", file=sys.stderr)
+        sys.exit(problem.exit_code)
     except KeyboardInterrupt:
         print("bahe: interrupted; what was committed is kept, run it again to go on", file=sys.stderr)
         sys.exit(130)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import duckdb
 
-from bahe_core.errors import BadInput, Damaged, NotReady, one_line
+from bahe_core.errors import BadInput, Damaged, NotReady, one_line, storage_problem
 from bahe_core.home import Home
 from bahe_core.machine import memory_limit, threads
 
@@ -76,6 +76,9 @@ def connect(home: Home, *, create: bool = False, as_of: int | None = None) -> du
         connection.execute(f"ATTACH {quoted(f'ducklake:sqlite:{home.catalogue}')} AS {LAKE} ({options})")
     except duckdb.Error as error:
         connection.close()
+        problem = storage_problem(error)
+        if problem is not None:
+            raise problem from None
         if as_of is not None and "No snapshot found" in str(error):
             raise BadInput(
                 f"the lake of {home.root} has no snapshot {as_of}; `bahe frame` prints the one it used."
@@ -103,10 +106,13 @@ def lake(
 
 @contextmanager
 def damaged_files_named(home: Home) -> Iterator[None]:
-    """Turns DuckDB's error about a file of the lake into Damaged."""
+    """Turns DuckDB's error about a file of the lake into Damaged, or NotWritable when the disk is full."""
     try:
         yield
     except duckdb.Error as error:
+        problem = storage_problem(error)
+        if problem is not None:
+            raise problem from None
         if str(home.lake_data) not in str(error):
             raise
         raise Damaged(
