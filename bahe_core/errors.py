@@ -44,7 +44,9 @@ class Busy(BaheError):
 
 
 _FULL = re.compile(
-    "no space left on device|disk is full|disk quota exceeded|file too large|max_temp_directory_size", re.I
+    "no space left on device|disk is full|disk quota exceeded|file too large|disk i/o error"
+    "|max_temp_directory_size",
+    re.I,
 )
 _FORBIDDEN = re.compile(
     "read-only file system|readonly database|permission denied|operation not permitted"
@@ -64,8 +66,8 @@ def storage_problem(error: BaseException) -> NotWritable | None:
         if not isinstance(cause, BaheError):
             if _FULL.search(str(cause)):
                 return NotWritable(
-                    f"the disk is full ({one_line(cause)}); what was committed before is kept, so make room"
-                    " and run it again."
+                    f"the disk is full or fails ({one_line(cause)}); what was committed before is kept, so"
+                    " make room and run it again."
                 )
             if _FORBIDDEN.search(str(cause)):
                 return NotWritable(

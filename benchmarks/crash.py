@@ -331,6 +331,7 @@ def measure(quick: bool, _: Path) -> Iterable[Row]:
         every, versions = stages(folder, runner)
         reads, torn = 0, list[str]()
         for stage in every:
+            say(f"killing {stage.job}, which takes {stage.seconds:.1f} s")
             wrong: list[str] = []
             landed = 0
             for kill in range(KILLS[quick]):
@@ -387,6 +388,7 @@ def hurt_rows(
     rooms: tuple[float, ...],
 ) -> Iterable[Row]:
     """Runs that must fail with one sentence and exit code 2, or not need what they lack; then go on."""
+    say(metric)
     wrong: list[str] = []
     refused = 0
     for room in rooms if hurt is full_disk else (0.0,):

@@ -13,6 +13,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -138,8 +139,8 @@ def bytes_of(folder: Path) -> int:
 
 def alone(step: Callable[..., Callable[[], Any]], *arguments: Any) -> Step:
     """Prepare a step and time it, in a process of its own."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_timed, (step, arguments))
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_timed, step, arguments).result()
 
 
 def _timed(step: Callable[..., Callable[[], Any]], arguments: tuple[Any, ...]) -> Step:
