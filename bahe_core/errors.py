@@ -43,9 +43,10 @@ class Busy(BaheError):
     """Another process holds this home folder; nothing was done."""
 
 
+# The last one is DuckLake's of a catalogue in SQLite, which rolls back by itself where it cannot write.
 _FULL = re.compile(
     "no space left on device|disk is full|disk quota exceeded|file too large|disk i/o error"
-    "|max_temp_directory_size",
+    "|max_temp_directory_size|cannot rollback - no transaction is active",
     re.I,
 )
 _FORBIDDEN = re.compile(

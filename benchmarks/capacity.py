@@ -81,14 +81,17 @@ class Rates:
     hardware: str
 
 
-def read_rates(scale: Path, encode: Path | None, training: Path) -> Rates:
-    """Rates from the benchmarks' JSON. Raises BadInput when a file is not theirs."""
+def read_rates(scale: Path, encode: Path | None, training: Path, tokens: float) -> Rates:
+    """Rates from the benchmarks' JSON, tokens a second taken for atoms of so many tokens.
+
+    Raises BadInput when a file is not of its benchmark.
+    """
     grown, trained = _Rows(scale, "scale"), _Rows(training, "training_cost")
     further = grown.one("ingest of one further day")
     if encode is None:
         atoms = grown.one("atoms encoded")["value"]
     else:
-        atoms = _Rows(encode, "encode").one("atoms encoded")["value"]
+        atoms = _Rows(encode, "encode").one("", unit="tokens/s")["value"] / tokens
     return Rates(
         ingest_rows=grown.one("rows a second, ingest")["value"],
         day_seconds=further["value"] / _count(further["metric"]),
@@ -115,11 +118,14 @@ class _Rows:
         if found != name:
             raise BadInput(f"{path} is of benchmarks.{found}, not benchmarks.{name}; {self._make()}.")
 
-    def one(self, begins: str, *, last: bool = False) -> dict[str, Any]:
-        """The row whose metric begins so."""
-        found = [row for row in self._rows if row["metric"].startswith(begins)]
+    def one(self, begins: str, *, unit: str | None = None, last: bool = False) -> dict[str, Any]:
+        """The first (or last) row whose metric begins so, in this unit."""
+        found = [
+            row for row in self._rows if row["metric"].startswith(begins) and unit in (None, row["unit"])
+        ]
         if not found:
-            raise BadInput(f"{self._path} has no row `{begins} …`; {self._make()}.")
+            wanted = f"`{begins} …`" if unit is None else f"in {unit}"
+            raise BadInput(f"{self._path} has no row {wanted}; {self._make()}.")
         return found[-1 if last else 0]
 
     def _make(self) -> str:
@@ -274,7 +280,8 @@ def main() -> None:
     arguments = parser.parse_args()
     given = Assumptions(**{one.name: getattr(arguments, one.name) for one in fields(Assumptions)})
     try:
-        computed = table(read_rates(arguments.scale, arguments.encode, arguments.training), given)
+        rates = read_rates(arguments.scale, arguments.encode, arguments.training, given.tokens)
+        computed = table(rates, given)
         if arguments.write:
             write(PAGE, computed)
     except BaheError as error:

@@ -1,7 +1,7 @@
 """Feast's registry file, replaced whole: a reader or a kill at any instant leaves one that can be read.
 
-Feast's own file store empties the file and then writes it. Every materialization does, so a reader beside it,
-or the run after a kill, would find half a registry.
+Feast's own file store empties the file and then writes it. Every materialization does, so a reader beside
+it, or the run after a kill, would find half a registry.
 """
 
 from __future__ import annotations

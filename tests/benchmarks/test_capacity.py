@@ -19,6 +19,7 @@ FILES = {
         ("ingest of one further day, 1,000,000 behaviors", 20),
         ("atoms encoded, measured on 4,000", 150),
     ],
+    "encode": [("ours", 6_000), ("theirs", 3_000)],
     "training_cost": [("training step, one pass per user", 0.5)],
 }
 
@@ -29,13 +30,14 @@ def measured(tmp_path: Path) -> dict[str, Path]:
     for name, rows in FILES.items():
         paths[name] = tmp_path / f"{name}.json"
         content = {"name": name, "hardware": "a machine", "threads": 2, "date": "2026-01-01"}
-        content["rows"] = [{"metric": metric, "value": value} for metric, value in rows]
+        unit = "tokens/s" if name == "encode" else "any"
+        content["rows"] = [{"metric": metric, "value": value, "unit": unit} for metric, value in rows]
         paths[name].write_text(json.dumps(content))
     return paths
 
 
 def rates(measured: dict[str, Path]) -> Rates:
-    return read_rates(measured["scale"], None, measured["training_cost"])
+    return read_rates(measured["scale"], None, measured["training_cost"], 20)
 
 
 def values(records: float, found: Rates, given: Assumptions) -> dict[str, float]:
@@ -46,6 +48,11 @@ def test_rates_are_read_by_their_names(measured: dict[str, Path]) -> None:
     found = rates(measured)
     assert (found.ingest_rows, found.day_seconds, found.lake_bytes) == (100_000, 2e-5, 80)
     assert (found.ingest_memory, found.atoms, found.train_seconds) == (4096 * 2**20, 150, 5e-4)
+
+
+def test_tokens_become_atoms(measured: dict[str, Path]) -> None:
+    found = read_rates(measured["scale"], measured["encode"], measured["training_cost"], 20)
+    assert found.atoms == 300
 
 
 def test_needs_follow_their_formulas(measured: dict[str, Path]) -> None:
@@ -89,9 +96,9 @@ def test_the_page_of_the_docs_has_the_marks() -> None:
 
 def test_other_files_are_refused(measured: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"of benchmarks\.training_cost, not benchmarks\.scale"):
-        read_rates(measured["training_cost"], None, measured["training_cost"])
+        read_rates(measured["training_cost"], None, measured["training_cost"], 20)
     with pytest.raises(BadInput, match="is not a benchmark's JSON"):
-        read_rates(tmp_path / "none.json", None, measured["training_cost"])
+        read_rates(tmp_path / "none.json", None, measured["training_cost"], 20)
     content = json.loads(measured["scale"].read_text())
     measured["scale"].write_text(json.dumps({**content, "rows": content["rows"][1:]}))
     with pytest.raises(BadInput, match="has no row `rows a second, ingest"):
