@@ -45,8 +45,11 @@ TOLERANCE = 1e-4
 """Of vectors: atoms in batches of another size differ in their last bits."""
 
 LOG = {"users": 60, "items": 40, "behaviors": 3_000, "impressions": 1_500, "atoms": 720, "days": 10}
-STAMPS = ("created_timestamp", "started", "finished", "snapshot_read", "facts", "fingerprint")
-"""Columns that tell when a row was written, or by which run."""
+STAMPS = ("created_timestamp",)
+"""Columns that tell when a row was written."""
+
+COMPARED = {"runs": ("job",), "publications": ("deployment", "live_model_version")}
+"""Tables of which only some columns are the same in every run; how much a run found left to do is not."""
 
 PRELOAD = [
     "bahe",
@@ -70,8 +73,7 @@ def contents(home: Home) -> Contents:
     with lake(home) as connection:
         for table in sorted(tables(connection)):
             known = columns(connection, table)
-            stamps = {*STAMPS, *(["event_timestamp"] if table == "publications" else [])}
-            shown = [c for c in known if c not in stamps and c != "embedding"]
+            shown = [c for c in COMPARED.get(table, known) if c not in (*STAMPS, "embedding")]
             # Two vectors of one key would be told apart by the rows.
             vector = "embedding" if "embedding" in known else "[]::FLOAT[]"
             rows = connection.execute(
