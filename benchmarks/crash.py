@@ -74,7 +74,7 @@ def contents(home: Home) -> Contents:
         for table in sorted(tables(connection)):
             known = columns(connection, table)
             shown = [c for c in COMPARED.get(table, known) if c not in (*STAMPS, "embedding")]
-            # Two vectors of one key would be told apart by the rows.
+            # Keys are among the rows, which put the vectors into an order.
             vector = "embedding" if "embedding" in known else "[]::FLOAT[]"
             rows = connection.execute(
                 f"SELECT {', '.join(name(c) for c in shown)}, {vector} FROM {table}"
@@ -102,11 +102,15 @@ def _hashable(row: tuple[object, ...]) -> bool:
     return not any(isinstance(value, list) for value in row)
 
 
-def artifacts(home: Home) -> dict[str, bytes]:
-    """Frames and models by path, except what tells when or how long."""
-    found = {}
-    for path in sorted([*home.frames.rglob("*"), *home.models.rglob("*")]):
-        if path.name.endswith((".parquet", ".safetensors", "item_ids.json")):
+def artifacts(home: Home) -> dict[str, Any]:
+    """Tables of the frames and bytes of the models, by path; not what tells when or of which snapshot."""
+    import pyarrow.parquet as pq
+
+    found: dict[str, Any] = {}
+    for path in sorted(home.frames.rglob("*.parquet")):
+        found[str(path.relative_to(home.root))] = pq.read_table(path).replace_schema_metadata(None)
+    for path in sorted(home.models.rglob("*")):
+        if path.name in ("model.safetensors", "item_ids.json"):
             found[str(path.relative_to(home.root))] = path.read_bytes()
     return found
 
@@ -243,7 +247,7 @@ class Stage:
     arguments: tuple[str, ...]
     before: Path
     after: Contents
-    files: dict[str, bytes]
+    files: dict[str, Any]
     seconds: float
     added: int
     """Bytes by which the home grew."""
@@ -396,7 +400,7 @@ def hurt_rows(
     for room in rooms if hurt is full_disk else (0.0,):
         try:
             problems, failed = hurt(stage, folder / "mounted", runner, room)
-        except PermissionError as error:
+        except CannotMount as error:
             say(f"  {metric} is left out: {error}")
             return
         wrong += problems
@@ -445,9 +449,13 @@ def read_only(stage: Stage, mount: Path, runner: Runner, _: float) -> tuple[list
     return wrong, done.code == 2
 
 
+class CannotMount(Exception):
+    """This process may not mount file systems."""
+
+
 @contextmanager
 def mounted(arguments: list[str], mount: Path) -> Iterator[None]:
-    """A mount for a while. Raises PermissionError where none can be made."""
+    """A mount for a while. Raises CannotMount where none can be made."""
     _mount(arguments)
     try:
         yield
@@ -458,7 +466,7 @@ def mounted(arguments: list[str], mount: Path) -> Iterator[None]:
 def _mount(arguments: list[str]) -> None:
     done = subprocess.run(["mount", *arguments], capture_output=True, text=True, check=False)
     if done.returncode:
-        raise PermissionError(f"mount {' '.join(arguments)}: {done.stderr.strip()}")
+        raise CannotMount(f"mount {' '.join(arguments)}: {done.stderr.strip()}")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 For 50 million behaviors there are 1 million users, 500,000 atoms and 5 million impressions, and in
 proportion for fewer. Each step runs in a process of its own, whose memory is that process's; ingest's time
 begins after its imports. DuckDB is given less memory than the process may take, and spills the rest to disk
-(TMPDIR needs 30 GB). Encoding is measured on a sample and extrapolated.
+(TMPDIR needs tens of GB). Encoding is measured on a sample and extrapolated.
 """
 
 from __future__ import annotations
