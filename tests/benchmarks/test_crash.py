@@ -38,7 +38,7 @@ def test_a_reader_may_not_see_the_first_version_again() -> None:
     versions = {"v1": {}, "v2": {}}
     assert not_in_order(("v1", "v2"), versions) == []
     assert not_in_order(("v2",), versions) == []
-    for seen in (("v1", "v2", "v1"), ("v1", "v3"), ()):
+    for seen in (("v1", "v2", "v1"), ("v2", "v1"), ("v1", "v3"), ("v1",), ()):
         assert not_in_order(seen, versions)
 
 
