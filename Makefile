@@ -45,6 +45,8 @@ bench: install ## every figure of the README, briefly; a whole one: python -m be
 	$(BIN)/python -m benchmarks.frames --quick
 	$(BIN)/python -m benchmarks.correctness --quick
 	$(BIN)/python -m benchmarks.encode --quick # its peer: pip install 'bahe[bench]'
+	$(BIN)/python -m benchmarks.scale --quick
+	$(BIN)/python -m benchmarks.crash --quick
 
 lock: install ## write constraints.txt from what is installed now
 	{ echo "# The versions that were tested together; written by 'make lock'. Used by 'make install'."; \

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from bahe_core.errors import BadInput, BaheError, NotServable
+from bahe_core.errors import BadInput, BaheError, NotServable, storage_problem
 from bahe_core.home import Home
 from bahe_core.machine import configure_threads
 from bahe_core.progress import job as job_of_lines
@@ -117,6 +117,69 @@ def fetch(
     from materialize.fetch import fetch as job
 
     typer.echo(job(what))
+
+
+@app.command()
+def synth(
+    folder: Annotated[
+        Path, typer.Argument(help="Where to write the log; a new folder, or one to add days to.")
+    ],
+    users: Annotated[int | None, typer.Option(help="People in the log.", show_default="1000")] = None,
+    items: Annotated[int | None, typer.Option(help="Things that can be shown.", show_default="500")] = None,
+    behaviors: Annotated[
+        int | None, typer.Option(help="What people did, over the first --days.", show_default="100000")
+    ] = None,
+    impressions: Annotated[
+        int | None, typer.Option(help="What was shown, over the first --days.", show_default="50000")
+    ] = None,
+    channels: Annotated[
+        str | None,
+        typer.Option(
+            help="Kinds of behavior, separated by commas.",
+            show_default="bills,searches,visits,mini_programs,services,coupons",
+        ),
+    ] = None,
+    atoms: Annotated[
+        int | None, typer.Option(help="Distinct texts that behaviors can have.", show_default="10000")
+    ] = None,
+    days: Annotated[
+        int | None, typer.Option(help="Days of the log; more than there are adds days.", show_default="30")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Another seed, another log.", show_default="0")] = None,
+    start: Annotated[
+        str | None, typer.Option(help="The first day, UTC.", show_default="2024-01-01")
+    ] = None,
+    format: Annotated[str | None, typer.Option(help="parquet or csv.", show_default="parquet")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Write a synthetic log with planted preferences, and print the best AUC that there can be.
+
+    A killed run is finished by the next. To add a day to a log of 30: bahe synth FOLDER --days 31.
+    """
+    from materialize.synth import synth as job
+
+    options = {
+        "users": users,
+        "items": items,
+        "behaviors": behaviors,
+        "impressions": impressions,
+        "channels": None if channels is None else tuple(part.strip() for part in channels.split(",")),
+        "atoms": atoms,
+        "seed": seed,
+        "start": start,
+        "format": format,
+    }
+    done = job(folder, days=days, **{name: value for name, value in options.items() if value is not None})
+    if as_json:
+        typer.echo(json.dumps({**vars(done), "dataset": str(done.dataset)}))
+        return
+    rows = ", ".join(f"{count:,} {table}" for table, count in done.rows.items())
+    say(f"  {rows}; {done.days_written} of {done.days} days written now")
+    say(
+        f"  Bayes-optimal AUC {done.bayes_auc:.4f}; knowing only how popular an item is"
+        f" {done.popularity_auc:.4f}"
+    )
+    typer.echo(done.dataset)
 
 
 @app.command()
@@ -737,6 +800,10 @@ def main() -> None:
             _say_error("interrupted; what was committed is kept, run it again to go on", error, INTERRUPTED)
         raise
     except Exception as error:
+        problem = storage_problem(error)
+        if problem is not None:
+            _say_error(str(problem), problem, problem.exit_code)
+            sys.exit(problem.exit_code)
         if not json_log():
             raise
         _say_error(str(error), error, 1, traceback=traceback.format_exc())

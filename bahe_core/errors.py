@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 
 class BaheError(Exception):
     """Base of every error that bahe raises on purpose. The command line exits with `exit_code`."""
@@ -33,6 +35,10 @@ class Damaged(BaheError):
     """A file of the home cannot be read any more."""
 
 
+class NotWritable(BaheError):
+    """The disk is full, or a file may not be read or written to; what was committed before is kept."""
+
+
 class Busy(BaheError):
     """Another process holds this home folder; nothing was done."""
 
@@ -41,7 +47,43 @@ class Unreachable(BaheError):
     """A server that the home is configured with (PostgreSQL, Ray) does not answer, or not as it should."""
 
 
-def one_line(error: Exception) -> str:
+# The last one is DuckLake's of a catalogue in SQLite, which rolls back by itself where it cannot write.
+_FULL = re.compile(
+    "no space left on device|disk is full|disk quota exceeded|file too large|disk i/o error"
+    "|max_temp_directory_size|cannot rollback - no transaction is active",
+    re.I,
+)
+_FORBIDDEN = re.compile(
+    "read-only file system|readonly database|permission denied|operation not permitted"
+    "|unable to open database file",
+    re.I,
+)
+
+
+def storage_problem(error: BaseException) -> NotWritable | None:
+    """The NotWritable that a library's error stands for; None when it is about something else.
+
+    Libraries tell of a full disk in types of their own (DuckDB, SQLite, safetensors, Arrow), some with the
+    operating system's error as cause, but all in its words.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if not isinstance(cause, BaheError):
+            if _FULL.search(str(cause)):
+                return NotWritable(
+                    f"the disk is full or fails ({one_line(cause)}); what was committed before is kept, so"
+                    " make room and run it again."
+                )
+            if _FORBIDDEN.search(str(cause)):
+                return NotWritable(
+                    f"a file or folder may not be read or written to ({one_line(cause)}); what was"
+                    " committed before is kept, so allow it or choose another folder, and run it again."
+                )
+        cause = cause.__cause__ or cause.__context__
+    return None
+
+
+def one_line(error: BaseException) -> str:
     """The first line of a library's error message, without a full stop, for use in one of ours."""
     message = str(error).strip() or type(error).__name__
     return " ".join(message.split("\n", 1)[0].split()).rstrip(".")

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 import duckdb
 
-from bahe_core.errors import BadInput, BaheError, Damaged, NotReady, one_line
+from bahe_core.errors import BadInput, BaheError, Damaged, NotReady, one_line, storage_problem
 from bahe_core.home import Home
 from bahe_core.machine import memory_limit, threads
 
@@ -127,6 +127,9 @@ def _attach(connection: duckdb.DuckDBPyConnection, home: Home, *, create: bool, 
 
 def _why_not_attached(error: duckdb.Error, home: Home, as_of: int | None) -> BaheError:
     where, message = home.lake, str(error)
+    problem = storage_problem(error)
+    if problem is not None:
+        return problem
     if as_of is not None and "No snapshot found" in message:
         return BadInput(
             f"the lake of {home.root} has no snapshot {as_of}; `bahe frame` prints the one it used."
@@ -181,10 +184,14 @@ def lake(
 
 @contextmanager
 def damaged_files_named(home: Home) -> Iterator[None]:
-    """Turns DuckDB's error about a file of the lake into Damaged, about its server into Unreachable."""
+    """Turns DuckDB's error about a file of the lake into Damaged, about a full disk into NotWritable, about
+    its server into Unreachable."""
     try:
         yield
     except duckdb.Error as error:
+        problem = storage_problem(error)
+        if problem is not None:
+            raise problem from None
         if _server_is_gone(error, home):
             raise home.lake.unreachable(error) from None
         if home.lake.data not in str(error):

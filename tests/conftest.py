@@ -20,6 +20,7 @@ import pytest
 import yaml
 
 from bahe_core.home import Home
+from benchmarks.tiny import write_backbone
 
 WORDS = [f"word{i}" for i in range(60)]
 
@@ -27,31 +28,7 @@ WORDS = [f"word{i}" for i in range(60)]
 @pytest.fixture(scope="session")
 def tiny_backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama of four layers and width 32 with random weights, in Hugging Face's folder form."""
-    import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaModel, PreTrainedTokenizerFast
-
-    folder = tmp_path_factory.mktemp("backbone")
-    vocabulary = {word: i for i, word in enumerate(["<s>", "<pad>", "<unk>", "liked", "disliked", *WORDS])}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(
-        tokenizer_object=words, bos_token="<s>", pad_token="<pad>", unk_token="<unk>"
-    ).save_pretrained(folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        bos_token_id=0,
-        pad_token_id=1,
-    )
-    LlamaModel(config).save_pretrained(folder)
-    return folder
+    return write_backbone(tmp_path_factory.mktemp("backbone"), ["liked", "disliked", *WORDS])
 
 
 def small_log(seed: int = 0, users: int = 30, items: int = 25, rows: int = 900) -> dict[str, pd.DataFrame]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,9 @@ import duckdb
 from bahe_core.errors import GateFailed
 from validation.measure import Finding, measure
 from validation.summary import write_summary
+
+# Where a page cannot be written it logs a traceback and goes on; our own page, written next, then says why.
+logging.getLogger("great_expectations.render.renderer.site_builder").setLevel(logging.CRITICAL)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,502 @@
+"""Kills, full disks and read-only folders: each job is hurt, run again, and must end as an undisturbed run.
+
+A small synthetic log and a tiny language model. Each job is killed with SIGKILL at random instants of its
+run and run again: every table must equal the undisturbed run's row for row (vectors to 1e-4, as a batch of
+another size moves their last bits), and so must the frame, the model and what the online store answers.
+While `publish` is killed, a reader polls the online store: it may only ever see one whole version. Full
+disks are real file systems of limited size, and read-only ones real mounts, which needs root on Linux.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import yaml
+
+from bahe_core.home import Home
+from bahe_core.progress import say
+from benchmarks.harness import Row, main
+from benchmarks.tiny import write_backbone
+
+if TYPE_CHECKING:
+    from multiprocessing.synchronize import Event
+
+JOBS = ("ingest", "encode", "frame", "train", "embed", "publish")
+KILLS = (20, 3)
+"""Of each job, whole and quick."""
+
+ROOM = ((0.0, 0.25, 0.5, 0.75), (0.25,))
+"""How much of what a job adds to the home fits on the full disk, whole and quick."""
+
+TOLERANCE = 1e-4
+"""Of vectors: atoms in batches of another size differ in their last bits."""
+
+LOG = {"users": 60, "items": 40, "behaviors": 3_000, "impressions": 1_500, "atoms": 720, "days": 10}
+STAMPS = ("created_timestamp",)
+"""Columns that tell when a row was written."""
+
+COMPARED = {"runs": ("job",), "publications": ("deployment", "live_model_version")}
+"""Tables of which only some columns are the same in every run; how much a run found left to do is not."""
+
+PRELOAD = [
+    "bahe",
+    *(f"materialize.{job}" for job in (*JOBS, "gates", "feature_store")),
+    "serving.lookup",
+    "validation",
+    "great_expectations",
+    "transformers",
+]
+
+# ---- what a home holds
+
+Contents = dict[str, tuple[list[tuple[object, ...]], np.ndarray]]
+
+
+def contents(home: Home) -> Contents:
+    """Every table of the lake in an order of its own: rows without stamps and vectors, and the vectors."""
+    from materialize.lake import columns, lake, name, tables
+
+    found: Contents = {}
+    with lake(home) as connection:
+        for table in sorted(tables(connection)):
+            known = columns(connection, table)
+            shown = [c for c in COMPARED.get(table, known) if c not in (*STAMPS, "embedding")]
+            # Keys are among the rows, which put the vectors into an order.
+            vector = "embedding" if "embedding" in known else "[]::FLOAT[]"
+            rows = connection.execute(
+                f"SELECT {', '.join(name(c) for c in shown)}, {vector} FROM {table}"
+                f" ORDER BY {', '.join(name(c) for c in shown)}"
+            ).fetchall()
+            found[table] = ([row[:-1] for row in rows], np.array([row[-1] for row in rows], dtype=float))
+    return found
+
+
+def differences(found: Contents, expected: Contents) -> list[str]:
+    """Tables that are not as they should be, in words; empty when all are."""
+    wrong = [f"table {table} is there in one of them only" for table in found.keys() ^ expected.keys()]
+    for table in sorted(found.keys() & expected.keys()):
+        rows, vectors = found[table]
+        expected_rows, expected_vectors = expected[table]
+        if rows != expected_rows:
+            differ = len(set(rows) ^ set(expected_rows)) if rows and _hashable(rows[0]) else "some"
+            wrong.append(f"{table}: {len(rows)} rows for {len(expected_rows)}, {differ} of them others")
+        elif not np.allclose(vectors, expected_vectors, rtol=0, atol=TOLERANCE):
+            wrong.append(f"{table}: vectors differ")
+    return wrong
+
+
+def _hashable(row: tuple[object, ...]) -> bool:
+    return not any(isinstance(value, list) for value in row)
+
+
+def artifacts(home: Home) -> dict[str, Any]:
+    """Tables of the frames and bytes of the models, by path; not what tells when or of which snapshot."""
+    import pyarrow.parquet as pq
+
+    found: dict[str, Any] = {}
+    for path in sorted(home.frames.rglob("*.parquet")):
+        found[str(path.relative_to(home.root))] = pq.read_table(path).replace_schema_metadata(None)
+    for path in sorted(home.models.rglob("*")):
+        if path.name in ("model.safetensors", "item_ids.json"):
+            found[str(path.relative_to(home.root))] = path.read_bytes()
+    return found
+
+
+def online(home: Home) -> dict[str, np.ndarray]:
+    """What the online store answers of each user: vector, statistics, and the score of every item."""
+    from serving.lookup import OnlineLookup
+
+    lookup, items = OnlineLookup(home), list(range(1, LOG["items"] + 1))
+    found = {}
+    for user in range(1, LOG["users"] + 1):
+        features = lookup.user(user)
+        scores = lookup.score(user, items, datetime(2024, 2, 1, tzinfo=UTC)).scores
+        by_item = sorted((int(score.item_id), score.probability) for score in scores)
+        statistics = [value or 0.0 for value in features.statistics.values()]
+        found[f"{features.model_version}, user {user}"] = np.array(
+            [*features.vector, *statistics, *(probability for _, probability in by_item)]
+        )
+    return found
+
+
+# ---- running a job
+
+
+@dataclass(frozen=True)
+class Ran:
+    """How a job ended."""
+
+    code: int
+    """Exit code; minus the signal when it was killed."""
+    seconds: float
+    errors: str
+    """Standard error."""
+
+
+class Runner:
+    """Jobs in processes of their own, forked from one that has everything imported and has done nothing."""
+
+    def __init__(self, folder: Path) -> None:
+        self._errors = folder / "stderr"
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(PRELOAD)
+
+    def job(self, home: Path, *arguments: str, kill_after: float | None = None) -> Ran:
+        """`bahe ARGUMENTS --home HOME`, killed after so many seconds when asked to."""
+        command = [*arguments, "--home", str(home)]
+        if arguments[0] == "train":
+            command += ["--tracker", "none"]
+        process = self._context.Process(target=_command, args=(command, self._errors))
+        start = time.perf_counter()
+        process.start()
+        process.join(kill_after)
+        if kill_after is not None and process.is_alive():
+            process.kill()
+        process.join()
+        assert process.exitcode is not None
+        return Ran(process.exitcode, time.perf_counter() - start, self._errors.read_text())
+
+    def whole(self, home: Path, *arguments: str) -> float:
+        """Seconds of a job that has to go well."""
+        done = self.job(home, *arguments)
+        if done.code:
+            raise RuntimeError(f"bahe {' '.join(arguments)} ended with {done.code}: {done.errors[-2000:]}")
+        return done.seconds
+
+    @contextmanager
+    def reading(self, home: Path, expected: Versions) -> Iterator[Readings]:
+        """A reader that polls the online store all the while."""
+        stop = self._context.Event()
+        mine, theirs = self._context.Pipe()
+        process = self._context.Process(target=_read_on, args=(home, expected, stop, theirs))
+        process.start()
+        readings = Readings()
+        if not (mine.poll(120) and mine.recv() == "reading"):
+            raise RuntimeError("the reader did not begin")
+        try:
+            yield readings
+        finally:
+            stop.set()
+            if mine.poll(120):
+                readings.count, readings.versions, readings.wrong = mine.recv()
+            else:
+                readings.wrong = ["the reader died"]
+            process.join()
+
+
+def _command(arguments: list[str], errors: Path) -> None:
+    with errors.open("wb") as sink:
+        os.dup2(sink.fileno(), 1)
+        os.dup2(sink.fileno(), 2)
+    import bahe
+
+    sys.argv = ["bahe", *arguments]
+    bahe.main()
+
+
+# ---- the reader beside a publish
+
+Versions = dict[str, dict[str, np.ndarray]]
+"""User vectors of each complete version, in the order of their publishing, by user."""
+
+
+@dataclass
+class Readings:
+    """What a reader saw."""
+
+    count: int = 0
+    versions: tuple[str, ...] = ()
+    """In the order they were seen; a repetition is left out."""
+    wrong: list[str] | None = None
+
+
+def _read_on(root: Path, expected: Versions, stop: Event, answers: Any) -> None:
+    from serving.lookup import OnlineLookup
+
+    lookup, count, versions, wrong = OnlineLookup(Home.at(root)), 0, list[str](), list[str]()
+    users = sorted(next(iter(expected.values())))
+    items = list(range(1, LOG["items"] + 1))
+    last = False
+    while not last:
+        last = stop.is_set()  # one more time after the end
+        user = users[count % len(users)]
+        try:
+            found = lookup.user(user)
+            known = expected.get(found.model_version)
+            if known is None:
+                wrong.append(f"{found.model_version} answers, which is no complete version")
+            elif not np.allclose(found.vector, known[user], rtol=0, atol=TOLERANCE):
+                wrong.append(f"the vector of user {user} is not that of {found.model_version}")
+            scored = lookup.score(user, items)
+            if len(scored.scores) != len(items) or not all(0 < s.probability < 1 for s in scored.scores):
+                wrong.append(f"{scored.model_version} does not score every item")
+            if not versions or versions[-1] != found.model_version:
+                versions.append(found.model_version)
+        except Exception as error:
+            wrong.append(f"{type(error).__name__}: {error}")
+        if not count:
+            answers.send("reading")
+        count += 1
+    answers.send((count, tuple(versions), wrong))
+
+
+# ---- the undisturbed run
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A job with the home it finds, and what it makes of it."""
+
+    job: str
+    arguments: tuple[str, ...]
+    before: Path
+    after: Contents
+    files: dict[str, Any]
+    online: dict[str, np.ndarray]
+    """Of `publish`."""
+    seconds: float
+    added: int
+    """Bytes by which the home grew."""
+
+
+def stages(folder: Path, runner: Runner) -> tuple[list[Stage], Versions]:
+    """Each job once, undisturbed. `publish` is that of a second model while the first is live."""
+    from materialize.lake import lake
+    from materialize.synth import synth
+
+    log, home = folder / "log", folder / "home"
+    dataset = synth(log, **LOG).dataset
+    words = re.findall(r"\w+", " ".join(_texts(log)))
+    write_backbone(folder / "backbone", words)
+    sections = yaml.safe_load(dataset.read_text())
+    sections["backbone"] = {"path": str(folder / "backbone"), "shallow_layers": 2, "deep_layers": 2}
+    sections["model"] = {"deep_width": 8, "profile_width": 8, "head_width": 16}
+    sections["training"] = {"epochs": 2, "impressions_per_step": 200, "checkpoint_seconds": 0.2}
+    dataset.write_text(yaml.safe_dump(sections))
+    second = log / "second.yaml"
+    second.write_text(yaml.safe_dump({**sections, "training": {**sections["training"], "seed": 1}}))
+
+    found = {}
+    for job in ("ingest", "encode", "apply", "frame", "train", "embed", "publish"):
+        arguments = (job, str(dataset)) if job == "ingest" else (job,)
+        if job == "publish":  # the first model goes live, the second is made, and its publish is the stage
+            for more in (arguments, ("ingest", str(second)), ("train",), ("embed",)):
+                runner.whole(home, *more)
+        before = folder / f"before-{job}"
+        if home.exists():
+            shutil.copytree(home, before)
+        seconds = runner.whole(home, *arguments)
+        grown = _size(home) - (_size(before) if before.exists() else 0)
+        where = Home.at(home)
+        answers = online(where) if job == "publish" else {}
+        found[job] = Stage(
+            job, arguments, before, contents(where), artifacts(where), answers, seconds, max(grown, 0)
+        )
+    with lake(Home.at(home)) as connection:
+        vectors: Versions = {}
+        for version, user, vector in connection.execute(
+            "SELECT model_version, user_id, embedding FROM user_embedding"
+            " JOIN publications ON model_version = live_model_version ORDER BY publications.event_timestamp"
+        ).fetchall():
+            vectors.setdefault(version, {})[user] = np.array(vector, dtype=np.float32)
+    assert len(vectors) == 2, "two versions, to tell one from the other"
+    return [found[job] for job in JOBS], vectors
+
+
+def _texts(log: Path) -> list[str]:
+    import pyarrow.parquet as pq
+
+    return [
+        text for table in ("behaviors", "items") for text in pq.read_table(log / table)["text"].to_pylist()
+    ]
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def finished(stage: Stage, home: Path, runner: Runner) -> list[str]:
+    """Run the job to its end, twice, and compare with the undisturbed run."""
+    for _ in range(2):
+        done = runner.job(home, *stage.arguments)
+        if done.code:
+            return [f"the next run ended with {done.code}: {done.errors[-1500:]}"]
+    where = Home.at(home)
+    wrong = differences(contents(where), stage.after)
+    files = artifacts(where)
+    if files != stage.files:
+        names = sorted(n for n in files.keys() | stage.files.keys() if files.get(n) != stage.files.get(n))
+        wrong.append(f"other files: {', '.join(names)}")
+    wrong += [f"{path.name} was left behind" for path in where.root.rglob("*.part")]
+    if stage.online:
+        answers = online(where)
+        wrong += [
+            f"{who} is answered otherwise"
+            for who, numbers in stage.online.items()
+            if who not in answers or not np.allclose(answers[who], numbers, rtol=0, atol=TOLERANCE)
+        ]
+    return wrong
+
+
+# ---- the rows
+
+
+def measure(quick: bool, _: Path) -> Iterable[Row]:
+    """All rows of the benchmark."""
+    os.environ.setdefault("BAHE_THREADS", "1")  # the same order of sums in every run
+    os.environ.setdefault("TQDM_DISABLE", "1")  # of libraries
+    rng = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        runner = Runner(folder)
+        every, versions = stages(folder, runner)
+        reads, torn = 0, list[str]()
+        for stage in every:
+            say(f"killing {stage.job}, which takes {stage.seconds:.1f} s")
+            wrong: list[str] = []
+            landed = 0
+            for kill in range(KILLS[quick]):
+                home = fresh(stage, folder / "hurt")
+                instant = float(rng.uniform(0, stage.seconds))
+                if stage.job == "publish":
+                    with runner.reading(home, versions) as seen:
+                        landed += runner.job(home, *stage.arguments, kill_after=instant).code == -9
+                        wrong += finished(stage, home, runner)
+                    reads += seen.count
+                    torn += [*(seen.wrong or []), *not_in_order(seen.versions, versions)]
+                else:
+                    landed += runner.job(home, *stage.arguments, kill_after=instant).code == -9
+                    problems = finished(stage, home, runner)
+                    wrong += [f"kill {kill} after {instant:.2f} s: {problem}" for problem in problems]
+            yield verdict(f"{stage.job} killed {KILLS[quick]} times: differences after", wrong)
+            yield Row(metric=f"{stage.job}: kills that met it alive", value=landed, unit="kills")
+        yield Row(metric="online reads while publish was killed", value=reads, unit="reads")
+        yield verdict("reads that were not of one whole version", torn)
+        for stage in every:
+            for kind, hurt in (("full disk", full_disk), ("read-only folder", read_only)):
+                yield from hurt_rows(f"{stage.job} on a {kind}", hurt, stage, folder, runner, ROOM[quick])
+
+
+def not_in_order(seen: tuple[str, ...], versions: Versions) -> list[str]:
+    """A reader may see the first version, then the second; at the end it must see the second."""
+    first, second = versions
+    if seen in ((second,), (first, second)):
+        return []
+    return [f"the versions that answered were, in this order, {', '.join(seen) or 'none'}"]
+
+
+def fresh(stage: Stage, home: Path) -> Path:
+    """The home as the job finds it."""
+    shutil.rmtree(home, ignore_errors=True)
+    if stage.before.exists():
+        shutil.copytree(stage.before, home)
+    return home
+
+
+def verdict(metric: str, wrong: list[str]) -> Row:
+    """How many things went wrong, of which there may be none; each is said."""
+    for problem in wrong:
+        say(f"  {metric}: {problem}")
+    return Row(metric=metric, value=len(wrong), unit="wrong", goal="= 0", holds=not wrong)
+
+
+def hurt_rows(
+    metric: str,
+    hurt: Callable[[Stage, Path, Runner, float], tuple[list[str], bool]],
+    stage: Stage,
+    folder: Path,
+    runner: Runner,
+    rooms: tuple[float, ...],
+) -> Iterable[Row]:
+    """Runs that must fail with one sentence and exit code 2, or not need what they lack; then go on."""
+    say(metric)
+    wrong: list[str] = []
+    refused = 0
+    for room in rooms if hurt is full_disk else (0.0,):
+        try:
+            problems, failed = hurt(stage, folder / "mounted", runner, room)
+        except CannotMount as error:
+            say(f"  {metric} is left out: {error}")
+            return
+        wrong += problems
+        refused += failed
+    yield verdict(f"{metric}: wrong", wrong)
+    yield Row(metric=f"{metric}: refused in one sentence", value=refused, unit="runs")
+
+
+def one_sentence(done: Ran) -> list[str]:
+    """What is wrong with how a job gave up."""
+    said = [line for line in done.errors.splitlines() if line.startswith("bahe: ")]
+    if done.code == 2 and len(said) == 1 and "Traceback" not in done.errors:
+        return [] if re.search("full|written to", said[0]) else [f"the error is another one: {said[0]}"]
+    return [f"exit code {done.code}: {done.errors[-1500:]}"]
+
+
+def full_disk(stage: Stage, mount: Path, runner: Runner, room: float) -> tuple[list[str], bool]:
+    """The job on a file system that fills up; then there is room again."""
+    mount.mkdir(exist_ok=True)
+    page = os.sysconf("SC_PAGE_SIZE")
+    with mounted(["-t", "tmpfs", "-o", "size=1g", "tmpfs", str(mount)], mount):
+        home = fresh(stage, mount / "home")
+        usage = shutil.disk_usage(mount)
+        full = (usage.used + int(room * stage.added)) // page * page + page
+        _mount(["-o", f"remount,size={full}", str(mount)])
+        done = runner.job(home, *stage.arguments)
+        wrong = one_sentence(done) if done.code else []
+        _mount(["-o", "remount,size=1g", str(mount)])
+        wrong += finished(stage, home, runner)
+    return wrong, done.code == 2
+
+
+def read_only(stage: Stage, mount: Path, runner: Runner, _: float) -> tuple[list[str], bool]:
+    """The job in a folder that cannot be written to; then it can be."""
+    mount.mkdir(exist_ok=True)
+    home = fresh(stage, mount)
+    home.mkdir(exist_ok=True)
+    before = {path: path.read_bytes() for path in sorted(home.rglob("*")) if path.is_file()}
+    with mounted(["--bind", str(mount), str(mount)], mount):
+        _mount(["-o", "remount,bind,ro", str(mount)])
+        done = runner.job(home, *stage.arguments)
+    wrong = one_sentence(done)
+    if before != {path: path.read_bytes() for path in sorted(home.rglob("*")) if path.is_file()}:
+        wrong.append("the folder is not as it was")
+    wrong += finished(stage, home, runner)
+    return wrong, done.code == 2
+
+
+class CannotMount(Exception):
+    """This process may not mount file systems."""
+
+
+@contextmanager
+def mounted(arguments: list[str], mount: Path) -> Iterator[None]:
+    """A mount for a while. Raises CannotMount where none can be made."""
+    _mount(arguments)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", str(mount)], check=True)
+
+
+def _mount(arguments: list[str]) -> None:
+    done = subprocess.run(["mount", *arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise CannotMount(f"mount {' '.join(arguments)}: {done.stderr.strip()}")
+
+
+if __name__ == "__main__":
+    main("crash", __doc__ or "", measure)
