@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import duckdb
 
 from bahe_core.errors import BadInput, BaheError, Damaged, NotReady, one_line, storage_problem
 from bahe_core.home import Home
 from bahe_core.machine import memory_limit, threads
+from materialize.extensions import load_extension, open_object_storage
 
 LAKE = "lake"
 COMMIT_ATTEMPTS = 8
@@ -36,19 +34,6 @@ _NO_SERVER = (
     "Failed to execute query",
     "Failed to prepare",
 )
-
-
-def load_extension(connection: duckdb.DuckDBPyConnection, name: str) -> None:
-    """Load from the wheel that carries the extension; without it, from DuckDB's own repository."""
-    package = importlib.util.find_spec(f"duckdb_extension_{name}")
-    if package is not None and package.submodule_search_locations:
-        root = Path(package.submodule_search_locations[0])
-        found = root / "extensions" / f"v{duckdb.__version__}" / f"{name}.duckdb_extension"
-        if found.is_file():
-            connection.execute(f"LOAD '{found}'")
-            return
-    connection.execute(f"INSTALL {name}")
-    connection.execute(f"LOAD {name}")
 
 
 def quoted(text: str) -> str:
@@ -104,7 +89,7 @@ def _attach(connection: duckdb.DuckDBPyConnection, home: Home, *, create: bool, 
     for extension in ("postgres_scanner" if where.postgres else "sqlite_scanner", "ducklake"):
         load_extension(connection, extension)
     if where.data.startswith("s3://"):
-        _allow_object_storage(connection)
+        open_object_storage(connection)
     connection.execute("SET TimeZone = 'UTC'")
     options = [f"DATA_PATH {quoted(where.data.rstrip('/') + '/')}"]
     if where.moves:  # to wherever the home was moved or copied
@@ -152,21 +137,6 @@ def _why_not_attached(error: duckdb.Error, home: Home, as_of: int | None) -> Bah
 
 def _nothing_yet(home: Home) -> NotReady:
     return NotReady(f"{home.root} holds no data yet; run `bahe ingest dataset.yaml` first.")
-
-
-def _allow_object_storage(connection: duckdb.DuckDBPyConnection) -> None:
-    """Credentials as every AWS client finds them (environment, profile, role); none is kept or shown.
-
-    AWS_ENDPOINT_URL names an object store that is not Amazon's.
-    """
-    for extension in ("httpfs", "aws"):
-        load_extension(connection, extension)
-    endpoint = urlsplit(os.environ.get("AWS_ENDPOINT_URL", ""))
-    other = ""
-    if endpoint.netloc:
-        secure = str(endpoint.scheme == "https").lower()
-        other = f", ENDPOINT {quoted(endpoint.netloc)}, USE_SSL {secure}, URL_STYLE 'path'"
-    connection.execute(f"CREATE SECRET object_storage (TYPE s3, PROVIDER credential_chain{other})")
 
 
 @contextmanager

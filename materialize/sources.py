@@ -10,19 +10,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
 from uuid import uuid4
 
 import duckdb
 
 from bahe_core.errors import BadInput, one_line
 from materialize.dataset import ImpressionTable, Table
-from materialize.lake import load_extension, name, quoted, tables
+from materialize.extensions import open_object_storage
+from materialize.lake import name, quoted, tables
 
 FILE = "_bahe_file"
 """The column that says which file a row of several comes from."""
@@ -150,31 +149,6 @@ def unreadable(connection: duckdb.DuckDBPyConnection, source: Source, error: duc
             except duckdb.Error as of_one:
                 return BadInput(f"{source.table}: {file.path} cannot be read: {one_line(of_one)}.")
     return BadInput(f"{source.table}: {source.what} cannot be read: {reason}.")
-
-
-def open_object_storage(connection: duckdb.DuckDBPyConnection) -> None:
-    """Let this connection read URLs; S3 with the credentials and endpoint of the usual AWS variables."""
-    try:
-        load_extension(connection, "httpfs")
-    except duckdb.Error as error:
-        raise BadInput(
-            f"URLs need DuckDB's httpfs extension ({one_line(error)}); pip install 'bahe[s3]'."
-        ) from None
-    environment = os.environ
-    key = environment.get("AWS_ACCESS_KEY_ID")
-    endpoint = environment.get("AWS_ENDPOINT_URL_S3") or environment.get("AWS_ENDPOINT_URL")
-    region = environment.get("AWS_REGION") or environment.get("AWS_DEFAULT_REGION") or "us-east-1"
-    options = ["TYPE s3", f"REGION {quoted(region)}"]
-    if key:
-        options.append(f"KEY_ID {quoted(key)}")
-        options.append(f"SECRET {quoted(environment.get('AWS_SECRET_ACCESS_KEY', ''))}")
-        if token := environment.get("AWS_SESSION_TOKEN"):
-            options.append(f"SESSION_TOKEN {quoted(token)}")
-    if endpoint:
-        parts = urlsplit(endpoint)
-        options.append(f"ENDPOINT {quoted(parts.netloc or endpoint)}")
-        options += ["URL_STYLE 'path'", f"USE_SSL {str(parts.scheme != 'http').lower()}"]
-    connection.execute(f"CREATE OR REPLACE TEMPORARY SECRET bahe_sources ({', '.join(options)})")
 
 
 def _listed(
