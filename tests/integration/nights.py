@@ -43,7 +43,7 @@ MODULES = (
     "materialize.daily",
 )
 KILLS = [
-    ("ingest", "materialize.ingest", "commit", 1),
+    ("ingest", "materialize.ingest", "transact", 1),
     ("encode", "materialize.encode", "_store", 2),
     ("frame", "materialize.frame", "_write", 1),
     ("train", "materialize.train", "write_report", 1),
@@ -60,7 +60,9 @@ def main() -> None:
         importlib.import_module(module)
     encode = importlib.import_module("materialize.encode")
     encode.ATOMS_PER_COMMIT = 16  # type: ignore[attr-defined]
-    encode.AtomicEncoder = functools.partial(encode.AtomicEncoder, tokens_per_batch=120)  # type: ignore
+    chunks = importlib.import_module("materialize.chunks")
+    chunks.ATOMS_PER_CHUNK = 16  # type: ignore[attr-defined]
+    chunks.AtomicEncoder = functools.partial(chunks.AtomicEncoder, tokens_per_batch=120)  # type: ignore
     folder, dataset = Path(sys.argv[1]), sys.argv[2]
     # Great Expectations imports most of itself when it is first used.
     check = Check(table="t", column="c", rule="r", source="t", counted="true", why="")

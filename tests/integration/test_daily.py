@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from datetime import date, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from typer.testing import CliRunner, Result
 import bahe
 from bahe_core.errors import BadInput, Damaged, GateFailed, NotReady
 from bahe_core.home import Home
+from benchmarks.crash import contents, differences
 from materialize import encode
 from materialize.daily import STEPS, _begin, days, today
 from materialize.lake import lake
@@ -29,7 +31,6 @@ from materialize.status import status
 from serving.lookup import OnlineLookup
 from tests.conftest import small_log, write_dataset
 from tests.integration.nights import KILLS
-from tests.integration.test_crash import contents, vectors
 
 FIRST, SECOND = "2024-04-01", "2024-04-02"
 
@@ -116,10 +117,7 @@ def test_killed_in_every_step_it_goes_on_with_that_step(
     assert seen["last"]["code"] == 0, (folder / "last.err").read_text()
     assert list(seen["last"]["manifest"]["steps"]) == list(STEPS)
     home, reference = Home.at(folder / "before_two"), first_day[0]
-    assert contents(home) == contents(reference)
-    expected = vectors(reference)
-    for table, found in vectors(home).items():
-        np.testing.assert_allclose(found, expected[table], atol=1e-4, err_msg=table)
+    assert differences(contents(home), contents(reference)) == []
     mine, theirs = (OnlineLookup(h).score("u1", list(range(25))) for h in (home, reference))
     assert [(s.item_id, pytest.approx(s.probability, abs=1e-5)) for s in mine.scores] == [
         (s.item_id, s.probability) for s in theirs.scores
@@ -280,8 +278,8 @@ def test_a_failed_gate_ends_the_night(second_morning: tuple[Home, Path], monkeyp
     live = OnlineLookup(home).live_version()
     write = encode._store
 
-    def damaged(connection: Any, atoms: Any, batches: Any, version: str) -> None:
-        write(connection, atoms, [(rows, vectors * np.nan) for rows, vectors in batches], version)
+    def damaged(connection: Any, parts: Any, version: str) -> None:
+        write(connection, [replace(part, vectors=part.vectors * np.nan) for part in parts], version)
 
     path = dataset.parent / "items.parquet"
     items = pd.read_parquet(path)

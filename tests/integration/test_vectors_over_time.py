@@ -20,7 +20,7 @@ from materialize import embed as embedding
 from materialize.embed import embed
 from materialize.encode import versions
 from materialize.feature_store import open_store
-from materialize.lake import LAKE, commit, lake, scalar, snapshot
+from materialize.lake import LAKE, commit, lake, scalar, snapshot, transact
 from materialize.prune import prune
 from materialize.training_data import current_encoder
 from tests.conftest import small_log, write_dataset
@@ -58,7 +58,14 @@ def user_vectors(home: Home) -> dict[str, np.ndarray]:
 def change_log(home: Home, *statements: str) -> None:
     """Change the log as an ingest does: with its derived tables, in one commit."""
     with lake(home) as connection:
-        commit(connection, [*statements, *derive.statements(["liked", "disliked"])])
+
+        def work() -> None:
+            for statement in statements:
+                connection.execute(statement)
+            derive.prepare(connection)
+            derive.derive(connection, ["liked", "disliked"], anew=True)
+
+        transact(connection, work)
 
 
 def from_nothing(home: Home) -> dict[str, np.ndarray]:
@@ -295,6 +302,7 @@ def test_prune_keeps_what_is_needed_and_drops_the_rest(home: Home) -> None:
     assert embed(home).users_added == 0
     change_log(home, REPLACED)
     assert embed(home).users_added == 1
+    run("embed", home=home)  # with its gate
     run("publish", home=home)
     frame = next(home.frames.glob("*/frame.parquet"))
     run("frame", home=home)
