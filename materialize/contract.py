@@ -246,7 +246,8 @@ def _expression(table: str, target: str, rule: str | ClickRule, kind: str, secti
     if target == "event_timestamp":
         if kind in _INTEGERS or kind in ("DOUBLE", "FLOAT", "HUGEINT") or kind.startswith("DECIMAL"):
             micros = {"s": 1_000_000, "ms": 1_000, "us": 1}[section.timestamp_unit]
-            return f"make_timestamptz(TRY_CAST({column} * {micros} AS BIGINT))"
+            number = f"{column}::HUGEINT" if kind in _INTEGERS else column
+            return f"make_timestamptz(TRY_CAST({number} * {micros} AS BIGINT))"
         return f"TRY_CAST({column} AS TIMESTAMPTZ)"
     if target == "clicked":
         # Whatever is not exactly 0 or 1 becomes NULL here and is reported with its row.
@@ -286,12 +287,17 @@ def _take_optional(
     if wanted is None or wanted == kind:
         made.columns[target] = name(column)
         return
-    made.columns[target] = f"TRY_CAST({name(column)} AS {wanted})"
-    _note_wrong_type(made, target, name(column), wanted)
+    value = name(column)
+    if kind.startswith(_FRACTIONS):
+        value = f"CASE WHEN NOT isnan({value}::DOUBLE) THEN {value} END"  # integers with gaps
+    made.columns[target] = f"TRY_CAST({value} AS {wanted})"
+    if kind.startswith(_FRACTIONS) and wanted in _INTEGERS:
+        made.columns[target] = f"CASE WHEN {value} = round({value}) THEN TRY_CAST({value} AS {wanted}) END"
+    _note_wrong_type(made, target, value, wanted)
 
 
 def _note_wrong_type(made: Projection, target: str, raw: str, wanted: str) -> None:
-    made.extra[f"_raw_{target}"] = f"{raw}::VARCHAR"
+    made.extra[f"_raw_{target}"] = f"({raw})::VARCHAR"
     made.rules.append(
         Rule(
             name=f"no {wanted.lower()} in {target}",

@@ -183,8 +183,8 @@ def _part_of_timelines(
             " UNION ALL SELECT b.user_id, b.channel, b.atom_id, b.event_timestamp, false"
             " FROM user_timeline b JOIN changed_users c USING (user_id)"
             f" WHERE b.event_timestamp < c.since AND {part}"
-            " QUALIFY row_number() OVER (PARTITION BY b.user_id"
-            f" ORDER BY b.event_timestamp DESC, b.channel DESC, b.atom_id DESC) < {RECENT_ATOMS}"
+            " QUALIFY row_number() OVER (PARTITION BY b.user_id ORDER BY"
+            f" b.event_timestamp DESC, b.channel DESC, b.atom_id DESC) < {RECENT_ATOMS}"
         )
         so_far = ", ".join(f"max({length}) AS {length}" for length in counts.values())
         base = (

@@ -61,7 +61,7 @@ def ingest(home: Home, dataset_path: Path) -> Ingested:
             last = runs.last(connection, JOB)
             _check_same_lake(home, dataset, last)
             anew = last is None or last.facts.get("derived") != derive.VERSION
-            reads = read_new(connection, dataset, found)
+            reads = read_new(home, connection, dataset, found)
             if not reads and not anew:
                 save_dataset(dataset, home.root / "dataset.yaml")  # model settings may have changed
                 return Ingested(True, {}, _totals(connection), {}, {})

@@ -12,12 +12,13 @@ from datetime import UTC, datetime, timedelta
 import duckdb
 
 from bahe_core.errors import BadInput
+from bahe_core.home import Home
 from bahe_core.progress import say
 from materialize import quarantine, sources
 from materialize.atoms import ATOM_ID, NORMAL_TEXT
 from materialize.contract import IDS, UNKNOWN_ITEM, Projection, Rule, broken, project
 from materialize.dataset import Dataset
-from materialize.lake import columns, name, quoted, scalar, tables
+from materialize.lake import columns, damaged_files_named, name, quoted, scalar, tables
 from materialize.sources import File, Source
 
 TABLES = ("items", "users", "behaviors", "impressions")
@@ -66,7 +67,7 @@ class Read:
 
 
 def read_new(
-    connection: duckdb.DuckDBPyConnection, dataset: Dataset, found: Mapping[str, Source]
+    home: Home, connection: duckdb.DuckDBPyConnection, dataset: Dataset, found: Mapping[str, Source]
 ) -> dict[str, Read]:
     """Read the files that are new, or hold rows that may enter only now."""
     latest = datetime.now(UTC) + CLOCK_TOLERANCE
@@ -90,9 +91,8 @@ def read_new(
         many = f" ({len(files)} of {len(source.files)} files)" if len(source.files) > 1 else ""
         say(f"  reading {table}{many}")
         try:
-            reads[table] = _read(connection, dataset, opened[table], new_items="items" in reads)
-        except duckdb.OutOfMemoryException:
-            raise
+            with damaged_files_named(home):
+                reads[table] = _read(connection, dataset, opened[table], new_items="items" in reads)
         except duckdb.Error as error:
             raise sources.unreadable(connection, source, error) from None
     return reads
@@ -243,7 +243,10 @@ def _rules_of_many(connection: duckdb.DuckDBPyConnection, table: str, *, new_ite
     rules: list[Rule] = []
     known = tables(connection)
     if table != "behaviors":
-        key, context = KEYS[table], [c for c in columns(connection, f"raw_{table}") if "context_" in c]
+        key, context = (
+            KEYS[table],
+            [c for c in columns(connection, f"raw_{table}") if c.startswith("context_")],
+        )
         same = ", ".join([*SAME.get(table, key), *(map(name, context) if table == "impressions" else ())])
         connection.execute(
             f"CREATE OR REPLACE TEMP TABLE repeated_{table} AS SELECT {', '.join(key)},"

@@ -8,6 +8,7 @@ that it may read has changed.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -213,8 +214,9 @@ def _may_read(query: str, folder: Path) -> list[object]:
         return [uuid4().hex]  # there is no telling, so it is read every time
     paths = {path for path in folder.glob("*") if path.suffix not in (".yaml", ".yml")}
     for literal in re.findall(r"'([^']+)'", query):
-        if "/" in literal:
-            paths.update(_expand(folder, literal))
+        if "/" in literal and re.search(r"\w", literal.rsplit("/", 1)[-1]):
+            with contextlib.suppress(ValueError, NotImplementedError):  # text that is no path
+                paths.update(_expand(folder, literal))
     facts: list[object] = []
     for path in sorted(paths):
         if path.is_file():
