@@ -3,7 +3,8 @@
 A user's vector carries a hash of the behaviors that it was made from, and an item's the atom of its text,
 so that it can be told whether it is still right, whatever changed: behaviors that came late, went, or were
 replaced. Whom to ask about is known from the lake's change feed since the last run; where that does not
-reach back (another model_version, expired snapshots, a table made anew), everyone is asked about.
+reach back (another model_version, a killed run, expired snapshots, a table made anew), everyone is asked
+about.
 """
 
 from __future__ import annotations
@@ -86,8 +87,13 @@ def embed(
         last = runs.last(connection, JOB)
         before = last.facts if last is not None and last.fingerprint == version else {}
         now = snapshot(connection)
-        followed = before.get("derived") == derive.VERSION and _changed_users(
-            connection, sources, before.get("snapshot"), now
+        stored = scalar(
+            connection, f"SELECT count(*) FROM user_embedding WHERE model_version = {quoted(version)}"
+        )
+        followed = (
+            before.get("derived") == derive.VERSION
+            and before["users"] == stored
+            and _changed_users(connection, sources, before.get("snapshot"), now)
         )
         if not followed:
             _all_users(connection, sources, version)
