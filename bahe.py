@@ -90,7 +90,40 @@ def ingest(dataset: DatasetArgument, home: HomeOption = None) -> None:
     say(f"  lake holds {totals}" + (" (unchanged)" if done.skipped else ""))
     if done.duplicates:
         say("  left out as duplicates: " + ", ".join(f"{n:,} {t}" for t, n in done.duplicates.items()))
+    if done.quarantined:
+        aside = ", ".join(f"{n:,} {t}" for t, n in done.quarantined.items())
+        say(f"  set aside: {aside}; `bahe quarantine` shows them and why")
     gate(where, "ingest")
+
+
+@app.command()
+def quarantine(
+    home: HomeOption = None,
+    table: Annotated[str | None, typer.Option(help="Only of this table.", show_default="all")] = None,
+    rows: Annotated[int, typer.Option(help="How many rows to show for each reason.", min=1)] = 1,
+    as_json: JsonFlag = False,
+) -> None:
+    """Show the rows of the log that `bahe ingest` set aside: how many, why, and where they stand.
+
+    They enter once their file is corrected and ingested again. In SQL: the lake's table quarantine.
+    """
+    from dataclasses import asdict
+
+    from materialize.quarantine import quarantined
+
+    held = quarantined(Home.at(home), table=table, examples=rows)
+    if as_json:
+        typer.echo(json.dumps([asdict(group) for group in held], default=str))
+        return
+    if not held:
+        say("  nothing is in quarantine")
+        return
+    shown: list[tuple[str, ...]] = []
+    for group in held:
+        for index, row in enumerate(group.examples):
+            first = (group.table, group.rule, f"{group.rows:,}") if index == 0 else ("", "", "")
+            shown.append((*first, f"{Path(row['source']).name}, row {row['row_number']}: {row['reason']}"))
+    _print_table(("table", "rule", "rows", "for example"), shown)
 
 
 @app.command()
@@ -183,6 +216,26 @@ def publish(home: HomeOption = None) -> None:
 
     done = job(Home.at(home))
     say(f"  live: {done.model_version}" + (" (unchanged)" if done.skipped else ""))
+
+
+@app.command()
+def compact(
+    home: HomeOption = None,
+    keep_days: Annotated[float, typer.Option(help="Forget snapshots that are older than this.")] = 90,
+) -> None:
+    """Merge the lake's small files, forget old snapshots, and remove files that nothing needs any more.
+
+    `bahe frame --as-of` and offline stores with `as_of` can then no longer read what those snapshots saw;
+    frames that were written stay. Files leave a day after their last use, so readers are not disturbed.
+    """
+    from materialize.upkeep import compact as job
+
+    done = job(Home.at(home), keep_days=keep_days)
+    say(
+        f"  {done.files_before:,} data files became {done.files_after:,};"
+        f" {done.snapshots_forgotten:,} snapshots forgotten, the oldest is {done.oldest_snapshot};"
+        f" {done.files_removed:,} files removed"
+    )
 
 
 @app.command()

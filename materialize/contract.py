@@ -1,4 +1,4 @@
-"""What the rows of a log must be: how a source's columns become bahe's, and the rules that a row may break."""
+"""What the rows of a log must be: how a source's columns become bahe's, and the rules a row may break."""
 
 from __future__ import annotations
 
@@ -40,6 +40,9 @@ class Rule:
     """The reason in a sentence, with `{}` for the value."""
     value: str = "NULL"
     """SQL of the value that is to blame, as text."""
+    counts: bool = True
+    """Whether such rows count towards the share that is too much: a row that contradicts the lake is set
+    aside, as the lake keeps what it has, but is no defect of the file."""
 
     @property
     def sentence(self) -> str:
@@ -89,8 +92,8 @@ def project(
 ) -> Projection:
     """The projection of a source with the columns `found` (and their types) into a table.
 
-    `held` are the columns that the lake's table has, and `item_type` the type of item ids there or in items.
-    Raises BadInput when a column that is needed is missing or of a type that cannot be.
+    `held` are the columns that the lake's table has, and `item_type` is the type of its
+    item ids. Raises BadInput when a column that is needed is missing or of a type that cannot be.
     """
     mapping = dict(section.columns)
     if table == "behaviors" and section.channel is not None:
@@ -214,9 +217,7 @@ def _rules(table: str, channels: Sequence[str], latest: datetime) -> list[Rule]:
         else:
             blank = " OR trim(channel) = ''" if column == "channel" else ""
             rules.append(
-                Rule(
-                    name=f"no {column}", breaks=f"{column} IS NULL{blank}", reason=f"{column} is missing"
-                )
+                Rule(name=f"no {column}", breaks=f"{column} IS NULL{blank}", reason=f"{column} is missing")
             )
     if table == "behaviors":
         listed = ", ".join(quoted(channel) for channel in channels)
@@ -245,7 +246,8 @@ def _expression(table: str, target: str, rule: str | ClickRule, kind: str, secti
     if target == "event_timestamp":
         if kind in _INTEGERS or kind in ("DOUBLE", "FLOAT", "HUGEINT") or kind.startswith("DECIMAL"):
             micros = {"s": 1_000_000, "ms": 1_000, "us": 1}[section.timestamp_unit]
-            return f"make_timestamptz(TRY_CAST({column} * {micros} AS BIGINT))"
+            number = f"{column}::HUGEINT" if kind in _INTEGERS else column
+            return f"make_timestamptz(TRY_CAST({number} * {micros} AS BIGINT))"
         return f"TRY_CAST({column} AS TIMESTAMPTZ)"
     if target == "clicked":
         # Whatever is not exactly 0 or 1 becomes NULL here and is reported with its row.
@@ -285,12 +287,17 @@ def _take_optional(
     if wanted is None or wanted == kind:
         made.columns[target] = name(column)
         return
-    made.columns[target] = f"TRY_CAST({name(column)} AS {wanted})"
-    _note_wrong_type(made, target, name(column), wanted)
+    value = name(column)
+    if kind.startswith(_FRACTIONS):
+        value = f"CASE WHEN NOT isnan({value}::DOUBLE) THEN {value} END"  # integers with gaps
+    made.columns[target] = f"TRY_CAST({value} AS {wanted})"
+    if kind.startswith(_FRACTIONS) and wanted in _INTEGERS:
+        made.columns[target] = f"CASE WHEN {value} = round({value}) THEN TRY_CAST({value} AS {wanted}) END"
+    _note_wrong_type(made, target, value, wanted)
 
 
 def _note_wrong_type(made: Projection, target: str, raw: str, wanted: str) -> None:
-    made.extra[f"_raw_{target}"] = f"{raw}::VARCHAR"
+    made.extra[f"_raw_{target}"] = f"({raw})::VARCHAR"
     made.rules.append(
         Rule(
             name=f"no {wanted.lower()} in {target}",

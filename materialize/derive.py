@@ -4,13 +4,13 @@ A row of a derived table says what was known *after* the events at its event_tim
 point-in-time join takes only rows strictly before an impression, so nothing of the impression's own
 moment is ever seen. Several events at one instant make one row.
 
-There is one mechanism, for the first log as for one more night: *rewind* to the oldest new event and compute
-from there. Timelines go back to each changed user's own oldest new behavior. Statistics go back to the
-oldest new impression of all, because they are smoothed by the click rate of the whole log; only users and
-items shown since then are touched. What was before gives the counts to start from. An event adds rows and
-changes later ones but never takes one away, so the fresh rows are compared with those of the same key: rows
-that differ are replaced, rows that do not stay as they are, created_timestamp included. When no new event is
-older than what was known, nothing is there to compare and rows are only appended.
+There is one mechanism, for the first log as for one more night: *rewind* to the oldest new event and
+compute from there. Timelines go back to each changed user's own oldest new behavior. Statistics go back to
+the oldest new impression of all, because they are smoothed by the click rate of the whole log; only users
+and items shown since then are touched. What was before gives the counts to start from. An event adds rows
+and changes later ones but never takes one away, so the fresh rows are compared with those of the same key:
+rows that differ are replaced, rows that do not stay as they are, created_timestamp included. When no new
+event is older than what was known, nothing is there to compare and rows are only appended.
 
 Users and items are taken range by range, in order, which bounds memory and keeps the rows of one of them
 together in the tables' files.
@@ -67,9 +67,7 @@ def derive(connection: duckdb.DuckDBPyConnection, channels: Sequence[str], *, an
         connection.execute(
             f"INSERT INTO changed_users SELECT user_id, {_ALWAYS} FROM behaviors GROUP BY user_id"
         )
-        connection.execute(
-            f"INSERT INTO changed_impressions SELECT {_ALWAYS} FROM impressions LIMIT 1"
-        )
+        connection.execute(f"INSERT INTO changed_impressions SELECT {_ALWAYS} FROM impressions LIMIT 1")
     if scalar(connection, "SELECT count(*) FROM changed_users"):
         _timelines(connection, channels)
     if scalar(connection, "SELECT count(*) FROM changed_impressions"):
@@ -94,7 +92,10 @@ def ranges(connection: duckdb.DuckDBPyConnection, relation: str, key: str) -> li
     shown = [str(b) if isinstance(b, int) else quoted(str(b)) for b in bounds]
     predicates = []
     for low, high in zip([None, *shown], [*shown, None], strict=True):
-        sides = [f"{key} >= {low}" if low is not None else "", f"{key} < {high}" if high is not None else ""]
+        sides = [
+            f"{key} >= {low}" if low is not None else "",
+            f"{key} < {high}" if high is not None else "",
+        ]
         predicates.append(" AND ".join(side for side in sides if side) or "true")
     return predicates
 
@@ -129,14 +130,16 @@ def _create(connection: duckdb.DuckDBPyConnection, channels: Sequence[str]) -> N
 def _replace(
     connection: duckdb.DuckDBPyConnection, table: str, fresh: str, key: Sequence[str], since: str
 ) -> None:
-    """Make the table's rows of the fresh rows' keys, which lie at or after `since`, equal to the fresh rows."""
+    """Make the table's rows of the fresh rows' keys, none of them before `since`, equal to these."""
     values = [c for c in columns(connection, fresh) if c not in key]
     old = f"SELECT * FROM {table} WHERE event_timestamp >= {since}"
     same_key = " AND ".join(f"t.{name(c)} = f.{name(c)}" for c in key)
     added = fresh
     if scalar(connection, f"SELECT count(*) FROM ({old} LIMIT 1)"):
         differ = " OR ".join(f"t.{name(c)} IS DISTINCT FROM f.{name(c)}" for c in values)
-        if scalar(connection, f"SELECT count(*) FROM ({old}) t JOIN {fresh} f ON {same_key} WHERE {differ}"):
+        if scalar(
+            connection, f"SELECT count(*) FROM ({old}) t JOIN {fresh} f ON {same_key} WHERE {differ}"
+        ):
             connection.execute(
                 f"DELETE FROM {table} AS t USING {fresh} AS f"
                 f" WHERE t.event_timestamp >= {since} AND {same_key} AND ({differ})"
@@ -149,10 +152,12 @@ def _replace(
 
 
 def _timelines(connection: duckdb.DuckDBPyConnection, channels: Sequence[str]) -> None:
-    """`user_timeline` and `timeline_length` of the changed users, from each one's oldest new behavior on."""
+    """`user_timeline` and `timeline_length` from each changed user's oldest new behavior on."""
     oldest = _moment(connection, "SELECT min(since) FROM changed_users")
-    events = f"SELECT b.* FROM behaviors b JOIN changed_users c USING (user_id) WHERE b.event_timestamp >= {oldest}"
-    events += " AND b.event_timestamp >= c.since"
+    events = (
+        "SELECT b.* FROM behaviors b JOIN changed_users c USING (user_id)"
+        f" WHERE b.event_timestamp >= {oldest} AND b.event_timestamp >= c.since"
+    )
     parts = ranges(connection, f"({events})", "user_id")
     with progress("timelines", len(parts)) as advance:
         for part in parts:
@@ -167,16 +172,19 @@ def _part_of_timelines(
     counts = {c: name(f"length_{c}") for c in channels}
     known = scalar(connection, "SELECT count(*) FROM (SELECT 1 FROM timeline_length LIMIT 1)")
     part = part.replace("user_id", "b.user_id")
-    fresh = f"SELECT b.user_id, channel, atom_id, event_timestamp, true AS fresh FROM ({events}) b WHERE {part}"
+    fresh = (
+        f"SELECT b.user_id, channel, atom_id, event_timestamp, true AS fresh FROM ({events}) b WHERE {part}"
+    )
     base = f"(SELECT NULL::{columns(connection, 'behaviors')['user_id']} AS user_id"
     base += "".join(f", 0 AS {length}" for length in counts.values()) + " WHERE false)"
     if known:
         # What a user did just before: the recent atoms of the first new instant need it.
         fresh += (
-            " UNION ALL SELECT b.user_id, b.channel, b.atom_id, b.event_timestamp, false FROM user_timeline b"
-            f" JOIN changed_users c USING (user_id) WHERE b.event_timestamp < c.since AND {part}"
-            " QUALIFY row_number() OVER (PARTITION BY b.user_id"
-            f" ORDER BY b.event_timestamp DESC, b.channel DESC, b.atom_id DESC) < {RECENT_ATOMS}"
+            " UNION ALL SELECT b.user_id, b.channel, b.atom_id, b.event_timestamp, false"
+            " FROM user_timeline b JOIN changed_users c USING (user_id)"
+            f" WHERE b.event_timestamp < c.since AND {part}"
+            " QUALIFY row_number() OVER (PARTITION BY b.user_id ORDER BY"
+            f" b.event_timestamp DESC, b.channel DESC, b.atom_id DESC) < {RECENT_ATOMS}"
         )
         so_far = ", ".join(f"max({length}) AS {length}" for length in counts.values())
         base = (
@@ -184,7 +192,7 @@ def _part_of_timelines(
             f" WHERE b.event_timestamp < c.since AND {part} GROUP BY b.user_id)"
         )
     running = ", ".join(
-        f"coalesce(any_value(base.{length}) OVER past, 0) + count(*) FILTER (fresh AND channel = {quoted(c)})"
+        f"coalesce(base.{length}, 0) + count(*) FILTER (fresh AND channel = {quoted(c)})"
         f" OVER (past ROWS UNBOUNDED PRECEDING) AS {length}"
         for c, length in counts.items()
     )
@@ -221,8 +229,7 @@ def _all_statistics(connection: duckdb.DuckDBPyConnection) -> None:
     """Every statistic from the oldest new impression on."""
     since = _moment(connection, "SELECT since FROM changed_impressions")
     before = connection.execute(
-        "SELECT count(*), coalesce(sum(clicked), 0) FROM impressions"
-        f" WHERE event_timestamp < {since}"
+        f"SELECT count(*), coalesce(sum(clicked), 0) FROM impressions WHERE event_timestamp < {since}"
     ).fetchone()
     assert before is not None
     # Beside each impression the log's own click rate so far: what a smoothed rate starts from, itself
@@ -279,8 +286,6 @@ def _window_statistics(
     latest impression, so that a row depends on nothing that comes between.
     """
     key = f"{entity}_id"
-    # An impression that is exactly so old at a row's instant leaves with this row.
-    window = f"RANGE BETWEEN INTERVAL '{days} days' - INTERVAL 1 MICROSECOND PRECEDING AND CURRENT ROW"
     came = f"SELECT {key}, event_timestamp, shown, clicks, rate FROM instants"
     if since != _ALWAYS:
         came += (
@@ -293,12 +298,12 @@ def _window_statistics(
         f" impressions AS {entity}_impressions_{days}d, clicks AS {entity}_clicks_{days}d,"
         f" (clicks + {PRIOR_STRENGTH} * rate) / (impressions + {PRIOR_STRENGTH})"
         f" AS {entity}_click_rate_{days}d"
-        f" FROM (SELECT {key}, event_timestamp, (sum(sum(shown)) OVER recent)::BIGINT AS impressions,"
-        " (sum(sum(clicks)) OVER recent)::BIGINT AS clicks,"
+        f" FROM (SELECT {key}, event_timestamp, (sum(sum(shown)) OVER past)::BIGINT AS impressions,"
+        " (sum(sum(clicks)) OVER past)::BIGINT AS clicks,"
         " last_value(max(rate) IGNORE NULLS) OVER past AS rate FROM (SELECT * FROM came UNION ALL"
-        f" SELECT {key}, event_timestamp + INTERVAL '{days} days', 0, 0, NULL FROM came)"
-        f" GROUP BY {key}, event_timestamp WINDOW recent AS (PARTITION BY {key} ORDER BY event_timestamp"
-        f" {window}), past AS (PARTITION BY {key} ORDER BY event_timestamp))"
+        f" SELECT {key}, event_timestamp + INTERVAL '{days} days', -shown, -clicks, NULL FROM came)"
+        f" GROUP BY {key}, event_timestamp WINDOW past AS"
+        f" (PARTITION BY {key} ORDER BY event_timestamp ROWS UNBOUNDED PRECEDING))"
         # Without a rate there was no impression since then, and the row is what it was.
         f" WHERE event_timestamp >= {since} AND rate IS NOT NULL"
     )

@@ -13,8 +13,10 @@ from bahe_core.errors import GateFailed, NotReady
 from bahe_core.home import Home
 from bahe_core.progress import say
 from materialize import runs
+from materialize.dataset import Dataset
 from materialize.ingest import home_dataset
 from materialize.lake import commit, lake, quoted, scalar
+from materialize.reading import CLOCK_TOLERANCE
 
 _ORDER = ("ingest", "encode", "frame", "embed")
 
@@ -38,7 +40,7 @@ def gate(home: Home, job: str) -> None:
         if verdict is not None and verdict.fingerprint == stamp and verdict.facts["passed"]:
             say(f"  gate {job}: passed ({verdict.facts['checks']} checks, unchanged)")
             return
-        tables, parameters = _scope(connection, job, last, dataset.channels, home)
+        tables, parameters = _scope(connection, job, last, dataset, home)
         result = run_gate(connection, job, tables=tables, parameters=parameters, docs=docs)
         with runs.record(connection, _name(job), stamp) as run:
             facts = {"passed": result.passed, "checks": result.checks, "failures": result.failures}
@@ -74,7 +76,7 @@ def _scope(
     connection: duckdb.DuckDBPyConnection,
     job: str,
     last: runs.Run,
-    channels: list[str],
+    dataset: Dataset,
     home: Home,
 ) -> tuple[dict[str, str], dict[str, Any]]:
     """Tables and parameters of a gate, as `validation.run_gate` wants them."""
@@ -82,6 +84,7 @@ def _scope(
     def of_lake(*names: str) -> dict[str, str]:
         return {name: f"lake.main.{name}" for name in names}
 
+    channels = dataset.channels
     if job == "ingest":
         tables = of_lake(
             "behaviors",
@@ -92,7 +95,15 @@ def _scope(
             "user_stats",
             "item_stats",
         )
-        return tables, {"channels": channels, "latest": datetime.now(UTC) + timedelta(days=1)}
+        read, bad = last.facts.get("read", {}), last.facts.get("broken", {})
+        counts = [f"({quoted(table)}, {rows}, {bad[table]})" for table, rows in read.items()]
+        rows_read = ", ".join(counts or ["('nothing', 0, 0)"])
+        tables["ingested"] = f"(SELECT * FROM (VALUES {rows_read}) t(table_name, read, broken))"
+        return tables, {
+            "channels": channels,
+            "latest": datetime.now(UTC) + CLOCK_TOLERANCE + timedelta(hours=1),
+            "max_share": dataset.quarantine.max_share,
+        }
     if job == "encode":
         facts = {k: last.facts[k] for k in ("encoder_version", "width")}
         return of_lake("atoms", "atomic_behavior_embedding"), facts

@@ -11,36 +11,19 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import duckdb
 
 from bahe_core.errors import BadInput, NotReady
 from bahe_core.home import Home
-from bahe_core.progress import progress, say
+from bahe_core.progress import progress
 from materialize import derive, quarantine, runs, sources
-from materialize.atoms import ATOM_ID, NORMAL_TEXT
-from materialize.contract import IDS, UNKNOWN_ITEM, Projection, Rule, broken, project
 from materialize.dataset import Dataset, Table, context_column, load_dataset, save_dataset
 from materialize.lake import columns, lake, name, quoted, scalar, tables, transact
-from materialize.sources import File, Source
+from materialize.reading import KEYS, TABLES, Read, check_clicks, read_new
 
 JOB = "ingest"
-TABLES = ("items", "users", "behaviors", "impressions")
-"""In the order in which they are read: impressions need the items."""
-
-KEYS = {
-    "items": ("item_id",),
-    "users": ("user_id", "event_timestamp"),
-    "impressions": ("impression_id",),
-    "behaviors": ("user_id", "channel", "atom_id", "event_timestamp"),
-}
-SAME = {"items": ("atom_id",), "impressions": ("user_id", "item_id", "event_timestamp", "clicked")}
-"""What two rows of one key must agree in."""
-
-CLOCK_TOLERANCE = timedelta(days=1)
-"""How far ahead of this machine's clock an event may be."""
 
 
 @dataclass(frozen=True)
@@ -59,37 +42,11 @@ class Ingested:
     """Rows read that were set aside, by table."""
 
 
-@dataclass(frozen=True)
-class _Opened:
-    """Files of a source whose columns are known to fit."""
-
-    source: Source
-    files: list[File]
-    projection: Projection
-    text_columns: list[str]
-
-    def rows(self, file: File | None = None) -> str:
-        """SQL of the source's rows: of all files, or of one."""
-        if file is None:
-            return sources.relation(self.source, self.files, self.text_columns)
-        return sources.of_file(self.source, file, self.files, self.text_columns)
-
-
-@dataclass(frozen=True)
-class _Read:
-    """Rows in the temporary table `raw_<table>`, all of which keep the contract."""
-
-    opened: _Opened
-    rows: int
-    """Rows of the source, those that were set aside included."""
-    quarantined: int
-
-
 def ingest(home: Home, dataset_path: Path) -> Ingested:
     """Read what is new of the dataset into the lake; does nothing when no file has changed.
 
-    Raises BadInput on a source that cannot be read, lacks a column, or breaks the contract in more rows than
-    `quarantine.max_share` allows; nothing is written then.
+    Raises BadInput on a source that cannot be read, lacks a column, or breaks the contract in more rows
+    than `quarantine.max_share` allows; nothing is written then.
     """
     dataset = load_dataset(dataset_path)
     folder = dataset_path.resolve().parent
@@ -100,11 +57,11 @@ def ingest(home: Home, dataset_path: Path) -> Ingested:
             found = sources.find_sources(connection, _sections(dataset), folder)
             last = runs.last(connection, JOB)
             anew = last is None or last.facts.get("derived") != derive.VERSION
-            reads = _read_new(connection, dataset, found)
+            reads = read_new(home, connection, dataset, found)
             if not reads and not anew:
                 save_dataset(dataset, home.root / "dataset.yaml")  # model settings may have changed
                 return Ingested(True, {}, _totals(connection), {}, {})
-            _check_clicks(connection, reads)
+            check_clicks(connection, reads)
             before = _totals(connection)
             _write(connection, dataset, reads, last, anew=anew)
             totals = _totals(connection)
@@ -146,239 +103,10 @@ def _sections(dataset: Dataset) -> dict[str, Table]:
     return {table: section for table, section in given.items() if section is not None}
 
 
-def _read_new(
-    connection: duckdb.DuckDBPyConnection, dataset: Dataset, found: Mapping[str, Source]
-) -> dict[str, _Read]:
-    """Read the files that are new, or hold rows that may enter only now."""
-    latest = datetime.now(UTC) + CLOCK_TOLERANCE
-    # Columns first, of every table, so that a wrong one is found before much has been read.
-    opened = {
-        table: _open(connection, dataset, source, list(source.unread), latest)
-        for table, source in found.items()
-        if source.unread
-    }
-    _check_ids(connection, opened)
-    quarantine.prepare(connection)
-    reads: dict[str, _Read] = {}
-    for table, source in found.items():
-        again = quarantine.released(connection, table, latest, new_items="items" in reads)
-        files = [f for f in source.files if f in source.unread or f.path in again]
-        if not files:
-            continue
-        if table not in opened or len(files) > len(opened[table].files):
-            opened[table] = _open(connection, dataset, source, files, latest)
-            _check_ids(connection, opened)
-        many = f" ({len(files)} of {len(source.files)} files)" if len(source.files) > 1 else ""
-        say(f"  reading {table}{many}")
-        try:
-            reads[table] = _read(connection, dataset, opened[table], new_items="items" in reads)
-        except duckdb.OutOfMemoryException:
-            raise
-        except duckdb.Error as error:
-            raise sources.unreadable(connection, source, error) from None
-    return reads
-
-
-def _open(
-    connection: duckdb.DuckDBPyConnection,
-    dataset: Dataset,
-    source: Source,
-    files: list[File],
-    latest: datetime,
-) -> _Opened:
-    """Look at the columns of these files. Raises BadInput when they are not what the table needs."""
-    sources.run_query(connection, source)
-    table = source.table
-    known = tables(connection)
-    held = columns(connection, table) if table in known else {}
-    text_columns: list[str] = []
-    try:
-        there = columns(connection, sources.relation(source, files))
-        if source.csv:
-            # Ids are what the lake has: 007 is not 7 where ids are strings.
-            given = {target: source.section.columns.get(target, target) for target in IDS}
-            text_columns = [
-                column
-                for target, column in given.items()
-                if isinstance(column, str) and held.get(target) == "VARCHAR" and column in there
-            ]
-            there = columns(connection, sources.relation(source, files, text_columns))
-    except duckdb.Error as error:
-        raise sources.unreadable(connection, source, error) from None
-    there.pop(sources.FILE, None)
-    projection = project(
-        table,
-        source.section,
-        there,
-        what=source.what,
-        csv=source.csv,
-        context=dataset.impressions.context if table == "impressions" else (),
-        channels=dataset.channels,
-        held=held,
-        item_type=columns(connection, "items")["item_id"] if "items" in known else None,
-        latest=latest,
-    )
-    return _Opened(source, files, projection, text_columns)
-
-
-def _check_ids(connection: duckdb.DuckDBPyConnection, opened: Mapping[str, _Opened]) -> None:
-    """Ids must be of one type in all tables, and in the lake."""
-    known = tables(connection)
-    held = {table: columns(connection, table) for table in TABLES if table in known}
-    new = {table: one.projection.types for table, one in opened.items()}
-    for table, types in new.items():
-        for column, kind in types.items():
-            old = held.get(table, {}).get(column, kind)
-            if old != kind and _any_row(connection, opened[table]):
-                raise BadInput(
-                    f"{table}: {column} is {kind}, but the lake holds {old}; keep one type of id."
-                )
-    for column, left, right in (
-        ("user_id", "impressions", "behaviors"),
-        ("item_id", "impressions", "items"),
-    ):
-        kinds = [new.get(table, held.get(table, {})).get(column) for table in (left, right)]
-        if None not in kinds and kinds[0] != kinds[1]:
-            empty = [t for t in (left, right) if t in opened and not _any_row(connection, opened[t])]
-            if not empty:
-                raise BadInput(
-                    f"{left}.{column} is {kinds[0]} but {right}.{column} is {kinds[1]}; make them one type."
-                )
-
-
-def _any_row(connection: duckdb.DuckDBPyConnection, opened: _Opened) -> bool:
-    """A CSV file of a header alone has columns of text, and says nothing about types."""
-    return scalar(connection, f"SELECT count(*) FROM (SELECT 1 FROM {opened.rows()} LIMIT 1)") > 0
-
-
-def _read(
-    connection: duckdb.DuckDBPyConnection, dataset: Dataset, opened: _Opened, *, new_items: bool
-) -> _Read:
-    """Fill `raw_<table>` with the rows that keep the contract, and hold the others."""
-    table, projection = opened.projection.table, opened.projection
-    query = projection.query(opened.rows())
-    if table == "behaviors":
-        _read_behaviors(connection, query, projection, dataset.channels)
-    else:
-        given = [name(column) for column in projection.columns if column != "text"]
-        given.append(f"({broken(projection.rules)}) AS _bad")
-        made = "*"
-        if table == "items":
-            given.append(f"{NORMAL_TEXT.format(text='text')} AS text")
-            made += f", {ATOM_ID.format(channel=quoted('item'), text='text')} AS atom_id"
-        connection.execute(
-            f"CREATE OR REPLACE TEMP TABLE raw_{table} AS"
-            f" SELECT {made} FROM (SELECT {', '.join(given)} FROM {query})"
-        )
-    raw = f"raw_{table}"
-    rows = scalar(connection, f"SELECT count(*) FROM {raw}")
-    if not rows and table != "behaviors" and table not in tables(connection):
-        raise BadInput(f"{table}: the source has no rows; check its path or query.")
-    rules = _rules_of_many(connection, table, new_items=new_items)
-    breaks = f"_bad OR {broken(rules)}"
-    bad = scalar(connection, f"SELECT count(*) FROM {raw} WHERE {breaks}")
-    if bad:
-        quarantine.hold(
-            connection,
-            opened.source,
-            opened.files,
-            projection,
-            [*projection.rules, *rules],
-            opened.rows,
-            count=bad,
-            read=rows,
-            max_share=dataset.quarantine.max_share,
-        )
-        connection.execute(f"DELETE FROM {raw} WHERE {breaks}")
-    return _Read(opened, rows, bad)
-
-
-def _read_behaviors(
-    connection: duckdb.DuckDBPyConnection, query: str, projection: Projection, channels: Sequence[str]
-) -> None:
-    """The source twice: first its distinct texts, which are few and alone become atoms, then its rows."""
-    listed = ", ".join(quoted(channel) for channel in channels)
-    connection.execute(
-        "CREATE OR REPLACE TEMP TABLE raw_texts AS"
-        f" SELECT *, {ATOM_ID.format(channel='channel', text='normal')} AS atom_id FROM ("
-        f" SELECT channel, text, {NORMAL_TEXT.format(text='text')} AS normal"
-        f" FROM (SELECT DISTINCT channel, text FROM {query} WHERE trim(text) <> '' AND channel IN ({listed})))"
-    )
-    connection.execute(
-        "CREATE OR REPLACE TEMP TABLE raw_behaviors AS SELECT user_id,"
-        # A byte instead of a string in each of many rows.
-        f" TRY_CAST(channel AS ENUM ({listed})) AS channel, atom_id, event_timestamp, item_id, _bad"
-        f" FROM (SELECT *, ({broken(projection.rules)}) AS _bad FROM {query})"
-        " LEFT JOIN raw_texts USING (channel, text)"
-    )
-    if scalar(connection, "SELECT count(*) FROM raw_behaviors WHERE NOT _bad AND atom_id IS NULL"):
-        raise BadInput("behaviors: the source changed while it was read; run `bahe ingest` again.")
-
-
-def _rules_of_many(connection: duckdb.DuckDBPyConnection, table: str, *, new_items: bool) -> list[Rule]:
-    """Rules that a row breaks because of other rows: of this read, or of the lake."""
-    rules: list[Rule] = []
-    known = tables(connection)
-    if table != "behaviors":
-        key, context = KEYS[table], [c for c in columns(connection, f"raw_{table}") if "context_" in c]
-        same = ", ".join([*SAME.get(table, key), *(map(name, context) if table == "impressions" else ())])
-        connection.execute(
-            f"CREATE OR REPLACE TEMP TABLE repeated_{table} AS SELECT {', '.join(key)},"
-            f" min(hash({same})) <> max(hash({same})) AS clashes"
-            f" FROM raw_{table} WHERE NOT _bad GROUP BY ALL HAVING count(*) > 1"
-        )
-    if table in SAME:
-        (key_column,) = KEYS[table]
-        rules.append(
-            Rule(
-                name=f"{key_column} twice",
-                breaks=f"{key_column} IN (SELECT {key_column} FROM repeated_{table} WHERE clashes)",
-                value=key_column,
-                reason=f"{key_column} {{}} stands for two different rows",
-            )
-        )
-        if table in known:
-            differ = " OR ".join(f"n.{c} IS DISTINCT FROM o.{c}" for c in SAME[table])
-            connection.execute(
-                f"CREATE OR REPLACE TEMP TABLE changed_{table} AS SELECT DISTINCT {key_column}"
-                f" FROM (SELECT * FROM raw_{table} WHERE NOT _bad) n JOIN {table} o USING ({key_column})"
-                f" WHERE {differ}"
-            )
-            what = "another text" if table == "items" else "other values"
-            rules.append(
-                Rule(
-                    name=f"{key_column} changed",
-                    breaks=f"{key_column} IN (SELECT {key_column} FROM changed_{table})",
-                    value=key_column,
-                    reason=f"{key_column} {{}} is in the lake already with {what}",
-                )
-            )
-    if table == "impressions":
-        parts = ["SELECT item_id FROM raw_items"] if new_items else []
-        parts += ["SELECT item_id FROM items"] if "items" in known else []
-        connection.execute(f"CREATE OR REPLACE TEMP TABLE known_items AS {' UNION '.join(parts)}")
-        rules.append(
-            Rule(
-                name=UNKNOWN_ITEM,
-                breaks="item_id NOT IN (SELECT item_id FROM known_items)",
-                value="item_id",
-                reason="item_id {} is not in items; add it there with a text",
-            )
-        )
-    return rules
-
-
-def _check_clicks(connection: duckdb.DuckDBPyConnection, reads: Mapping[str, _Read]) -> None:
-    parts = ["SELECT clicked FROM raw_impressions"] if "impressions" in reads else []
-    parts += ["SELECT clicked FROM impressions"] if "impressions" in tables(connection) else []
-    if parts and scalar(connection, f"SELECT count(DISTINCT clicked) FROM ({' UNION '.join(parts)})") < 2:
-        raise BadInput("impressions: clicked is the same in every row; both 0 and 1 are needed.")
-
-
 def _write(
     connection: duckdb.DuckDBPyConnection,
     dataset: Dataset,
-    reads: Mapping[str, _Read],
+    reads: Mapping[str, Read],
     last: runs.Run | None,
     *,
     anew: bool,
@@ -389,7 +117,7 @@ def _write(
         "dataset": dataset.name,
         "derived": derive.VERSION,
         "read": {table: read.rows for table, read in reads.items()},
-        "quarantined": {table: read.quarantined for table, read in reads.items()},
+        "broken": {table: read.broken for table, read in reads.items()},
     }
     with runs.record(connection, JOB, fingerprint) as run:
 
@@ -411,7 +139,7 @@ def _write(
         transact(connection, work)
 
 
-def _fingerprint(dataset: Dataset, reads: Mapping[str, _Read], last: runs.Run | None) -> str:
+def _fingerprint(dataset: Dataset, reads: Mapping[str, Read], last: runs.Run | None) -> str:
     """Of what the lake holds after this run: what it held before, and the files that were read."""
     facts: list[object] = [last.fingerprint if last else "", dataset.name, dataset.channels, derive.VERSION]
     for table, read in reads.items():
@@ -420,7 +148,7 @@ def _fingerprint(dataset: Dataset, reads: Mapping[str, _Read], last: runs.Run | 
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
-def _add(connection: duckdb.DuckDBPyConnection, dataset: Dataset, reads: Mapping[str, _Read]) -> bool:
+def _add(connection: duckdb.DuckDBPyConnection, dataset: Dataset, reads: Mapping[str, Read]) -> bool:
     """Add what the lake does not have, and note for `derive` what that is. True when anything was."""
     connection.execute(quarantine.CREATE)
     connection.execute(sources.CREATE)
@@ -430,15 +158,14 @@ def _add(connection: duckdb.DuckDBPyConnection, dataset: Dataset, reads: Mapping
             _new_rows(connection, table)
             changed |= _make_room(connection, table, f"new_{table}")
             connection.execute(
-                f"INSERT INTO {table} BY NAME SELECT * FROM new_{table} ORDER BY event_timestamp, {KEYS[table][0]}"
+                f"INSERT INTO {table} BY NAME SELECT * FROM new_{table}"
+                f" ORDER BY event_timestamp, {KEYS[table][0]}"
             )
             changed |= scalar(connection, f"SELECT count(*) FROM new_{table}") > 0
     if "impressions" in reads:
         changed |= _fill_context(connection, dataset.impressions.context)
     item_type = columns(connection, "items")["item_id"]
-    connection.execute(
-        "CREATE OR REPLACE TEMP TABLE seen_atoms (atom_id BIGINT, first_seen TIMESTAMPTZ)"
-    )
+    connection.execute("CREATE OR REPLACE TEMP TABLE seen_atoms (atom_id BIGINT, first_seen TIMESTAMPTZ)")
     _create_others(connection)
     derive.prepare(connection)
     if "impressions" in reads:
@@ -460,8 +187,8 @@ def _new_rows(connection: duckdb.DuckDBPyConnection, table: str) -> None:
     connection.execute(
         f"CREATE OR REPLACE TEMP TABLE new_{table} AS"
         f" SELECT * FROM {raw} ANTI JOIN repeated_{table} USING ({key}){lacks} UNION ALL BY NAME"
-        f" SELECT * FROM (SELECT DISTINCT ON ({key}) * FROM {raw} r SEMI JOIN repeated_{table} USING ({key})"
-        f" ORDER BY {key}, event_timestamp, r::VARCHAR){lacks}"
+        f" SELECT * FROM (SELECT DISTINCT ON ({key}) * FROM {raw} r"
+        f" SEMI JOIN repeated_{table} USING ({key}) ORDER BY {key}, event_timestamp, r::VARCHAR){lacks}"
     )
 
 
@@ -503,7 +230,9 @@ def _create_others(connection: duckdb.DuckDBPyConnection) -> None:
             f"user_id {user}, channel VARCHAR, atom_id BIGINT, event_timestamp TIMESTAMPTZ, item_id {item}"
         ),
         "atoms": "atom_id BIGINT, channel VARCHAR, text VARCHAR, first_seen TIMESTAMPTZ",
-        "atomic_behavior_embedding": f"atom_id BIGINT, encoder_version VARCHAR, embedding FLOAT[], {stamps}",
+        "atomic_behavior_embedding": (
+            f"atom_id BIGINT, encoder_version VARCHAR, embedding FLOAT[], {stamps}"
+        ),
         "user_embedding": (
             f"user_id {user}, model_version VARCHAR, embedding FLOAT[], behaviors BIGINT,"
             f" seen_items VARCHAR[], {stamps}"
@@ -523,8 +252,9 @@ def _add_behaviors(connection: duckdb.DuckDBPyConnection, item_type: str) -> boo
     with progress("adding behaviors", len(parts)) as advance:
         for part in parts:
             connection.execute(
-                "CREATE OR REPLACE TEMP TABLE part_behaviors AS SELECT user_id, channel::VARCHAR AS channel,"
-                f" atom_id, event_timestamp, min(item_id)::{item_type} AS item_id FROM raw_behaviors"
+                "CREATE OR REPLACE TEMP TABLE part_behaviors AS"
+                f" SELECT user_id, channel::VARCHAR AS channel, atom_id, event_timestamp,"
+                f" min(item_id)::{item_type} AS item_id FROM raw_behaviors"
                 f" WHERE {part} GROUP BY ALL"
             )
             bounds = connection.execute(
@@ -534,7 +264,9 @@ def _add_behaviors(connection: duckdb.DuckDBPyConnection, item_type: str) -> boo
             if bounds[0] is not None:
                 low, high = (quoted(moment.isoformat()) for moment in bounds)
                 # Bounds by which whole files can be left out.
-                old = f"SELECT {key} FROM behaviors WHERE event_timestamp BETWEEN {low} AND {high} AND {part}"
+                old = (
+                    f"SELECT {key} FROM behaviors WHERE event_timestamp BETWEEN {low} AND {high} AND {part}"
+                )
                 connection.execute(
                     "CREATE OR REPLACE TEMP TABLE new_behaviors AS"
                     f" SELECT * FROM part_behaviors ANTI JOIN ({old}) USING ({key})"
@@ -558,7 +290,7 @@ def _add_behaviors(connection: duckdb.DuckDBPyConnection, item_type: str) -> boo
     return added > 0
 
 
-def _add_atoms(connection: duckdb.DuckDBPyConnection, reads: Mapping[str, _Read]) -> None:
+def _add_atoms(connection: duckdb.DuckDBPyConnection, reads: Mapping[str, Read]) -> None:
     """Atoms that are new, and an earlier first time of those that are not."""
     parts = []
     if "behaviors" in reads:

@@ -47,10 +47,14 @@ def hold(
     read: int,
     max_share: float,
 ) -> None:
-    """Put the `count` rows that break a rule, of `read`, into `held`.
+    """Put the rows that break a rule into `held`.
 
-    Raises BadInput with the first of them when they are more than `max_share` of what was read.
+    Raises BadInput with the first of them when the `count` that count are more than `max_share` of what was
+    `read`.
     """
+    refused = count > max_share * read
+    if refused:
+        rules = [rule for rule in rules if rule.counts]
     bad = broken(rules)
     broken_files = list(files)
     if len(files) > 1:
@@ -73,16 +77,14 @@ def hold(
             f" {cases['reason']}, {cases['value']}, to_json(_whole)::VARCHAR, NULL, NULL"
             f" FROM {query} WHERE {bad}"
         )
-        if count > max_share * read:
+        if refused:
             first = connection.execute(f"{selected} ORDER BY _row LIMIT 1").fetchone()
             assert first is not None
             raise BadInput(_refusal(first, file, len(files), count, read, max_share))
         connection.execute(f"INSERT INTO held {selected}")
 
 
-def _refusal(
-    row: tuple[Any, ...], file: File, files: int, count: int, read: int, max_share: float
-) -> str:
+def _refusal(row: tuple[Any, ...], file: File, files: int, count: int, read: int, max_share: float) -> str:
     where = f" of {file.path}" if files > 1 else ""
     return (
         f"{row[0]}, row {row[2]}{where}: {row[4]}; {count:,} of {read:,} rows break the contract, more than"

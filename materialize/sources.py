@@ -8,6 +8,7 @@ that it may read has changed.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -72,7 +73,9 @@ def find_sources(
     """The source of each table. Raises BadInput when there is nothing to read, or no way to read it."""
     known: set[tuple[object, ...]] = set()
     if "sources" in tables(connection):
-        rows = connection.execute("SELECT table_name, path, size, modified_us, spec FROM sources").fetchall()
+        rows = connection.execute(
+            "SELECT table_name, path, size, modified_us, spec FROM sources"
+        ).fetchall()
         known = set(rows)
     found = {}
     for table, section in sections.items():
@@ -82,7 +85,7 @@ def find_sources(
         if section.files is None:
             assert section.sql is not None
             spec += _may_read(section.sql, folder)
-            files = (File(f"{table}.sql", 0, 0),)
+            files: tuple[File, ...] = (File(f"{table}.sql", 0, 0),)
         else:
             files = _listed(connection, table, section.files, folder)
         stamp = hashlib.sha256(json.dumps(spec).encode()).hexdigest()
@@ -98,7 +101,8 @@ def remember(source: Source, files: Sequence[File]) -> list[str]:
     table = quoted(source.table)
     paths = ", ".join(quoted(file.path) for file in files)
     rows = ", ".join(
-        f"({table}, {quoted(f.path)}, {f.size}, {f.modified_us}, {quoted(source.spec)}, now())" for f in files
+        f"({table}, {quoted(f.path)}, {f.size}, {f.modified_us}, {quoted(source.spec)}, now())"
+        for f in files
     )
     return [
         f"DELETE FROM sources WHERE table_name = {table} AND path IN ({paths})",
@@ -236,8 +240,9 @@ def _may_read(query: str, folder: Path) -> list[object]:
         return [uuid4().hex]  # there is no telling, so it is read every time
     paths = {path for path in folder.glob("*") if path.suffix not in (".yaml", ".yml")}
     for literal in re.findall(r"'([^']+)'", query):
-        if "/" in literal:
-            paths.update(_expand(folder, literal))
+        if "/" in literal and re.search(r"\w", literal.rsplit("/", 1)[-1]):
+            with contextlib.suppress(ValueError, NotImplementedError):  # text that is no path
+                paths.update(_expand(folder, literal))
     facts: list[object] = []
     for path in sorted(paths):
         if path.is_file():

@@ -24,8 +24,8 @@ from bahe_models.artifact import Artifact
 from bahe_models.backbone import load_backbone
 from bahe_models.encoder import AtomicEncoder, encoder_version
 from bahe_models.incremental import UserState
-from materialize.encode import encoder_settings
 from materialize.atoms import ATOM_ID, NORMAL_TEXT
+from materialize.encode import encoder_settings
 from materialize.ingest import home_dataset
 from materialize.lake import lake
 from materialize.training_data import read_user

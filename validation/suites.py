@@ -50,7 +50,7 @@ _VECTOR_COLUMNS = ("embedding", "event_timestamp", "created_timestamp")
 def required(gate: str, parameters: Parameters) -> dict[str, tuple[str, ...]]:
     """The logical tables that a gate reads, and the columns that each must have."""
     if gate == "ingest":
-        return dict(_INGEST_COLUMNS)
+        return {**_INGEST_COLUMNS, "ingested": ("table_name", "read", "broken")}
     if gate == "encode":
         vectors = ("atom_id", "encoder_version", *_VECTOR_COLUMNS)
         return {"atoms": ("atom_id",), "atomic_behavior_embedding": vectors}
@@ -122,6 +122,7 @@ def _ingest(parameters: Parameters, _: Columns) -> list[Check]:
         exists("items", "atom_id", "atoms"),
         exists("user_timeline", "atom_id", "atoms"),
         exists("impressions", "item_id", "items"),
+        _quarantine(parameters["max_share"]),
         *_timeline(),
     ]
     for entity in ("user", "item"):
@@ -142,6 +143,18 @@ def _ingest(parameters: Parameters, _: Columns) -> list[Check]:
             ),
         ]
     return checks
+
+
+def _quarantine(max_share: float) -> Check:
+    return Check(
+        table="ingested",
+        column="broken",
+        rule=f"must be at most the share {max_share:g} of the rows read of a table",
+        source="$ingested",
+        counted=f"broken > {max_share} * read",
+        example=("table_name", "broken", "read"),
+        why="A few bad rows are set aside; many mean that the log is not what it was.",
+    )
 
 
 def _timeline() -> list[Check]:

@@ -86,7 +86,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -
 @pytest.mark.parametrize(
     ("module", "function", "nth"),
     [
-        ("materialize.ingest", "commit", 1),
+        ("materialize.ingest", "transact", 1),
         ("materialize.encode", "_store", 3),
         ("materialize.frame", "_write", 1),
         ("materialize.train", "write_report", 1),

@@ -57,7 +57,7 @@ def log() -> Iterator[duckdb.DuckDBPyConnection]:
 def add(
     connection: duckdb.DuckDBPyConnection, behaviors: list[tuple], impressions: list[tuple], *, anew: bool
 ) -> None:
-    """Add what is not there yet, note it as `ingest` does, and derive; one transaction, a moment of its own."""
+    """Add what is not there yet, note it as `ingest` does, and derive, in one transaction."""
     connection.execute("BEGIN")
     derive.prepare(connection)
     have = set(

@@ -24,6 +24,7 @@ TABLES = {
     "atoms": "lake.main.atoms",
     "user_timeline": "lake.main.user_timeline",
     "user_stats": "lake.main.user_stats",
+    "ingested": "lake.main.ingested",
     "item_stats": "lake.main.item_stats",
     "frame": "(SELECT * FROM lake.main.frame)",
     "atomic_behavior_embedding": "lake.main.atomic_behavior_embedding",
@@ -32,7 +33,7 @@ TABLES = {
 }
 CHANNELS = ["watched", "searched"]
 PARAMETERS: dict[str, dict[str, Any]] = {
-    "ingest": {"channels": CHANNELS, "latest": datetime(2030, 1, 1, tzinfo=UTC)},
+    "ingest": {"channels": CHANNELS, "latest": datetime(2030, 1, 1, tzinfo=UTC), "max_share": 0.001},
     "encode": {"encoder_version": "e1", "width": 3},
     "frame": {"channels": CHANNELS, "rows": 12},
     "embed": {"model_version": "m1", "width": 3, "users": 2, "items": 3},
@@ -41,6 +42,7 @@ PARAMETERS: dict[str, dict[str, Any]] = {
 # Two users, three items. Impressions come in pairs at one instant, so that ties are exercised.
 GOOD = """
 USE lake;
+CREATE TABLE ingested AS FROM (VALUES ('impressions', 5000, 5)) t(table_name, read, broken);
 CREATE TABLE atoms AS SELECT i::BIGINT AS atom_id, c AS channel, 'title $' || i AS text,
     TIMESTAMPTZ '2020-01-01 00:00:00+00' AS first_seen
     FROM (VALUES (1, 'watched'), (2, 'watched'), (3, 'searched'),
@@ -96,6 +98,12 @@ CREATE TABLE item_embedding AS SELECT item_id, 'm1' AS model_version,
 
 # gate, the SQL that breaks a rule, and what the sentence must say.
 BROKEN = [
+    (
+        "ingest",
+        "UPDATE ingested SET broken = 6",
+        "ingested.broken must be at most the share 0.001 of the rows read of a table, but 1 row breaks "
+        "this rule, for example table_name impressions, broken 6, read 5000",
+    ),
     (
         "ingest",
         "UPDATE behaviors SET user_id = NULL WHERE atom_id = 3",
