@@ -128,14 +128,14 @@ def _window(entity: Entity, days: int) -> FeatureView:
 
 def _by_channel(entity: Entity, window: str) -> FeatureView:
     view = f"{entity.name}_behaviors" + (f"_{window}" if window else "")
+    span = f"last {window}" if window else "so far"
     return FeatureView(
         name=view,
         entities=[entity],
         ttl=FOREVER,
         source=_source(view, created=""),
         online=False,
-        description=f"Behaviors of the {entity.name} by channel, "
-        + (f"last {window}." if window else "so far."),
+        description=f"Behaviors of the {entity.name} by channel, {span}.",
     )
 
 

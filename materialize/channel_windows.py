@@ -14,8 +14,8 @@ ENTITIES = ("user", "item")
 
 
 def statements(channels: Sequence[str], days: Sequence[int]) -> list[str]:
-    """SQL that makes the views: `user_behaviors_7d`, `item_behaviors_7d` and so on, and `item_behaviors`
-    from the beginning. Their columns are `user_behaviors_<channel>_7d` and so on."""
+    """SQL that makes the views `user_behaviors_7d`, `item_behaviors_7d` and so on; `item_behaviors` is
+    of all time. Their columns are `user_behaviors_<channel>_7d` and so on."""
     windows = [_window(entity, channels, length) for entity in ENTITIES for length in days]
     return [*windows, _so_far("item", channels)]
 

@@ -160,21 +160,28 @@ class GuardedSqliteOnlineStore(WireOnlineStore):
     def _connection(self, config: RepoConfig) -> sqlite3.Connection:
         """This thread's connection, made anew when the file was replaced or the process forked."""
         path = _path(config)
-        state = (os.getpid(), path, path.stat().st_ino if path.exists() else None)
+        state = (os.getpid(), path, _inode(path))
         if getattr(self._local, "state", None) != state or not hasattr(self._local, "connection"):
             store = config.online_store
             assert isinstance(store, GuardedSqliteOnlineStoreConfig)
-            self._local.connection = _connect(path, store.busy_seconds)
-            self._local.state = (os.getpid(), path, path.stat().st_ino)
+            self._local.connection = _connect(Path(path), store.busy_seconds)
+            self._local.state = (os.getpid(), path, _inode(path))
         connection: sqlite3.Connection = self._local.connection
         return connection
 
 
-def _path(config: RepoConfig) -> Path:
+def _path(config: RepoConfig) -> str:
+    # Not a Path, which costs each read of a single entity more than its query.
     store = config.online_store
     assert isinstance(store, GuardedSqliteOnlineStoreConfig)
-    path = Path(store.path).expanduser()
-    return path if path.is_absolute() or config.repo_path is None else Path(config.repo_path) / path
+    return os.path.join(config.repo_path or "", os.path.expanduser(store.path))  # noqa: PTH111, PTH118
+
+
+def _inode(path: str) -> int | None:
+    try:
+        return os.stat(path).st_ino  # noqa: PTH116
+    except FileNotFoundError:
+        return None
 
 
 def _table(config: RepoConfig, view: FeatureView) -> str:

@@ -22,7 +22,7 @@ import numpy.typing as npt
 import pyarrow as pa
 from filelock import FileLock
 
-from bahe_core.errors import NotReady
+from bahe_core.errors import BadInput, NotReady
 from bahe_core.home import Home
 from bahe_models.timelines import Int64
 from materialize.encode import vector_matrix
@@ -136,7 +136,13 @@ def _lock(frame: Frame) -> FileLock:
 
 
 def _write_timelines(home: Home, frame: Frame, folder: Path, channels: tuple[str, ...]) -> None:
-    with lake(home, as_of=frame.facts["snapshot"]) as then:
+    try:
+        snapshot = frame.facts["snapshot"]
+    except (KeyError, TypeError):  # without metadata, or with other
+        raise BadInput(
+            f"{frame.path} does not say which snapshot it is of; pull it again by `bahe frame`."
+        ) from None
+    with lake(home, as_of=snapshot) as then:
         wanted = ", ".join(map(quoted, channels))
         timelines = f"(SELECT * FROM user_timeline WHERE channel IN ({wanted}))"
         ids = then.execute(

@@ -288,14 +288,14 @@ def _key_parts(name: str, column: pa.Array | pa.ChunkedArray, value_type: ValueT
         raise BadInput(f"{column.null_count} rows have no {name}, which is a join key; give each row one.")
     if column.type not in _ARROW_TYPES.get(value_type, ()) or value_type not in _KEY_TYPES:
         return _key_parts_by_feast(name, column, value_type)
+    kind = _KEY_TYPES[value_type]
     if value_type == ValueType.STRING:
         data, bounds = _strings(column)
-    else:
-        dtype = np.dtype("<i4" if value_type == ValueType.INT32 else "<i8")
-        data = column.to_numpy(zero_copy_only=False).astype(dtype).tobytes()
-        bounds = np.arange(len(column) + 1) * dtype.itemsize
-    kind = _KEY_TYPES[value_type]
-    return _sliced(data, bounds, lambda length: struct.pack("<II", kind, length))
+        return _sliced(data, bounds, lambda length: struct.pack("<II", kind, length))
+    dtype = np.dtype("<i4" if value_type == ValueType.INT32 else "<i8")
+    data = column.to_numpy(zero_copy_only=False).astype(dtype).tobytes()
+    size, head = dtype.itemsize, struct.pack("<II", kind, dtype.itemsize)
+    return [head + data[at : at + size] for at in range(0, len(data), size)]
 
 
 def _key_parts_by_feast(name: str, column: pa.Array, value_type: ValueType) -> list[bytes]:

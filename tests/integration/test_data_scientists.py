@@ -138,6 +138,11 @@ def test_vectors_that_are_not_there_are_missed(framed: tuple[Home, Frame], tmp_p
     with pytest.raises(NotReady, match="have no vector under"):
         FrameDataset(home, ["clicked"], vectors=True)
     assert not list(made.path.parent.glob("*.part"))
+    unknown = home.frames / "mine" / "frame.parquet"
+    unknown.parent.mkdir()
+    pq.write_table(pq.read_table(made.path).replace_schema_metadata(), unknown)
+    with pytest.raises(BadInput, match="does not say which snapshot"):
+        FrameDataset(unknown, ["clicked"], history=2)
     with pytest.raises(BadInput, match="made without history"):
         _ = FrameDataset(home, ["clicked"]).vectors
     assert "history" in next(iter(FrameDataset(home, ["clicked"], history=2)))

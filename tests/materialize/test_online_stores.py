@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import multiprocessing
+import shutil
 import sqlite3
 import uuid
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ from feast.protos.feast.types.Value_pb2 import Value
 from feast.repo_config import load_repo_config
 from feast.types import Array, Bool, Float32, Float64, Int64, String, UnixTimestamp
 
+from bahe_core.errors import BadInput
 from bahe_core.home import Home
 from materialize.feast_offline import DuckLakeSource
 from materialize.feature_store import TEMPLATE
@@ -535,6 +537,37 @@ def test_what_is_stored_is_not_written_again(store: FeatureStore, tmp_path: Path
         assert watcher.execute("PRAGMA data_version").fetchone() == (version,)
         materialize(store)
         assert dump(tmp_path / "online.db", f"{store.project}_profile") == before
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            "UPDATE profile SET embedding = [1.0, 2.0, 3.0] WHERE user_id = 1",
+            "length 3 does not match expected 4",
+        ),
+        ("ALTER TABLE profile DROP COLUMN clicks", "profile has no column clicks in the lake"),
+        ("UPDATE profile SET event_timestamp = NULL", None),
+        ("DROP TABLE profile", 'data source profile: "profile" cannot be read'),
+    ],
+)
+def test_a_view_that_does_not_fit_its_table_is_not_materialized(
+    change: str, words: str | None, filled: Home, tmp_path: Path
+) -> None:
+    home = Home.at(tmp_path / "home")
+    shutil.copytree(filled.root, home.root)
+    (tmp_path / "feast").mkdir()
+    store = FeatureStore(config=configuration(home, tmp_path / "feast", STORES["sqlite"], "refused"))
+    store.apply([user, model, profile])
+    with lake(home) as connection:
+        connection.execute(change)
+    if words is None:  # rows without a time are of no interval
+        materialize(store, "profile")
+    else:
+        with pytest.raises((BadInput, ValueError), match=words):
+            materialize(store, "profile")
+    asked = entities(profiles())
+    assert set(store.get_online_features(["profile:name"], asked).to_dict()["name"]) == {None}
 
 
 @pytest.mark.parametrize("store", ["sqlite"], indirect=True)
