@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 import duckdb
 
-from bahe_core.errors import BadInput, BaheError, Damaged, NotReady, one_line
+from bahe_core.errors import BadInput, BaheError, Damaged, NotReady, Unreachable, one_line
 from bahe_core.home import Home
 from bahe_core.machine import memory_limit, threads
 
@@ -181,12 +181,17 @@ def lake(
 
 @contextmanager
 def damaged_files_named(home: Home) -> Iterator[None]:
-    """Turns DuckDB's error about a file of the lake into Damaged, about its server into Unreachable."""
+    """Turns DuckDB's error about a file of the lake into Damaged, about a server into Unreachable."""
     try:
         yield
     except duckdb.Error as error:
         if _server_is_gone(error, home):
             raise home.lake.unreachable(error) from None
+        if isinstance(error, duckdb.HTTPException) and home.lake.data.startswith("s3://"):
+            raise Unreachable(
+                f"the lake's data in {home.lake.data} cannot be reached ({one_line(error)}); check the bucket,"
+                " AWS_ENDPOINT_URL and the credentials."
+            ) from None
         if home.lake.data not in str(error):
             raise
         raise Damaged(
