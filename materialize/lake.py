@@ -189,8 +189,8 @@ def damaged_files_named(home: Home) -> Iterator[None]:
             raise home.lake.unreachable(error) from None
         if isinstance(error, duckdb.HTTPException) and home.lake.data.startswith("s3://"):
             raise Unreachable(
-                f"the lake's data in {home.lake.data} cannot be reached ({one_line(error)}); check the bucket,"
-                " AWS_ENDPOINT_URL and the credentials."
+                f"the lake's data in {home.lake.data} cannot be reached ({one_line(error)}); check the"
+                " bucket, AWS_ENDPOINT_URL and the credentials."
             ) from None
         if home.lake.data not in str(error):
             raise
