@@ -10,7 +10,15 @@ from pathlib import Path
 
 import duckdb
 
-from bahe_core.errors import BadInput, BaheError, Damaged, NotReady, one_line, storage_problem
+from bahe_core.errors import (
+    BadInput,
+    BaheError,
+    Damaged,
+    NotReady,
+    Unreachable,
+    one_line,
+    storage_problem,
+)
 from bahe_core.home import Home
 from bahe_core.machine import memory_limit, threads
 from materialize.extensions import load_extension, open_object_storage
@@ -164,6 +172,11 @@ def damaged_files_named(home: Home) -> Iterator[None]:
             raise problem from None
         if _server_is_gone(error, home):
             raise home.lake.unreachable(error) from None
+        if isinstance(error, duckdb.HTTPException) and home.lake.data.startswith("s3://"):
+            raise Unreachable(
+                f"the lake's data in {home.lake.data} cannot be reached ({one_line(error)}); check the"
+                " bucket, AWS_ENDPOINT_URL and the credentials."
+            ) from None
         if home.lake.data not in str(error):
             raise
         raise Damaged(

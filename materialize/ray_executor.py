@@ -35,10 +35,10 @@ class RayExecutor:
     def map(self, make: Callable[[], Callable[[Task], Result]], tasks: Iterable[Task]) -> Iterator[Result]:
         """As Executor says. What waits is in Ray's object store, which goes to disk beyond its memory."""
         data = self._ray.data
-        blocks = [self._ray.put(_block(task)) for task in tasks]
+        blocks = [_block(task) for task in tasks]
         if not blocks:
             return
-        results = data.from_arrow_refs(blocks).map_batches(
+        results = data.from_blocks(blocks).map_batches(
             _Actor,
             fn_constructor_args=(make,),
             compute=data.ActorPoolStrategy(size=min(self.workers, len(blocks))),
