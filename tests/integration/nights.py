@@ -1,7 +1,7 @@
 """A process that is forked for every `bahe` command, so that imports are paid for once.
 
 python -c 'from tests.integration.nights import main; main()' FOLDER DATASET: kills a daily run in every
-step, lets it finish with JSON logs, then starts two at once. Leaves what was seen in FOLDER/seen.json.
+step and lets it finish, with JSON logs, then starts two at once. Leaves what was seen in FOLDER/seen.json.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def main() -> None:
         kill = functools.partial(
             at_call, module, function, nth, lambda: os.kill(os.getpid(), signal.SIGKILL)
         )
-        code = ended(start(command(dataset, *first_day), name, kill))
+        code = ended(start(command(dataset, *first_day, form="json"), name, kill))
         seen[name] = {"code": code, "manifest": json.loads(manifest.read_text())}
     last = start(command(dataset, *first_day, form="json"), "last", lambda: None)
     seen["last"] = {"code": ended(last), "manifest": json.loads(manifest.read_text())}
