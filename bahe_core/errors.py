@@ -79,7 +79,7 @@ def storage_problem(error: BaseException) -> NotWritable | None:
                     f"a file or folder may not be read or written to ({one_line(cause)}); what was"
                     " committed before is kept, so allow it or choose another folder, and run it again."
                 )
-        cause = cause.__cause__ or cause.__context__
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
     return None
 
 

@@ -257,7 +257,13 @@ def _summary(folder: Path, settings: Settings, written: int) -> Synthesized:
     counts = {score: np.zeros((2, bins)) for score in ("click_probability", "item_appeal")}
     days = 0
     while _is_there(folder, settings, days):
-        truth = pq.ParquetFile(_path(folder, settings, "truth", days))
+        path = _path(folder, settings, "truth", days)
+        try:
+            truth = pq.ParquetFile(path)
+        except pa.ArrowInvalid:
+            raise BadInput(
+                f"{path} is damaged; delete it and run again, which writes that day anew."
+            ) from None
         for group in range(truth.num_row_groups):
             table = truth.read_row_group(group)
             clicked = table["clicked"].to_numpy()

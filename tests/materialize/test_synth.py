@@ -291,6 +291,18 @@ def test_a_folder_of_something_else_is_left_alone(log: Path, tmp_path: Path) -> 
         synth(damaged)
 
 
+def test_a_damaged_day_is_named_and_written_anew(log: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "log"
+    shutil.copytree(log, folder)
+    broken = folder / "truth" / "2024-01-03.parquet"
+    broken.write_bytes(b"PAR1")
+    with pytest.raises(BadInput, match="2024-01-03"):
+        synth(folder)
+    broken.unlink()
+    assert synth(folder).days_written == 1
+    assert digests(folder) == digests(log)
+
+
 def test_the_command(tmp_path: Path) -> None:
     from typer.testing import CliRunner
 
