@@ -81,7 +81,7 @@ def speed(scene: Scene, *, texts: int, repetitions: int, quick: bool) -> Iterabl
         filled = [
             start_token + template.format(channel=c, text=t) for c, t in zip(channels, some, strict=True)
         ]
-        read = models[PEER_ATTENTION[0]].tokenize(filled[:50])["attention_mask"].sum().item()
+        read = models[PEER_ATTENTION[0]].preprocess(filled[:50])["attention_mask"].sum().item()
         assert read == sum(map(len, tokens[:50])), "the peer does not read the same tokens"
         sizes = PEER_BATCH_SIZES[1:3] if quick else PEER_BATCH_SIZES
         settings: dict[str, Callable[[], object]] = {

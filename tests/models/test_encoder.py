@@ -70,6 +70,14 @@ def test_batches_stay_within_the_token_budget(backbone: Backbone) -> None:
         assert len(rows) == 1 or max(len(tokens[i]) for i in rows) * len(rows) <= 12
 
 
+@pytest.mark.parametrize(("texts", "most"), [(80, 0.2), (8192, 0.02)])
+def test_padding_is_next_to_nothing(texts: int, most: float, backbone: Backbone) -> None:
+    encoder = AtomicEncoder(backbone, EncoderConfig())
+    lengths = np.random.default_rng(0).integers(4, 40, texts)
+    places = sum(len(rows) * lengths[rows].max() for rows in encoder.batches([[0] * n for n in lengths]))
+    assert 1 - lengths.sum() / places < most
+
+
 def test_the_version_names_everything_that_moves_vectors(tiny_backbone: Path, backbone: Backbone) -> None:
     config = EncoderConfig()
     versions = {
