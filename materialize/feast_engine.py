@@ -76,6 +76,9 @@ class ArrowEngine(LocalComputeEngine):
             end_date=task.end_time,
         )
         size = config.materialization_config.online_write_batch_size or ROWS_PER_BATCH
+        if any(field.vector_index and field.vector_length for field in view.features):
+            for batch in _batches(job, size):  # all of them, before the first one is written
+                _validate_vector_field_lengths(_as_view(view, batch), view)
         with progress(f"materializing {view.name}", None) as advance:
             for batch in _batches(job, size):
                 self._write(view, _as_view(view, batch))
@@ -83,7 +86,6 @@ class ArrowEngine(LocalComputeEngine):
                 advance(batch.num_rows)
 
     def _write(self, view: FeatureView, batch: pa.RecordBatch) -> None:
-        _validate_vector_field_lengths(batch, view)
         if isinstance(self.online_store, WireOnlineStore):
             self.online_store.write_rows(self.repo_config, view, _wire_rows(view, batch))
             return
