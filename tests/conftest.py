@@ -118,6 +118,8 @@ RAY_WORKERS = 2
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    # 15 by default, with which workers starve beside other tests.
+    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - Ray's spelling
     import ray
 
     ray.init(address="local", num_cpus=RAY_WORKERS, include_dashboard=False, log_to_driver=False)

@@ -101,7 +101,8 @@ def test_from_log_to_scores_as_with_sqlite(config: LakeConfig, tiny_backbone: Pa
     # Again: nothing is new. From another home: the lake is there already.
     with lake(shared) as connection:
         before = scalar(connection, "SELECT count(*) FROM runs")
-    call("run", str(dataset), "--home", str(shared.root), "--tracker", "none")
+    call("ingest", str(dataset), "--home", str(shared.root))
+    call("encode", "--home", str(shared.root))
     second = Home.at(tmp_path / "second machine")
     done = ingest(second, dataset)
     assert done.skipped
