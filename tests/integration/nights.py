@@ -54,6 +54,7 @@ KILLS = [
 
 
 def main() -> None:
+    os.environ["TQDM_DISABLE"] = "1"  # tqdm reads it when it is imported, which bahe.main comes before
     import bahe
 
     for module in MODULES:
