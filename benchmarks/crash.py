@@ -46,7 +46,7 @@ TOLERANCE = 1e-4
 """Of vectors: atoms in batches of another size differ in their last bits."""
 
 LOG = {"users": 60, "items": 40, "behaviors": 3_000, "impressions": 1_500, "atoms": 720, "days": 10}
-STAMPS = ("created_timestamp",)
+STAMPS = ("created_timestamp", "ingested_at", "quarantined_at")
 """Columns that tell when a row was written."""
 
 COMPARED = {"runs": ("job",), "publications": ("deployment", "live_model_version")}
