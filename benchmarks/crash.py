@@ -154,6 +154,9 @@ class Runner:
         self._errors = folder / "stderr"
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(PRELOAD)
+        first = self._context.Process(target=int)  # so that no job's time holds the imports
+        first.start()
+        first.join()
 
     def job(self, home: Path, *arguments: str, kill_after: float | None = None) -> Ran:
         """`bahe ARGUMENTS --home HOME`, killed after so many seconds when asked to."""
@@ -489,7 +492,8 @@ def mounted(arguments: list[str], mount: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        subprocess.run(["umount", str(mount)], check=True)
+        # Lazily: a store that was read here keeps its file open.
+        subprocess.run(["umount", "--lazy", str(mount)], check=True)
 
 
 def _mount(arguments: list[str]) -> None:
