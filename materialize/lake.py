@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,7 +25,8 @@ from bahe_core.machine import memory_limit, threads
 from materialize.extensions import load_extension, open_object_storage
 
 LAKE = "lake"
-COMMIT_ATTEMPTS = 8
+COMMIT_ATTEMPTS = 30
+_LONGEST_PAUSE = 2.0  # seconds; a busy machine may keep the catalogue locked for many
 
 _OTHER_WRITER = (
     "database is locked",  # SQLite
@@ -115,7 +117,19 @@ def _attach(connection: duckdb.DuckDBPyConnection, home: Home, *, create: bool, 
         )
     except duckdb.Error as error:
         raise _why_not_attached(error, home, as_of) from None
+    if create and not where.postgres:
+        _let_readers_be(Path(where.catalogue))
     connection.execute(f"USE {LAKE}")
+
+
+def _let_readers_be(catalogue: Path) -> None:
+    """Put SQLite into its write-ahead mode, which the file keeps.
+
+    Otherwise a commit waits for all readers to end and keeps new ones out, and a thread of a job that reads
+    ahead while the job commits can make both wait for ever.
+    """
+    with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(catalogue)) as session:
+        session.execute("PRAGMA journal_mode = WAL")  # a busy catalogue is asked again by the next ingest
 
 
 def _why_not_attached(error: duckdb.Error, home: Home, as_of: int | None) -> BaheError:
@@ -214,7 +228,7 @@ def transact(connection: duckdb.DuckDBPyConnection, work: Callable[[], None]) ->
             busy = any(sign in str(error) for sign in _OTHER_WRITER)
             if not busy or attempt == COMMIT_ATTEMPTS - 1:
                 raise
-            time.sleep(0.05 * 2**attempt)
+            time.sleep(min(0.05 * 2**attempt, _LONGEST_PAUSE))
 
 
 def tables(connection: duckdb.DuckDBPyConnection) -> set[str]:
