@@ -25,7 +25,7 @@ test: install ## the tests, in two processes (several minutes on two cores)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: install ## the tests that take long or download the real language model
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile
 
 check: install ## lint, format, strict types, import contracts
 	$(BIN)/ruff check .

@@ -74,6 +74,7 @@ def night(
     return home, dataset, materialize(module, home, dataset)
 
 
+@pytest.mark.slow
 def test_dagster_runs_a_night(night: tuple[Home, Path, dg.ExecuteInProcessResult]) -> None:
     home, _, result = night
     assert result.success

@@ -32,6 +32,8 @@ from serving.lookup import OnlineLookup
 from tests.conftest import small_log, write_dataset
 from tests.integration.nights import KILLS
 
+pytestmark = pytest.mark.slow
+
 FIRST, SECOND = "2024-04-01", "2024-04-02"
 
 

@@ -71,6 +71,7 @@ def end_sessions(config: LakeConfig) -> None:
         )
 
 
+@pytest.mark.slow
 def test_from_log_to_scores_as_with_sqlite(config: LakeConfig, tiny_backbone: Path, tmp_path: Path) -> None:
     log = small_log(rows=400)
     here = {"catalogue": config.catalogue, "schema": config.schema, "data": "../shared"}

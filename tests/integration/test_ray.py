@@ -27,6 +27,8 @@ from materialize.lake import commit, lake
 from materialize.offline_store.sharding import ShardReader
 from tests.conftest import small_log, write_dataset
 
+pytestmark = pytest.mark.slow
+
 ON_RAY = ("--executor", "ray", "--num-actors", "2")
 VECTORS = {
     "atomic_behavior_embedding": "atom_id, encoder_version",

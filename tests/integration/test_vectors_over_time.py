@@ -25,6 +25,8 @@ from materialize.prune import prune
 from materialize.training_data import current_encoder
 from tests.conftest import small_log, write_dataset
 
+pytestmark = pytest.mark.slow
+
 
 def run(*arguments: object, home: Home) -> str:
     command = [str(arguments[0]), "--home", str(home.root), *map(str, arguments[1:])]
