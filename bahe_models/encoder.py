@@ -2,7 +2,7 @@
 
 Precision: where the hardware multiplies bfloat16 matrices, weights and states are bfloat16 (norms, softmax
 and pooling compute in float32 inside). Vectors then lie within about 1 % of float32's, far closer than two
-atoms do, and models trained on either are equally good (`python -m benchmarks.encode` measures both). How a
+atoms do; what that means for a model trained on them, `python -m benchmarks.encode` measures. How a
 machine computes is therefore not part of the encoder_version: a home moves between machines, and a service
 on one encodes for vectors of another. What is *stored*, `storage`, is part of it.
 """
