@@ -123,7 +123,7 @@ def read_floats(values: Sequence[bytes], value_type: ValueType) -> npt.NDArray[n
             "these vectors differ in length, or are no lists of floats; read them as features instead."
         )
     table = np.frombuffer(joined, dtype=np.uint8).reshape(len(values), size)
-    if (table[:, : len(header)] != np.frombuffer(header, dtype=np.uint8)).any():
+    if table[:, : len(header)].tobytes() != header * len(values):
         raise BadInput("these vectors are not stored as the list type that their view declares.")
     # A copy, since torch refuses arrays that are read-only or begin within a float.
     return table[:, len(header) :].copy().view(dtype).astype(np.float32, copy=False)

@@ -92,12 +92,12 @@ def as_vectors(view: FeatureView, feature: str, found: Found) -> Vectors:
         names = ", ".join(field.name for field in view.features)
         raise BadInput(f"view {view.name} has no feature {feature}; it has {names}.")
     values = found.values[feature]
-    known_N = found.event_us != NO_TIME
-    if all(values) and known_N.all():  # what follows would cost a single read half its time
-        whole = cast("list[bytes]", values)
-        return Vectors(read_floats(whole, field.dtype.to_value_type()), known_N, found.event_us)
+    # What follows this, and numpy's own tests, would cost a single read half its time.
+    if all(values) and NO_TIME not in found.event_us.tolist():
+        vectors_ND = read_floats(cast("list[bytes]", values), field.dtype.to_value_type())
+        return Vectors(vectors_ND, np.ones(len(values), dtype=np.bool_), found.event_us)
     # A stored null is empty.
-    stored_N = known_N & np.fromiter(map(bool, values), dtype=np.bool_)
+    stored_N = (found.event_us != NO_TIME) & np.fromiter(map(bool, values), dtype=np.bool_)
     there = [value for value, stored in zip(values, stored_N.tolist(), strict=True) if stored and value]
     vectors_FD = read_floats(there, field.dtype.to_value_type())
     event_us_N = np.where(stored_N, found.event_us, NO_TIME)
