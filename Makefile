@@ -22,10 +22,10 @@ demo: install ## MovieLens-100k with SmolLM2-135M: from raw log to scores, with 
 	@$(BIN)/bahe demo $(ARGS)
 
 test: install ## the tests, in two processes (several minutes on two cores)
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --durations=15
 
 test-slow: install ## the tests that take long or download the real language model
-	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile --durations=15
 
 check: install ## lint, format, strict types, import contracts
 	$(BIN)/ruff check .

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from bahe_core.errors import BadInput, BaheError
+from benchmarks.harness import DOCS, put
 
 RECORDS = (50_000_000, 1_000_000_000)
 """A day: the paper's (on 8 A100), and twenty times that."""
 
-PAGE = Path(__file__).parent.parent / "docs" / "capacity.md"
-BEGIN, END = "<!-- computed by benchmarks.capacity -->", "<!-- end -->"
+PAGE = DOCS / "capacity.md"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,15 +255,6 @@ def _shown(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def write(page: Path, computed: str) -> None:
-    """Put the table between the page's marks. Raises BadInput when they are not there."""
-    text = page.read_text() if page.is_file() else ""
-    if BEGIN not in text or END not in text:
-        raise BadInput(f"{page} lacks the lines {BEGIN} and {END}; put them where the table belongs.")
-    before, after = text.split(BEGIN)[0], text.split(END, 1)[1]
-    page.write_text(f"{before}{BEGIN}\n\n{computed}\n\n{END}{after}")
-
-
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.capacity", description=__doc__)
@@ -283,7 +274,7 @@ def main() -> None:
         rates = read_rates(arguments.scale, arguments.encode, arguments.training, given.tokens)
         computed = table(rates, given)
         if arguments.write:
-            write(PAGE, computed)
+            put(PAGE, "capacity", computed)
     except BaheError as error:
         parser.exit(error.exit_code, f"{parser.prog}: {error}\n")
     print(computed)

@@ -301,7 +301,6 @@ _SHARED_KNOBS: list[tuple[str, list[Any]]] = [
     ("net_dropout", [0.2, 0.5]),
     ("learning_rate", [5e-4, 2e-3]),
     ("behavior", [("item",), ("item", "channel", "atom")]),
-    ("history", [0, 20]),
     ("evaluations", [3]),
     ("batch_size", [512, 4096]),
     ("embedding_dim", [32, 40]),
@@ -311,12 +310,14 @@ _SHARED_KNOBS: list[tuple[str, list[Any]]] = [
 KNOBS: Mapping[Network, list[tuple[str, list[Any]]]] = {
     "DIN": [
         *_SHARED_KNOBS,
+        ("history", [20]),  # without any it does not run
         ("network.din_use_softmax", [True]),
         ("network.attention_hidden_units", [[32], [128, 64]]),
         ("network.dnn_activations", ["Dice"]),
     ],
     "DCNv2": [
         *_SHARED_KNOBS,
+        ("history", [0, 20]),
         ("network.num_cross_layers", [1, 2]),
         ("network.model_structure", ["crossnet_only"]),
     ],

@@ -1,4 +1,4 @@
-"""What the benchmarks share: arguments, the machine's description, and the JSON they write."""
+"""What the benchmarks share: arguments, the machine's description, and the JSON and pages they write."""
 
 from __future__ import annotations
 
@@ -12,13 +12,18 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
-from bahe_core.errors import BaheError
+from bahe_core.errors import BadInput, BaheError
 from bahe_core.machine import configure_threads, usable_cores
 
 LIBRARIES = ("torch", "transformers", "feast", "duckdb", "numpy")
 PEERS = ("fuxictr", "sentence-transformers")
 """Named with their versions where they are installed."""
+
+DOCS = Path(__file__).parent.parent / "docs"
+MEASUREMENTS = DOCS / "measurements.md"
+"""The page of all figures; each benchmark has a part of its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +45,7 @@ def main(name: str, description: str, measure: Callable[[bool, Path], Iterable[R
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=description)
     parser.add_argument("--quick", action="store_true", help="measure less, never something else")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--write", action="store_true", help=f"put the figures into {MEASUREMENTS.name}")
     parser.add_argument("--home", type=Path, default=Path(".bahe"), help="a home that `bahe demo` filled")
     arguments = parser.parse_args()
     try:
@@ -50,22 +56,48 @@ def main(name: str, description: str, measure: Callable[[bool, Path], Iterable[R
         against = f"  ({row.peer}: {row.peer_value:.4g})" if row.peer_value is not None else ""
         goal = f"  goal {row.goal}: {'holds' if row.holds else 'MISSED'}" if row.goal else ""
         print(f"{row.metric:<48} {row.value:>10.4g} {row.unit}{against}{goal}")
+    content = {
+        "name": name,
+        "quick": arguments.quick,
+        "date": datetime.now(UTC).date().isoformat(),
+        "commit": _commit(),
+        "hardware": f"{_processor()}, {usable_cores()} cores",
+        "threads": threads,
+        "versions": _versions(),
+        "rows": [asdict(row) for row in rows],
+    }
     if arguments.json is not None:
-        arguments.json.write_text(
-            json.dumps(
-                {
-                    "name": name,
-                    "date": datetime.now(UTC).date().isoformat(),
-                    "commit": _commit(),
-                    "hardware": f"{_processor()}, {usable_cores()} cores",
-                    "threads": threads,
-                    "versions": _versions(),
-                    "rows": [asdict(row) for row in rows],
-                },
-                indent=2,
-            )
-            + "\n"
-        )
+        arguments.json.write_text(json.dumps(content, indent=2) + "\n")
+    if arguments.write:
+        put(MEASUREMENTS, name, section(content))
+
+
+def section(content: dict[str, Any]) -> str:
+    """A benchmark's JSON in Markdown."""
+    command = f"python -m benchmarks.{content['name']}{' --quick' if content['quick'] else ''}"
+    threads = "1 thread" if content["threads"] == 1 else f"{content['threads']} threads"
+    lines = [
+        f"`{command}`, {content['date']}, {content['hardware']}, {threads}, commit {content['commit']}.",
+        "",
+        "| | Measured | Against | Goal |",
+        "|---|---|---|---|",
+    ]
+    for row in content["rows"]:
+        against = "" if row["peer"] is None else f"{row['peer']}: {row['peer_value']:,.4g}"
+        goal = "" if row["goal"] is None else f"{row['goal']}: {'holds' if row['holds'] else '**missed**'}"
+        cells = [row["metric"], f"{row['value']:,.4g} {row['unit']}", against, goal]
+        lines.append(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |")
+    return "\n".join(lines)
+
+
+def put(page: Path, name: str, text: str) -> None:
+    """Put a text between a benchmark's marks on a page. Raises BadInput when they are not there."""
+    begin, end = f"<!-- computed by benchmarks.{name} -->", "<!-- end -->"
+    before, found, rest = (page.read_text() if page.is_file() else "").partition(begin)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise BadInput(f"{page} lacks the lines {begin} and {end}; put them where the figures belong.")
+    page.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}")
 
 
 def _versions() -> dict[str, str]:

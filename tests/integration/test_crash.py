@@ -53,17 +53,23 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -
     return home, dataset
 
 
-@pytest.mark.parametrize(
-    ("module", "function", "nth"),
-    [
-        ("materialize.ingest", "transact", 1),
-        ("materialize.encode", "_store", 3),
-        ("materialize.frame", "_write", 1),
-        ("materialize.train", "write_report", 1),
-        ("materialize.embed", "_replace", 2),
-        ("materialize.publish", "_not_reading_back", 1),
-    ],
-)
+KILLS = [
+    ("materialize.encode", "_store", 3),
+    ("materialize.publish", "_not_reading_back", 1),
+    # Half a minute each.
+    *(
+        pytest.param(*kill, marks=pytest.mark.slow)
+        for kill in [
+            ("materialize.ingest", "transact", 1),
+            ("materialize.frame", "_write", 1),
+            ("materialize.train", "write_report", 1),
+            ("materialize.embed", "_replace", 2),
+        ]
+    ),
+]
+
+
+@pytest.mark.parametrize(("module", "function", "nth"), KILLS)
 def test_a_killed_run_is_finished_by_the_next(
     module: str, function: str, nth: int, undisturbed: tuple[Home, Path], tmp_path: Path
 ) -> None:
