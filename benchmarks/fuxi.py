@@ -289,6 +289,13 @@ def installed() -> bool:
     return all(importlib.util.find_spec(name) for name in ("fuxictr", "model_zoo"))
 
 
+def turned(setting: Setting, knob: str, value: Any) -> Setting:
+    """The setting with one knob at a value; `network.NAME` is an argument of one network alone."""
+    if knob.startswith("network."):
+        return replace(setting, network={**setting.network, knob.removeprefix("network."): value})
+    return replace(setting, **{knob: value})
+
+
 START: Mapping[Network, Setting] = {
     "DIN": Setting(network={"attention_hidden_units": [64], "din_use_softmax": False}),
     "DCNv2": Setting(network={"model_structure": "parallel", "num_cross_layers": 3}),
@@ -325,19 +332,17 @@ KNOBS: Mapping[Network, list[tuple[str, list[Any]]]] = {
 """What the search turns, in this order, and to which values beside the one that it finds."""
 
 TUNED: Mapping[Network, Setting] = {
-    "DIN": replace(START["DIN"], users=False, embedding_regularizer=1e-5),
+    "DIN": replace(
+        turned(START["DIN"], "network.dnn_activations", "Dice"),
+        users=False,
+        embedding_regularizer=1e-5,
+        net_dropout=0.5,
+    ),
     "DCNv2": replace(
         START["DCNv2"], users=False, learning_rate=2e-3, embedding_regularizer=1e-5, behavior=("item",)
     ),
 }
 """Where the search ended; see docs/ml-engineers.md."""
-
-
-def turned(setting: Setting, knob: str, value: Any) -> Setting:
-    """The setting with one knob at a value; `network.NAME` is an argument of one network alone."""
-    if knob.startswith("network."):
-        return replace(setting, network={**setting.network, knob.removeprefix("network."): value})
-    return replace(setting, **{knob: value})
 
 
 def measure(quick: bool, home_path: Path) -> Iterable[Row]:

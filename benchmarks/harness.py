@@ -83,11 +83,15 @@ def section(content: dict[str, Any]) -> str:
         "|---|---|---|---|",
     ]
     for row in content["rows"]:
-        against = "" if row["peer"] is None else f"{row['peer']}: {row['peer_value']:,.4g}"
+        against = "" if row["peer"] is None else f"{row['peer']}: {_shown(row['peer_value'])}"
         goal = "" if row["goal"] is None else f"{row['goal']}: {'holds' if row['holds'] else '**missed**'}"
-        cells = [row["metric"], f"{row['value']:,.4g} {row['unit']}", against, goal]
+        cells = [row["metric"], f"{_shown(row['value'])} {row['unit']}", against, goal]
         lines.append(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |")
     return "\n".join(lines)
+
+
+def _shown(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def put(page: Path, name: str, text: str) -> None:
