@@ -8,6 +8,7 @@ writes) is left to that engine.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 import numpy as np
@@ -40,7 +41,7 @@ class ArrowEngineConfig(FeastConfigBaseModel):
 
 
 class ArrowEngine(LocalComputeEngine):
-    """Materializes a batch of rows at a time; memory does not grow with the view."""
+    """Materializes a batch of rows at a time, two in memory; memory does not grow with the view."""
 
     _rows = 0
 
@@ -80,8 +81,8 @@ class ArrowEngine(LocalComputeEngine):
             for batch in _batches(job, size):  # all of them, before the first one is written
                 _validate_vector_field_lengths(_as_view(view, batch), view)
         with progress(f"materializing {view.name}", None) as advance:
-            for batch in _batches(job, size):
-                self._write(view, _as_view(view, batch))
+            for batch in _read_ahead(_as_view(view, batch) for batch in _batches(job, size)):
+                self._write(view, batch)
                 self._rows += batch.num_rows
                 advance(batch.num_rows)
 
@@ -110,6 +111,15 @@ def _batches(job: RetrievalJob, size: int) -> Iterator[pa.RecordBatch]:
         yield from stream(size)
     else:
         yield from job.to_arrow().to_batches(max_chunksize=size)
+
+
+def _read_ahead(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """The next batch is read while the caller writes the one before it."""
+    with ThreadPoolExecutor(1) as reader:
+        following = reader.submit(next, batches, None)
+        while (batch := following.result()) is not None:
+            following = reader.submit(next, batches, None)
+            yield batch
 
 
 def _as_view(view: FeatureView, batch: pa.RecordBatch) -> pa.RecordBatch:
