@@ -1,7 +1,7 @@
 """The atomic encoder: frozen shallow layers turn one behavior's text into one vector.
 
-Precision: where the hardware multiplies bfloat16 matrices, weights and states are bfloat16 (norms, softmax
-and pooling compute in float32 inside). Vectors then lie within about 1 % of float32's, far closer than two
+Precision: where the hardware multiplies bfloat16 matrices, weights and states are bfloat16 (sums inside of
+norms, softmax and pooling are float32). Vectors then lie within about 1 % of float32's, far closer than two
 atoms do; what that means for a model trained on them, `python -m benchmarks.encode` measures. How a
 machine computes is therefore not part of the encoder_version: a home moves between machines, and a service
 on one encodes for vectors of another. What is *stored*, `storage`, is part of it.
@@ -22,6 +22,8 @@ from torch import nn
 
 from bahe_core.errors import BadInput, one_line
 from bahe_models.backbone import Backbone, longest_input
+from bahe_models.norms import fuse_norms
+from bahe_models.packing import attend_within
 
 Pooling = Literal["mean", "last"]
 Storage = Literal["float32", "float16"]
@@ -97,6 +99,10 @@ class AtomicEncoder:
         self.shallow = _placed(
             backbone.shallow, self.device, torch.bfloat16 if self.bfloat16 else torch.float32
         )
+        if self.bfloat16 and self.device.type == "cpu":
+            # Faster there than what transformers does: a twentieth, compiled a twelfth.
+            fuse_norms(self.shallow)
+            attend_within(self.shallow)
         self._forward: Any = torch.compile(self.shallow, dynamic=True) if config.compile else self.shallow
         default = TOKENS_PER_BATCH.get(self.device.type, TOKENS_PER_BATCH_ELSEWHERE)
         self.tokens_per_batch = tokens_per_batch or default
