@@ -1,0 +1,73 @@
+"""A lake whose files lie in S3 (a server in this process), its catalogue in SQLite or PostgreSQL."""
+
+from __future__ import annotations
+
+import uuid
+from pathlib import Path
+
+import psycopg
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+import bahe
+from bahe_core.home import Home
+from benchmarks.crash import artifacts, contents, differences
+from serving.lookup import OnlineLookup
+from tests.conftest import require_service, small_log, write_dataset
+
+pytestmark = pytest.mark.slow
+
+SERVER = "postgresql://postgres@127.0.0.1/test"
+
+
+def call(*arguments: str) -> None:
+    result = CliRunner().invoke(bahe.app, arguments)
+    assert result.exit_code == 0, (result.exception, result.output)
+
+
+@pytest.mark.parametrize("catalogue", ["sqlite", "postgres"])
+def test_two_nights_as_with_a_local_lake(
+    catalogue: str,
+    bucket: object,
+    tiny_backbone: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> None:
+    place = {"data": "s3://shop/lake"}
+    if catalogue == "postgres":
+        require_service("postgres")
+        monkeypatch.setenv("PGPASSWORD", "postgres")
+        schema = f"bahe_test_{uuid.uuid4().hex[:12]}"
+        place |= {"catalogue": SERVER, "schema": schema}
+
+        def drop() -> None:
+            with psycopg.connect(SERVER, autocommit=True) as session:
+                session.execute(f"DROP SCHEMA IF EXISTS {schema} CASCADE")
+
+        request.addfinalizer(drop)
+    log = small_log(rows=500)
+    first = {
+        table: rows[rows["event_timestamp"] < rows["event_timestamp"].quantile(0.8)]
+        if table in ("behaviors", "impressions")
+        else rows
+        for table, rows in log.items()
+    }
+    homes = {"local": Home.at(tmp_path / "local"), "s3": Home.at(tmp_path / "s3")}
+    for night in (first, log):
+        dataset = write_dataset(tmp_path / "log", night, tiny_backbone)
+        call("run", str(dataset), "--home", str(homes["local"].root), "--tracker", "none")
+        elsewhere = dataset.with_name("elsewhere.yaml")
+        elsewhere.write_text(yaml.safe_dump(yaml.safe_load(dataset.read_text()) | {"lake": place}))
+        call("run", str(elsewhere), "--home", str(homes["s3"].root), "--tracker", "none")
+    assert bucket.list_objects_v2(Bucket="shop", Prefix="lake/")["KeyCount"] > 10  # type: ignore[attr-defined]
+    assert not list(homes["s3"].root.rglob("ducklake-*.parquet"))
+    call("compact", "--home", str(homes["s3"].root))
+    local, s3 = (contents(home) for home in homes.values())
+    assert differences(s3, local) == []
+    assert artifacts(homes["s3"]) == artifacts(homes["local"])
+    mine, theirs = (OnlineLookup(home).score("u1", list(range(25))).scores for home in homes.values())
+    assert [(s.item_id, pytest.approx(s.probability, abs=1e-5)) for s in mine] == [
+        (s.item_id, s.probability) for s in theirs
+    ]
