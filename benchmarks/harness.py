@@ -49,6 +49,8 @@ def main(name: str, description: str, measure: Callable[[bool, Path], Iterable[R
     parser.add_argument("--home", type=Path, default=Path(".bahe"), help="a home that `bahe demo` filled")
     arguments = parser.parse_args()
     try:
+        if arguments.write:
+            halves(MEASUREMENTS, name)  # before hours of measuring, not after
         rows = list(measure(arguments.quick, arguments.home))
     except BaheError as error:
         parser.exit(error.exit_code, f"{parser.prog}: {error}\n")
@@ -94,14 +96,20 @@ def _shown(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-def put(page: Path, name: str, text: str) -> None:
-    """Put a text between a benchmark's marks on a page. Raises BadInput when they are not there."""
+def halves(page: Path, name: str) -> tuple[str, str]:
+    """A page up to a benchmark's figures, and from their end on. Raises BadInput without marks."""
     begin, end = f"<!-- computed by benchmarks.{name} -->", "<!-- end -->"
     before, found, rest = (page.read_text() if page.is_file() else "").partition(begin)
     _, closed, after = rest.partition(end)
     if not found or not closed:
         raise BadInput(f"{page} lacks the lines {begin} and {end}; put them where the figures belong.")
-    page.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}")
+    return before + begin, end + after
+
+
+def put(page: Path, name: str, text: str) -> None:
+    """Put a text between a benchmark's marks on a page. Raises BadInput when they are not there."""
+    before, after = halves(page, name)
+    page.write_text(f"{before}\n\n{text}\n\n{after}")
 
 
 def _versions() -> dict[str, str]:
