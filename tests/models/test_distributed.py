@@ -109,6 +109,7 @@ def test_two_processes_end_as_one(alone: dict[str, object], tiny_backbone: Path,
     assert resumed[0]["history"] == first["history"]
 
 
+@pytest.mark.slow
 def test_two_processes_that_share_a_backbone_end_as_one(
     alone: dict[str, object], tiny_backbone: Path, tmp_path: Path
 ) -> None:
