@@ -100,7 +100,7 @@ class AtomicEncoder:
             backbone.shallow, self.device, torch.bfloat16 if self.bfloat16 else torch.float32
         )
         if self.bfloat16 and self.device.type == "cpu":
-            # Faster there than what transformers does: a twentieth, compiled a twelfth.
+            # Faster there than what transformers does, by a twentieth.
             fuse_norms(self.shallow)
             attend_within(self.shallow)
         self._forward: Any = torch.compile(self.shallow, dynamic=True) if config.compile else self.shallow

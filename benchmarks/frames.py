@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -51,17 +52,15 @@ def join_rows(home: Home, times: int) -> Iterable[Row]:
     """The join of lists: ours against both peers."""
     what = f"{ENTITY_ROWS:,} rows, {WIDTH} floats, {times} times a key"
     # Of a pandas frame Feast itself first looks at all times, before any store is asked.
-    for form, mine, theirs in (
-        ("pandas", ask_ours, ask_by_hand),
-        ("Arrow", ask_ours_arrow, ask_by_hand_arrow),
-    ):
-        ours, hand = alone(mine, home), alone(theirs, home)
+    for form, arrow in (("Arrow", True), ("pandas", False)):
+        ours = alone(partial(ask_ours, arrow=arrow), home)
+        hand = alone(partial(ask_by_hand, arrow=arrow), home)
         yield compared(f"join of {what}, {form}", ours[0], "s", "SQL by hand", hand[0], 1.3)
         yield compared(f"memory of {what}, {form}", ours[1], "MiB", "SQL by hand", hand[1], 1.5)
     if importlib.util.find_spec("ibis") is None:
         say("Feast's own store is left out: pip install 'bahe[bench]'")
         return
-    ours, stock = alone(ask_ours, home), alone(ask_stock, home)
+    stock = alone(ask_stock, home)
     factor = stock[0] / ours[0]
     demanded = times == max(TIMES_PER_KEY)
     yield Row(
@@ -229,11 +228,6 @@ def ask_ours(root: Path, *, arrow: bool = False) -> Callable[[], object]:
     return with_vectors(repository(root, {"type": kind, "home": str(root)}), source, root, arrow=arrow)
 
 
-def ask_ours_arrow(root: Path) -> Callable[[], object]:
-    """The same of an entity frame in Arrow."""
-    return ask_ours(root, arrow=True)
-
-
 def ask_stock(root: Path) -> Callable[[], object]:
     """Through Feast's DuckDB store, from Parquet."""
     from feast import FileSource
@@ -258,11 +252,6 @@ def ask_by_hand(root: Path, *, arrow: bool = False) -> Callable[[], object]:
         " ON r.id = v.id AND r.event_timestamp > v.event_timestamp ORDER BY r.line"
     )
     return lambda: connection.execute(query).to_arrow_table()
-
-
-def ask_by_hand_arrow(root: Path) -> Callable[[], object]:
-    """The same of an entity frame in Arrow."""
-    return ask_by_hand(root, arrow=True)
 
 
 def ask_tall(root: Path) -> Callable[[], object]:

@@ -50,7 +50,7 @@ def main(name: str, description: str, measure: Callable[[bool, Path], Iterable[R
     arguments = parser.parse_args()
     try:
         if arguments.write:
-            halves(MEASUREMENTS, name)  # before hours of measuring, not after
+            around(MEASUREMENTS, name)  # before hours of measuring, not after
         rows = list(measure(arguments.quick, arguments.home))
     except BaheError as error:
         parser.exit(error.exit_code, f"{parser.prog}: {error}\n")
@@ -96,7 +96,7 @@ def _shown(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-def halves(page: Path, name: str) -> tuple[str, str]:
+def around(page: Path, name: str) -> tuple[str, str]:
     """A page up to a benchmark's figures, and from their end on. Raises BadInput without marks."""
     begin, end = f"<!-- computed by benchmarks.{name} -->", "<!-- end -->"
     before, found, rest = (page.read_text() if page.is_file() else "").partition(begin)
@@ -108,7 +108,7 @@ def halves(page: Path, name: str) -> tuple[str, str]:
 
 def put(page: Path, name: str, text: str) -> None:
     """Put a text between a benchmark's marks on a page. Raises BadInput when they are not there."""
-    before, after = halves(page, name)
+    before, after = around(page, name)
     page.write_text(f"{before}\n\n{text}\n\n{after}")
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +26,7 @@ from bahe_core.home import Home
 from bahe_core.machine import configure_threads, device, threads
 from bahe_models.backbone import Backbone, BackboneConfig, load_backbone
 from bahe_models.encoder import AtomicEncoder, EncoderConfig, encoder_version
+from materialize.ahead import read_ahead
 from materialize.executor import Executor
 from materialize.lake import connect
 
@@ -136,13 +137,8 @@ def encode_here(
     encoder: ChunkEncoder, chunks: Sequence[Chunk], advance: Callable[[int], object]
 ) -> Iterator[Encodings]:
     """Chunk by chunk in this process; a thread reads and tokenises the next one meanwhile."""
-    with ThreadPoolExecutor(1) as ahead:
-        following: Future[Texts] | None = None
-        for index, chunk in enumerate(chunks):
-            texts = (following or ahead.submit(encoder.read, chunk)).result()
-            rest = chunks[index + 1 :][:1]
-            following = ahead.submit(encoder.read, rest[0]) if rest else None
-            yield encoder.encode(texts, advance)
+    for texts in read_ahead(map(encoder.read, chunks)):
+        yield encoder.encode(texts, advance)
 
 
 def encode_in_processes(

@@ -8,7 +8,6 @@ writes) is left to that engine.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 import numpy as np
@@ -26,6 +25,7 @@ from feast.utils import _convert_arrow_to_proto, _get_column_names, _validate_ve
 
 from bahe_core.errors import BadInput
 from bahe_core.progress import progress
+from materialize.ahead import read_ahead
 from materialize.wire import Int64, entity_keys, value_bytes
 from materialize.wire_rows import NO_TIME, WireRows
 from materialize.wire_store import WireOnlineStore
@@ -81,7 +81,7 @@ class ArrowEngine(LocalComputeEngine):
             for batch in _batches(job, size):  # all of them, before the first one is written
                 _validate_vector_field_lengths(_as_view(view, batch), view)
         with progress(f"materializing {view.name}", None) as advance:
-            for batch in _read_ahead(_as_view(view, batch) for batch in _batches(job, size)):
+            for batch in read_ahead(_as_view(view, batch) for batch in _batches(job, size)):
                 self._write(view, batch)
                 self._rows += batch.num_rows
                 advance(batch.num_rows)
@@ -111,15 +111,6 @@ def _batches(job: RetrievalJob, size: int) -> Iterator[pa.RecordBatch]:
         yield from stream(size)
     else:
         yield from job.to_arrow().to_batches(max_chunksize=size)
-
-
-def _read_ahead(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """The next batch is read while the caller writes the one before it."""
-    with ThreadPoolExecutor(1) as reader:
-        following = reader.submit(next, batches, None)
-        while (batch := following.result()) is not None:
-            following = reader.submit(next, batches, None)
-            yield batch
 
 
 def _as_view(view: FeatureView, batch: pa.RecordBatch) -> pa.RecordBatch:

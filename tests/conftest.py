@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -156,3 +157,19 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
     client.create_bucket(Bucket="shop")
     yield client
     server.stop()
+
+
+POSTGRES = "postgresql://postgres@127.0.0.1/test"
+
+
+@pytest.fixture
+def postgres_schema(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The name of a schema of the test's own, for the catalogue of a lake; it is gone afterwards."""
+    require_service("postgres")
+    import psycopg
+
+    monkeypatch.setenv("PGPASSWORD", "postgres")
+    schema = f"bahe_test_{uuid.uuid4().hex[:12]}"
+    yield schema
+    with psycopg.connect(POSTGRES, autocommit=True) as session:
+        session.execute(f"DROP SCHEMA IF EXISTS {schema} CASCADE")

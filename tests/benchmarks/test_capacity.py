@@ -7,7 +7,11 @@ from pathlib import Path
 import pytest
 
 from bahe_core.errors import BadInput
-from benchmarks.capacity import Assumptions, Rates, needs, read_rates
+from benchmarks import capacity
+from benchmarks.capacity import Assumptions, Rates, needs, read_rates, table
+from benchmarks.harness import around, put
+
+BEGIN, END = "<!-- computed by benchmarks.capacity -->", "<!-- end -->"
 
 FILES = {
     "scale": [
@@ -74,6 +78,24 @@ def test_what_a_record_costs_grows_with_records_and_memory_does_not(measured: di
         assert large[what] == pytest.approx(small[what] * (1 if what == "ingest's memory" else 10))
     fewer = values(1e6, found, replace(given, new_share=given.new_share / 2))
     assert fewer["encode new atoms"] == pytest.approx(small["encode new atoms"] / 2)
+
+
+def test_the_table_goes_between_the_marks(measured: dict[str, Path], tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    computed = table(rates(measured), Assumptions())
+    for _ in range(2):
+        put(page, "capacity", computed)
+        assert page.read_text() == f"before\n{BEGIN}\n\n{computed}\n\n{END}\nafter\n"
+    page.write_text("nothing")
+    with pytest.raises(BadInput, match="lacks the lines"):
+        put(page, "capacity", computed)
+
+
+def test_the_page_of_the_docs_has_the_marks() -> None:
+    before, after = around(capacity.PAGE, "capacity")
+    assert before.endswith(BEGIN)
+    assert after.startswith(END)
 
 
 def test_other_files_are_refused(measured: dict[str, Path], tmp_path: Path) -> None:

@@ -6,8 +6,6 @@ import signal
 import subprocess
 import sys
 import threading
-import uuid
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -25,22 +23,15 @@ from bahe_core.lake_location import LakeConfig
 from materialize.ingest import ingest
 from materialize.lake import commit, connect, lake, scalar
 from serving.lookup import OnlineLookup
-from tests.conftest import require_service, small_log, write_dataset
-
-SERVER = "postgresql://postgres@127.0.0.1/test"
+from tests.conftest import POSTGRES, small_log, write_dataset
 
 
 @pytest.fixture
-def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LakeConfig]:
+def config(tmp_path: Path, postgres_schema: str) -> LakeConfig:
     """A schema of the test's own."""
-    require_service("postgres")
-    monkeypatch.setenv("PGPASSWORD", "postgres")
-    schema = f"bahe_test_{uuid.uuid4().hex[:12]}"
     # The name of its sessions is how a test finds them.
-    url = f"{SERVER}?application_name={schema}"
-    yield LakeConfig(catalogue=url, schema=schema, data=str(tmp_path / "shared"))
-    with psycopg.connect(SERVER, autocommit=True) as session:
-        session.execute(f"DROP SCHEMA IF EXISTS {schema} CASCADE")
+    url = f"{POSTGRES}?application_name={postgres_schema}"
+    return LakeConfig(catalogue=url, schema=postgres_schema, data=str(tmp_path / "shared"))
 
 
 def placed(root: Path, config: LakeConfig) -> Home:
@@ -64,7 +55,7 @@ def call(*arguments: str) -> None:
 
 
 def end_sessions(config: LakeConfig) -> None:
-    with psycopg.connect(SERVER, autocommit=True) as session:
+    with psycopg.connect(POSTGRES, autocommit=True) as session:
         session.execute(
             "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = %s",
             [config.schema],
@@ -287,7 +278,7 @@ def test_a_schema_without_a_lake_holds_no_data_yet(config: LakeConfig, tmp_path:
     for as_of in (None, 3):
         with pytest.raises(NotReady, match="bahe ingest"):
             connect(home, as_of=as_of)
-    with psycopg.connect(SERVER) as session:
+    with psycopg.connect(POSTGRES) as session:
         made = session.execute("SELECT 1 FROM pg_namespace WHERE nspname = %s", [config.schema]).fetchone()
     assert made is None
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import uuid
 from pathlib import Path
 
-import psycopg
 import pytest
 import yaml
 from typer.testing import CliRunner
@@ -14,11 +12,9 @@ import bahe
 from bahe_core.home import Home
 from benchmarks.crash import artifacts, contents, differences
 from serving.lookup import OnlineLookup
-from tests.conftest import require_service, small_log, write_dataset
+from tests.conftest import POSTGRES, small_log, write_dataset
 
 pytestmark = pytest.mark.slow
-
-SERVER = "postgresql://postgres@127.0.0.1/test"
 
 
 def call(*arguments: str) -> None:
@@ -32,21 +28,11 @@ def test_two_nights_as_with_a_local_lake(
     bucket: object,
     tiny_backbone: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     request: pytest.FixtureRequest,
 ) -> None:
     place = {"data": "s3://shop/lake"}
     if catalogue == "postgres":
-        require_service("postgres")
-        monkeypatch.setenv("PGPASSWORD", "postgres")
-        schema = f"bahe_test_{uuid.uuid4().hex[:12]}"
-        place |= {"catalogue": SERVER, "schema": schema}
-
-        def drop() -> None:
-            with psycopg.connect(SERVER, autocommit=True) as session:
-                session.execute(f"DROP SCHEMA IF EXISTS {schema} CASCADE")
-
-        request.addfinalizer(drop)
+        place |= {"catalogue": POSTGRES, "schema": request.getfixturevalue("postgres_schema")}
     log = small_log(rows=500)
     first = {
         table: rows[rows["event_timestamp"] < rows["event_timestamp"].quantile(0.8)]
