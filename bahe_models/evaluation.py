@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from bahe_models.data import Impressions
+from bahe_models.impressions import Impressions
 from bahe_models.metrics import (
     Float,
     Reliability,

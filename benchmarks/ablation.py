@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from torch import nn
 
     from bahe_models.backbone import Backbone, BackboneConfig
-    from bahe_models.data import TrainingData
     from bahe_models.encoder import EncoderConfig
+    from bahe_models.impressions import TrainingData
     from bahe_models.model import BaheModel
-    from materialize.train import Settings
+    from materialize.training.train import Settings
 
 
 DEFAULT = "the default"
@@ -134,12 +134,13 @@ class Scene:
 
 def read_scene(home: Home) -> Scene:
     """Training data and texts of a home that `bahe demo` filled."""
-    from materialize.encode import encoder_settings
-    from materialize.frame import latest_frame
-    from materialize.ingest import home_dataset
-    from materialize.lake import lake
-    from materialize.train import Settings
-    from materialize.training_data import current_encoder, read_training_data
+    from bahe_lake.connection import lake
+    from materialize.config.backbone import encoder_settings
+    from materialize.config.dataset import home_dataset
+    from materialize.frames.frame import latest_frame
+    from materialize.training.lake_data import read_training_data
+    from materialize.training.train import Settings
+    from materialize.vectors.stored_atoms import current_encoder
 
     dataset = home_dataset(home)
     with lake(home) as connection:
@@ -182,8 +183,8 @@ def validation_auc(scene: Scene, encodings: Encodings, variant: Variant, seed: i
     """The best epoch's, as early stopping keeps it."""
     import torch
 
-    from bahe_models.loop import seeded
-    from bahe_models.training import Batches, build_model, fit_dense, id_rows, precision, train
+    from bahe_models.ctr_training import Batches, build_model, fit_dense, id_rows, precision, train
+    from bahe_models.training_loop import seeded
 
     halves, vectors = encodings.cut(variant.backbone)
     data = variant.data(replace(scene.data, atoms_AD=vectors))

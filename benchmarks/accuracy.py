@@ -18,16 +18,17 @@ GOAL = 0.760
 
 def measure(quick: bool, home_path: Path) -> Iterable[Row]:
     """Train each network with one seed (quick) or three; same data, threads and run."""
+    from bahe_lake.connection import lake
     from bahe_models.backbone import load_backbone
     from bahe_models.baselines import train_din
     from bahe_models.metrics import auc, gauc
-    from materialize import tracking
-    from materialize.encode import encoder_settings
-    from materialize.frame import latest_frame
-    from materialize.ingest import home_dataset
-    from materialize.lake import lake
-    from materialize.train import Settings, train_all
-    from materialize.training_data import current_encoder, read_training_data
+    from materialize.config.backbone import encoder_settings
+    from materialize.config.dataset import home_dataset
+    from materialize.frames.frame import latest_frame
+    from materialize.training import tracking
+    from materialize.training.lake_data import read_training_data
+    from materialize.training.train import Settings, train_all
+    from materialize.vectors.stored_atoms import current_encoder
 
     home = Home.at(home_path)
     dataset = home_dataset(home)

@@ -30,7 +30,8 @@ import yaml
 from bahe_core.home import Home
 from bahe_core.progress import say
 from benchmarks.harness import Row, main
-from benchmarks.tiny import write_backbone
+from tests.support.backbone import write_backbone
+from tests.support.home_contents import TOLERANCE, Contents, artifacts, contents, differences
 
 if TYPE_CHECKING:
     from multiprocessing.synchronize import Event
@@ -42,19 +43,20 @@ KILLS = (20, 3)
 ROOM = ((0.0, 0.25, 0.5, 0.75), (0.25,))
 """How much of what a job adds to the home fits on the full disk, whole and quick."""
 
-TOLERANCE = 1e-4
-"""Of vectors: atoms in batches of another size differ in their last bits."""
 
 LOG = {"users": 60, "items": 40, "behaviors": 3_000, "impressions": 1_500, "atoms": 720, "days": 10}
-STAMPS = ("created_timestamp", "ingested_at", "quarantined_at")
-"""Columns that tell when a row was written."""
 
-COMPARED = {"runs": ("job",), "publications": ("deployment", "live_model_version")}
-"""Tables of which only some columns are the same in every run; how much a run found left to do is not."""
 
 PRELOAD = [
-    "bahe",
-    *(f"materialize.{job}" for job in (*JOBS, "gates", "feature_store")),
+    "bahe.cli",
+    "feature_repo.store",
+    "materialize.gate",
+    "materialize.ingest.ingest",
+    "materialize.vectors.encode",
+    "materialize.frames.frame",
+    "materialize.training.train",
+    "materialize.vectors.embed",
+    "materialize.release.publish",
     "serving.lookup",
     "validation",
     "great_expectations",
@@ -63,57 +65,8 @@ PRELOAD = [
 
 # ---- what a home holds
 
-Contents = dict[str, tuple[list[tuple[object, ...]], np.ndarray]]
 
-
-def contents(home: Home) -> Contents:
-    """Every table of the lake in an order of its own: rows without stamps and vectors, and the vectors."""
-    from materialize.lake import columns, lake, name, tables
-
-    found: Contents = {}
-    with lake(home) as connection:
-        for table in sorted(tables(connection)):
-            known = columns(connection, table)
-            shown = [c for c in COMPARED.get(table, known) if c not in (*STAMPS, "embedding")]
-            # Keys are among the rows, which put the vectors into an order.
-            vector = "embedding" if "embedding" in known else "[]::FLOAT[]"
-            rows = connection.execute(
-                f"SELECT {', '.join(name(c) for c in shown)}, {vector} FROM {table}"
-                f" ORDER BY {', '.join(name(c) for c in shown)}"
-            ).fetchall()
-            found[table] = ([row[:-1] for row in rows], np.array([row[-1] for row in rows], dtype=float))
-    return found
-
-
-def differences(found: Contents, expected: Contents) -> list[str]:
-    """Tables that are not as they should be, in words; empty when all are."""
-    wrong = [f"table {table} is there in one of them only" for table in found.keys() ^ expected.keys()]
-    for table in sorted(found.keys() & expected.keys()):
-        rows, vectors = found[table]
-        expected_rows, expected_vectors = expected[table]
-        if rows != expected_rows:
-            differ = len(set(rows) ^ set(expected_rows)) if rows and _hashable(rows[0]) else "some"
-            wrong.append(f"{table}: {len(rows)} rows for {len(expected_rows)}, {differ} of them others")
-        elif not np.allclose(vectors, expected_vectors, rtol=0, atol=TOLERANCE):
-            wrong.append(f"{table}: vectors differ")
-    return wrong
-
-
-def _hashable(row: tuple[object, ...]) -> bool:
-    return not any(isinstance(value, list) for value in row)
-
-
-def artifacts(home: Home) -> dict[str, Any]:
-    """Tables of the frames and bytes of the models, by path; not what tells when or of which snapshot."""
-    import pyarrow.parquet as pq
-
-    found: dict[str, Any] = {}
-    for path in sorted(home.frames.rglob("*.parquet")):
-        found[str(path.relative_to(home.root))] = pq.read_table(path).replace_schema_metadata(None)
-    for path in sorted(home.models.rglob("*")):
-        if path.name in ("model.safetensors", "item_ids.json"):
-            found[str(path.relative_to(home.root))] = path.read_bytes()
-    return found
+# ---- running a job
 
 
 def online(home: Home) -> dict[str, np.ndarray]:
@@ -131,9 +84,6 @@ def online(home: Home) -> dict[str, np.ndarray]:
             [*features.vector, *statistics, *(probability for _, probability in by_item)]
         )
     return found
-
-
-# ---- running a job
 
 
 @dataclass(frozen=True)
@@ -205,10 +155,10 @@ def _command(arguments: list[str], errors: Path) -> None:
     with errors.open("wb") as sink:
         os.dup2(sink.fileno(), 1)
         os.dup2(sink.fileno(), 2)
-    import bahe
+    from bahe import cli
 
     sys.argv = ["bahe", *arguments]
-    bahe.main()
+    cli.main()
 
 
 # ---- the reader beside a publish
@@ -278,8 +228,8 @@ class Stage:
 
 def stages(folder: Path, runner: Runner) -> tuple[list[Stage], Versions]:
     """Each job once, undisturbed. `publish` is that of a second model while the first is live."""
-    from materialize.lake import lake
-    from materialize.synth import synth
+    from bahe_lake.connection import lake
+    from bahe_synth.log import synth
 
     log, home = folder / "log", folder / "home"
     dataset = synth(log, **LOG).dataset

@@ -188,9 +188,9 @@ def peer_encoders(halves: Backbone, encoder: AtomicEncoder, dtype: torch.dtype) 
 
 def deduplication(home_path: Path, scene: Scene) -> Row:
     """Tokens of the log as it came, against those of its distinct atoms."""
+    from bahe_lake.connection import lake
     from bahe_models.backbone import load_backbone
     from bahe_models.encoder import AtomicEncoder
-    from materialize.lake import lake
 
     encoder = AtomicEncoder(load_backbone(scene.backbone), scene.encoder)
     lengths = np.array([len(row) for row in encoder.tokenize(scene.channels, scene.texts)])
@@ -220,10 +220,10 @@ def copied(home_path: Path) -> Iterator[Home]:
 
 def growth(home: Home) -> Iterable[Row]:
     """A full run, one with a hundredth of the atoms new, and runs with nothing new."""
-    from materialize.embed import embed
-    from materialize.encode import TABLE, encode
-    from materialize.gates import gate
-    from materialize.lake import commit, lake
+    from bahe_lake.connection import commit, lake
+    from materialize.gate import gate
+    from materialize.vectors.embed import embed
+    from materialize.vectors.encode import TABLE, encode
 
     with lake(home) as connection:
         commit(connection, [f"DELETE FROM {TABLE}"])
@@ -268,9 +268,9 @@ def disk(home: Home, scene: Scene) -> Iterable[Row]:
     """Bytes of the vectors' files, as encode writes them, in both storages."""
     import pyarrow as pa
 
-    from materialize.chunks import Encodings as Chunk
-    from materialize.encode import TABLE, _store
-    from materialize.lake import commit, lake
+    from bahe_lake.connection import commit, lake
+    from materialize.vectors.chunks import Encodings as Chunk
+    from materialize.vectors.encode import TABLE, _store
 
     sizes = {}
     for storage, vectors in (("float32", scene.data.atoms_AD), ("float16", half(scene.data.atoms_AD))):

@@ -140,7 +140,7 @@ def _timed(ask: Callable[[Path], Callable[[], object]], root: Path) -> tuple[flo
 
 def write_wide(home: Home, times: int) -> None:
     """A table of vectors, the entity frame, and the same as Parquet for Feast's own store."""
-    from materialize.lake import lake, quoted
+    from bahe_lake.connection import lake, quoted
 
     with lake(home.create(), create=True) as connection:
         connection.execute(
@@ -161,7 +161,7 @@ def write_wide(home: Home, times: int) -> None:
 
 def write_tall(home: Home, rows: int) -> None:
     """Impressions of 20 a user and 200 an item, and a row in each of five tables for each impression."""
-    from materialize.lake import lake
+    from bahe_lake.connection import lake
 
     with lake(home.create(), create=True) as connection:
         connection.execute(
@@ -221,9 +221,9 @@ def read_wanted(root: Path, *, arrow: bool) -> Any:
 
 def ask_ours(root: Path, *, arrow: bool = False) -> Callable[[], object]:
     """Through our offline store."""
-    from materialize.feast_offline import DuckLakeSource
+    from feast_ducklake.offline.store import DuckLakeSource
 
-    kind = "materialize.feast_offline.DuckLakeOfflineStore"
+    kind = "feast_ducklake.DuckLakeOfflineStore"
     source = DuckLakeSource(name="vectors", table="vectors", created_timestamp_column="created")
     return with_vectors(repository(root, {"type": kind, "home": str(root)}), source, root, arrow=arrow)
 
@@ -243,7 +243,7 @@ def ask_stock(root: Path) -> Callable[[], object]:
 
 def ask_by_hand(root: Path, *, arrow: bool = False) -> Callable[[], object]:
     """The best SQL for these tables, by someone who knows that no key has two rows of one instant."""
-    from materialize.lake import connect
+    from bahe_lake.connection import connect
 
     connection = connect(Home.at(root))
     connection.register("rows", read_wanted(root, arrow=arrow))
@@ -260,9 +260,9 @@ def ask_tall(root: Path) -> Callable[[], object]:
     from feast.infra.offline_stores.file_source import SavedDatasetFileStorage
     from feast.types import Float64, Int64
 
-    from materialize.feast_offline import DuckLakeSource
+    from feast_ducklake.offline.store import DuckLakeSource
 
-    kind = "materialize.feast_offline.DuckLakeOfflineStore"
+    kind = "feast_ducklake.DuckLakeOfflineStore"
     store = repository(root, {"type": kind, "home": str(root)})
     keys = {
         key: Entity(name=key.removesuffix("_id"), join_keys=[key], value_type=ValueType.INT64)

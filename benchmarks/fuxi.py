@@ -30,9 +30,9 @@ if TYPE_CHECKING:
     import duckdb
     import torch
 
-    from bahe_models.data import Impressions, TrainingData
+    from bahe_models.ctr_training import Scores
+    from bahe_models.impressions import Impressions, TrainingData
     from bahe_models.timelines import Int64
-    from bahe_models.training import Scores
 
 Network = Literal["DIN", "DCNv2"]
 HISTORY = 50
@@ -73,7 +73,7 @@ class Encoder:
 
     def __init__(self, data: TrainingData, item_A: Int64, setting: Setting) -> None:
         """`item_A` is of `behavior_items`."""
-        from bahe_models.training import fit_dense, id_rows
+        from bahe_models.ctr_training import fit_dense, id_rows
 
         def known(seen: Int64, size: int) -> Int64:
             # id_rows has 0 for ids unseen; that row is padding here.
@@ -233,7 +233,7 @@ def train_fuxi(
     It stops early by the AUC on validation and goes back to the best weights. `item_A` is of
     `behavior_items`.
     """
-    from bahe_models.loop import seeded
+    from bahe_models.training_loop import seeded
 
     encoder = Encoder(data, item_A, setting)
     train = Batches(encoder, data.splits["train"], rng=np.random.default_rng(seed))
@@ -351,11 +351,12 @@ def measure(quick: bool, home_path: Path) -> Iterable[Row]:
     Quick, it trains only the setting that each search begins with and the one that it once ended with.
     The test split is not looked at.
     """
+    from bahe_lake.connection import lake
     from bahe_models.metrics import auc
-    from materialize.frame import latest_frame
-    from materialize.ingest import home_dataset
-    from materialize.lake import lake
-    from materialize.training_data import current_encoder, read_training_data
+    from materialize.config.dataset import home_dataset
+    from materialize.frames.frame import latest_frame
+    from materialize.training.lake_data import read_training_data
+    from materialize.vectors.stored_atoms import current_encoder
 
     if not installed():
         raise NotReady(f"FuxiCTR is not installed; {INSTALL} adds it.")

@@ -35,15 +35,15 @@ NOW = datetime.now(UTC)
 GOAL = 6.0
 NOTHING_NEW_SECONDS = 2.0
 
-OURS = {"type": "materialize.feast_engine.ArrowEngine"}
+OURS = {"type": "feast_ducklake.ArrowEngine"}
 STOCK = {"type": "local"}
 CONTENDERS: dict[str, dict[str, tuple[dict[str, Any], dict[str, Any]]]] = {
     "SQLite": {
-        "ours": ({"type": "materialize.feast_sqlite.GuardedSqliteOnlineStore"}, OURS),
+        "ours": ({"type": "feast_ducklake.GuardedSqliteOnlineStore"}, OURS),
         "stock": ({"type": "sqlite"}, STOCK),
     },
     "Redis": {
-        "ours": ({"type": "materialize.feast_redis.GuardedRedisOnlineStore"}, OURS),
+        "ours": ({"type": "feast_ducklake.GuardedRedisOnlineStore"}, OURS),
         "stock": ({"type": "redis", "connection_string": "127.0.0.1:6379"}, STOCK),
     },
 }
@@ -58,7 +58,7 @@ def available() -> list[str]:
 
 def fill_lake(home: Home, entities: int, width: int) -> Any:
     """A table of random vectors; returns them [N, D]."""
-    from materialize.lake import lake
+    from bahe_lake.connection import lake
 
     vectors_ND = np.random.default_rng(0).normal(size=(entities, width)).astype(np.float32)
     flat = pa.FixedSizeListArray.from_arrays(pa.array(vectors_ND.ravel()), width)
@@ -83,7 +83,7 @@ def opened(home: Home, store: str, contender: str, folder: Path) -> Iterator[Fea
     from feast import Entity, FeatureStore, FeatureView, Field, RepoConfig, ValueType
     from feast.types import Array, Float32
 
-    from materialize.feast_offline import DuckLakeSource
+    from feast_ducklake.offline.store import DuckLakeSource
 
     online, engine = CONTENDERS[store][contender]
     folder.mkdir(parents=True)
@@ -95,7 +95,7 @@ def opened(home: Home, store: str, contender: str, folder: Path) -> Iterator[Fea
             registry={"path": str(folder / "registry.db")},
             online_store=online | path,
             offline_store={
-                "type": "materialize.feast_offline.DuckLakeOfflineStore",
+                "type": "feast_ducklake.DuckLakeOfflineStore",
                 "home": str(home.root),
             },
             batch_engine=engine,

@@ -75,14 +75,14 @@ def raw_redis(feast: FeatureStore) -> Read:
 def _keys(users: Users) -> list[bytes]:
     from feast.value_type import ValueType
 
-    from materialize.wire import entity_keys
+    from feast_ducklake.online.wire import entity_keys
 
     return entity_keys({"user_id": pa.array(users)}, {"user_id": ValueType.INT64})
 
 
 def vector_reader(feast: FeatureStore) -> Read:
     """Ours: ttl, order and missing entities included."""
-    from materialize.vectors import VectorReader
+    from feast_ducklake.online.vectors import VectorReader
 
     reader = VectorReader(feast, VIEW)
     return lambda users: reader.read({"user_id": users}).vectors_ND

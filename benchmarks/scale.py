@@ -157,7 +157,7 @@ def _timed(step: Callable[..., Callable[[], Any]], arguments: tuple[Any, ...]) -
 
 def make_log(log: Path, size: int, days: int, atoms: int | None = None) -> Callable[[], Any]:
     """A log of so many behaviors over the first 30 days, with everything else in proportion."""
-    from materialize.synth import synth
+    from bahe_synth.log import synth
 
     if log.exists():
         return lambda: synth(log, days=days)
@@ -174,21 +174,21 @@ def make_log(log: Path, size: int, days: int, atoms: int | None = None) -> Calla
 
 def ingest(log: Path, home: Path) -> Callable[[], dict[str, Any]]:
     """`bahe ingest` without its gate."""
-    from materialize.ingest import ingest as job
+    from materialize.ingest.ingest import ingest as job
 
     return lambda: dict(vars(job(Home.at(home), log / "dataset.yaml")))
 
 
 def check(_: Path, home: Path) -> Callable[[], None]:
     """The gate after ingest."""
-    from materialize.gates import gate
+    from materialize.gate import gate
 
     return lambda: gate(Home.at(home), "ingest")
 
 
 def encode(_: Path, home: Path) -> Callable[[], int]:
     """`bahe encode` without its gate; the number of atoms encoded."""
-    from materialize.encode import encode as job
+    from materialize.vectors.encode import encode as job
 
     return lambda: int(job(Home.at(home)).added)
 

@@ -34,10 +34,10 @@ if TYPE_CHECKING:
 
     from bahe_models.backbone import Backbone
     from bahe_models.baselines import LongText, TokenTimelines
-    from bahe_models.data import Impressions, TrainingData
+    from bahe_models.ctr_training import Batches
     from bahe_models.features import DenseFeatures
-    from bahe_models.training import Batches
-    from materialize.train import Settings
+    from bahe_models.impressions import Impressions, TrainingData
+    from materialize.training.train import Settings
 
 Int64 = npt.NDArray[np.int64]
 Step = Callable[[Int64], "torch.Tensor"]
@@ -83,15 +83,16 @@ def read_scene(home: Home) -> Scene:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    from bahe_lake.connection import lake
     from bahe_models.backbone import load_backbone
     from bahe_models.baselines import token_timelines
-    from bahe_models.training import fit_dense, id_rows
-    from materialize.encode import encoder_settings
-    from materialize.frame import latest_frame
-    from materialize.ingest import home_dataset
-    from materialize.lake import lake
-    from materialize.train import Settings
-    from materialize.training_data import current_encoder, read_training_data
+    from bahe_models.ctr_training import fit_dense, id_rows
+    from materialize.config.backbone import encoder_settings
+    from materialize.config.dataset import home_dataset
+    from materialize.frames.frame import latest_frame
+    from materialize.training.lake_data import read_training_data
+    from materialize.training.train import Settings
+    from materialize.vectors.stored_atoms import current_encoder
 
     dataset = home_dataset(home)
     frame = latest_frame(home)
@@ -130,7 +131,7 @@ def bahe_batches(scene: Scene, **changes: Any) -> Batches:
     """BAHE, ready to train; `changes` are of its ModelConfig."""
     import torch
 
-    from bahe_models.training import Batches, build_model, precision
+    from bahe_models.ctr_training import Batches, build_model, precision
 
     settings, cpu = scene.settings, torch.device("cpu")
     config = replace(settings.model, **changes)
@@ -149,7 +150,7 @@ def bahe_batches(scene: Scene, **changes: Any) -> Batches:
 def long_text(scene: Scene, attention: str) -> LongText:
     """The peer with the same deep layers and head; `attention` is transformers' name of a kernel."""
     from bahe_models.baselines import LongText
-    from bahe_models.training import build_model
+    from bahe_models.ctr_training import build_model
 
     # A prompt is one sequence, whatever channels its behaviors are of.
     merged = replace(scene.settings.model, channels="merged")
@@ -173,7 +174,7 @@ def long_text_step(
     """Logits by text prompts, in the precision that BAHE has."""
     import torch
 
-    from bahe_models.training import precision
+    from bahe_models.ctr_training import precision
 
     split, data = scene.data.splits[split_name], scene.data
     dense_NF = torch.from_numpy(scene.dense.transform(split.columns, split.length_NC, split.time_us_N))
@@ -433,8 +434,8 @@ def epoch(scene: Scene, one_pass: Callable[[Int64], float], share: float) -> Ite
     """Seconds of an epoch from evenly spaced steps, and how near it is to its matrix products alone."""
     import torch
 
+    from bahe_models.ctr_training import precision
     from bahe_models.timelines import window_batch
-    from bahe_models.training import precision
 
     split, settings = scene.split, scene.settings
     steps = planned(scene, np.arange(len(split)), settings.training.impressions_per_step)

@@ -20,15 +20,16 @@ import torch
 
 from bahe_core.errors import BadInput, NotReady
 from bahe_core.home import Home
+from bahe_lake.connection import lake
 from bahe_models.artifact import Artifact
 from bahe_models.backbone import load_backbone
 from bahe_models.encoder import AtomicEncoder, encoder_version
 from bahe_models.incremental import UserState
-from materialize.atoms import ATOM_ID, NORMAL_TEXT
-from materialize.encode import encoder_settings, recorded_settings
-from materialize.ingest import home_dataset
-from materialize.lake import lake
-from materialize.training_data import read_user
+from materialize.config.backbone import encoder_settings
+from materialize.config.dataset import home_dataset
+from materialize.ingest.atoms import ATOM_ID, NORMAL_TEXT
+from materialize.vectors.encode import recorded_settings
+from materialize.vectors.timelines import read_user
 from serving.lookup import Identifier, OnlineLookup, UserFeatures
 
 STATES = 256

@@ -18,10 +18,10 @@ from bahe_core.home import Home
 from bahe_models.artifact import Artifact, load
 from bahe_models.context import Value, hash_context, refuse_unknown
 from bahe_models.features import needed_columns
-from materialize.feature_store import online_errors, open_store
-from materialize.pointer import DEPLOYMENT
-from materialize.vectors import VectorReader
-from materialize.wire_rows import Vectors
+from feast_ducklake.online.vectors import VectorReader
+from feast_ducklake.online.wire_rows import Vectors
+from feature_repo.store import online_errors, open_store
+from materialize.release.pointer import DEPLOYMENT
 
 Identifier = str | int
 VECTOR = "embedding"

@@ -6,6 +6,5 @@
 from __future__ import annotations
 
 from validation.gates import GateResult, require, run_gate
-from validation.suites import moment
 
-__all__ = ["GateResult", "moment", "require", "run_gate"]
+__all__ = ["GateResult", "require", "run_gate"]

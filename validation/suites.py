@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from datetime import timedelta
 from typing import Any
 
+from bahe_lake.freshness import moment
 from validation.checks import (
     Check,
     each_present,
@@ -22,6 +24,9 @@ Parameters = Mapping[str, Any]
 
 Columns = Mapping[str, AbstractSet[str]]
 """The columns that each logical table has."""
+
+CLOCK_TOLERANCE = timedelta(days=1)
+"""How far ahead of this machine's clock an event may be."""
 
 LEAK_SAMPLE = 2_000
 """Frame rows whose history lengths are counted again from the timelines."""
@@ -336,12 +341,6 @@ def _frame(parameters: Parameters, columns: Columns) -> list[Check]:
         *_history_leaks(parameters["channels"], freshness),
         *_label_leaks(columns["frame"], freshness),
     ]
-
-
-def moment(freshness: str, time: str) -> str:
-    """SQL of the instant whose past is known to an impression at `time` (event, hourly, daily)."""
-    unit = {"event": None, "hourly": "hour", "daily": "day"}[freshness]
-    return time if unit is None else f"date_trunc('{unit}', {time})"
 
 
 def _history_leaks(channels: Sequence[str], freshness: str) -> list[Check]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from benchmarks.crash import Contents, Ran, differences, not_in_order, one_sentence
+from benchmarks.crash import Ran, not_in_order, one_sentence
+from tests.support.home_contents import Contents, differences
 
 SOUND: Contents = {
     "atoms": ([(1, "a"), (2, "b")], np.zeros((2, 0))),

@@ -8,7 +8,7 @@ import pytest
 
 from bahe_models.metrics import auc
 from benchmarks.fuxi import FIRST, PADDING, TUNED, UNKNOWN, Batches, Encoder, Network, Setting, train_fuxi
-from tests.models.toy import at_moments, toy_data
+from tests.support.toy import at_moments, toy_data
 
 ALL = Setting(history=5, behavior=("item", "channel", "atom"))
 needs_fuxictr = pytest.mark.skipif(

@@ -17,19 +17,20 @@ import pytest
 import typer
 import yaml
 
-import bahe
+from bahe import cli
+from bahe.daily import days, today
 from bahe_core.home import Home
-from materialize.daily import days, today
 from serving.lookup import OnlineLookup
-from tests.conftest import small_log, write_dataset
+from tests.support import REPOSITORY
+from tests.support.logs import small_log, write_dataset
 
-EXAMPLES = Path(bahe.__file__).parent / "examples"
+EXAMPLES = REPOSITORY / "examples"
 DAY = "2024-04-01"
 
 
 def require_accepted(arguments: list[str]) -> None:
     """Raises when bahe's own parser does not know an option of `bahe ... daily ...`."""
-    group: Any = typer.main.get_command(bahe.app)
+    group: Any = typer.main.get_command(cli.app)
     place = arguments.index("daily")
     context = group.make_context("bahe", arguments[: place + 1])
     group.commands["daily"].make_context("daily", arguments[place + 1 :], parent=context)

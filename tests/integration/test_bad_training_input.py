@@ -13,12 +13,12 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-import bahe
+from bahe import cli
 from bahe_core.errors import BaheError
 from bahe_core.home import Home
+from bahe_lake.connection import lake
 from bahe_models import Checkpoint, baselines
-from materialize.lake import lake
-from tests.conftest import small_log, write_dataset
+from tests.support.logs import small_log, write_dataset
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def ready(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> Home
     dataset = write_dataset(folder / "log", small_log(rows=400), tiny_backbone)
     home = Home.at(folder / "home")
     for step in (("ingest", dataset), ("encode",), ("apply",), ("frame",)):
-        result = CliRunner().invoke(bahe.app, [*map(str, step), "--home", str(home.root)])
+        result = CliRunner().invoke(cli.app, [*map(str, step), "--home", str(home.root)])
         assert result.exit_code == 0, result.output
     return home
 
@@ -132,7 +132,7 @@ def test_bad_input_is_refused_before_any_step(
 
     monkeypatch.setattr(baselines, "train_id_only", train_id_only)
     arguments = ["train", "--tracker", "none", "--home", str(home.root)]
-    result = CliRunner().invoke(bahe.app, arguments)
+    result = CliRunner().invoke(cli.app, arguments)
     assert isinstance(result.exception, BaheError), result.exception
     assert result.exception.exit_code == 2
     message = str(result.exception)

@@ -10,18 +10,19 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-import bahe
+from bahe import cli
 from bahe_core.home import Home
-from benchmarks.crash import contents, differences
 from serving.lookup import OnlineLookup
-from tests.conftest import small_log, write_dataset
+from tests.support import REPOSITORY
+from tests.support.home_contents import contents, differences
+from tests.support.logs import small_log, write_dataset
 
 # A child process that kills itself with SIGKILL at the n-th call of a function.
 CHILD = """
 import functools, importlib, os, signal, sys
-import materialize.chunks, materialize.encode
-materialize.chunks.ATOMS_PER_CHUNK = materialize.encode.ATOMS_PER_COMMIT = 16
-materialize.chunks.AtomicEncoder = functools.partial(materialize.chunks.AtomicEncoder, tokens_per_batch=120)
+from materialize.vectors import chunks, encode
+chunks.ATOMS_PER_CHUNK = encode.ATOMS_PER_COMMIT = 16
+chunks.AtomicEncoder = functools.partial(chunks.AtomicEncoder, tokens_per_batch=120)
 module, function, nth, *arguments = sys.argv[1:]
 module, calls = importlib.import_module(module), 0
 original = getattr(module, function)
@@ -32,14 +33,14 @@ def counting(*a, **k):
         os.kill(os.getpid(), signal.SIGKILL)
     return original(*a, **k)
 setattr(module, function, counting)
-import bahe
-bahe.app(arguments)
+from bahe import cli
+cli.app(arguments)
 """
 
 
 def run(dataset: Path, home: Home) -> None:
     result = CliRunner().invoke(
-        bahe.app, ["run", str(dataset), "--home", str(home.root), "--tracker", "none"]
+        cli.app, ["run", str(dataset), "--home", str(home.root), "--tracker", "none"]
     )
     assert result.exit_code == 0, (result.exception, result.output)
 
@@ -54,16 +55,16 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -
 
 
 KILLS = [
-    ("materialize.encode", "_store", 3),
-    ("materialize.publish", "_not_reading_back", 1),
+    ("materialize.vectors.encode", "_store", 3),
+    ("materialize.release.publish", "_not_reading_back", 1),
     # Half a minute each.
     *(
         pytest.param(*kill, marks=pytest.mark.slow)
         for kill in [
-            ("materialize.ingest", "transact", 1),
-            ("materialize.frame", "_write", 1),
-            ("materialize.train", "write_report", 1),
-            ("materialize.embed", "_replace", 2),
+            ("materialize.ingest.ingest", "transact", 1),
+            ("materialize.frames.frame", "_write", 1),
+            ("materialize.training.train", "write_report", 1),
+            ("materialize.vectors.embed", "_replace", 2),
         ]
     ),
 ]
@@ -90,7 +91,7 @@ def test_a_killed_run_is_finished_by_the_next(
             "--tracker",
             "none",
         ],
-        cwd=Path(bahe.__file__).parent,
+        cwd=REPOSITORY,
         capture_output=True,
         check=False,
     )

@@ -18,19 +18,20 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner, Result
 
-import bahe
+from bahe import cli
+from bahe.daily import STEPS, _begin, days, today
+from bahe.status import status
 from bahe_core.errors import BadInput, Damaged, GateFailed, NotReady
 from bahe_core.home import Home
-from benchmarks.crash import contents, differences
-from materialize import encode
-from materialize.daily import STEPS, _begin, days, today
-from materialize.lake import lake
-from materialize.quality import judge
-from materialize.runs import history, last
-from materialize.status import status
+from bahe_lake.connection import lake
+from bahe_lake.runs import history, last
+from materialize.release.quality import judge
+from materialize.vectors import encode
 from serving.lookup import OnlineLookup
-from tests.conftest import small_log, write_dataset
-from tests.integration.nights import KILLS
+from tests.support import REPOSITORY
+from tests.support.home_contents import contents, differences
+from tests.support.logs import small_log, write_dataset
+from tests.support.nights import KILLS
 
 pytestmark = pytest.mark.slow
 
@@ -38,7 +39,7 @@ FIRST, SECOND = "2024-04-01", "2024-04-02"
 
 
 def call(*arguments: object, home: Home) -> Result:
-    return CliRunner().invoke(bahe.app, [*map(str, arguments), "--home", str(home.root)])
+    return CliRunner().invoke(cli.app, [*map(str, arguments), "--home", str(home.root)])
 
 
 def daily(home: Home, *arguments: object) -> Result:
@@ -61,14 +62,14 @@ def stale(home: Home) -> list[str]:
 def nights(
     tmp_path_factory: pytest.TempPathFactory, first_day: tuple[Home, Path]
 ) -> tuple[Path, dict[str, Any]]:
-    """What `tests.integration.nights` saw on the log of `first_day`, and its folder."""
+    """What `tests.support.nights` saw on the log of `first_day`, and its folder."""
     folder, dataset = tmp_path_factory.mktemp("nights"), first_day[1]
     done = subprocess.run(
         [
-            *(sys.executable, "-c", "from tests.integration.nights import main; main()"),
+            *(sys.executable, "-c", "from tests.support.nights import main; main()"),
             *(str(folder), str(dataset)),
         ],
-        cwd=Path(bahe.__file__).parent,
+        cwd=REPOSITORY,
         env={**os.environ, "BAHE_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -181,14 +182,14 @@ def test_the_first_night_leaves_everything_up_to_date(first_day: tuple[Home, Pat
 
 def test_status_needs_no_model_library(first_day: tuple[Home, Path]) -> None:
     code = (
-        "import sys; sys.argv[1:] = ['status', '--home', sys.argv[1]]; import bahe\n"
-        "try: bahe.app()\n"
+        "import sys; sys.argv[1:] = ['status', '--home', sys.argv[1]]; from bahe import cli\n"
+        "try: cli.app()\n"
         "except SystemExit: pass\n"
         "print(sorted({'torch', 'feast', 'transformers'} & set(sys.modules)))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(first_day[0].root)],
-        cwd=Path(bahe.__file__).parent,
+        cwd=REPOSITORY,
         capture_output=True,
         text=True,
         check=True,

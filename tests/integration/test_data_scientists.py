@@ -17,14 +17,14 @@ from torch.utils.data import DataLoader
 
 from bahe_core.errors import BadInput, NotReady
 from bahe_core.home import Home
-from materialize.encode import encode
-from materialize.feature_store import apply
-from materialize.frame import Frame, frame
-from materialize.gates import gate
-from materialize.ingest import ingest
-from materialize.lake import commit, lake
-from materialize.torch_frames import FrameDataset
-from tests.conftest import small_log, write_dataset
+from bahe_lake.connection import commit, lake
+from feature_repo.store import apply
+from materialize.frames.frame import Frame, frame
+from materialize.gate import gate
+from materialize.ingest.ingest import ingest
+from materialize.training.torch_frames import FrameDataset
+from materialize.vectors.encode import encode
+from tests.support.logs import small_log, write_dataset
 
 
 @pytest.fixture(scope="module")

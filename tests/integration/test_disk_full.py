@@ -7,18 +7,18 @@ import subprocess
 import sys
 from pathlib import Path
 
-import bahe
 from bahe_core.home import Home
-from benchmarks.crash import contents, differences
-from materialize.ingest import ingest
-from tests.conftest import small_log, write_dataset
+from materialize.ingest.ingest import ingest
+from tests.support import REPOSITORY
+from tests.support.home_contents import contents, differences
+from tests.support.logs import small_log, write_dataset
 
 
 def limited(most: int, *arguments: str) -> subprocess.CompletedProcess[str]:
     """`bahe ARGUMENTS` in a process whose files may not grow beyond so many bytes."""
     return subprocess.run(
         [sys.executable, "-m", "bahe", *arguments],
-        cwd=Path(bahe.__file__).parent,
+        cwd=REPOSITORY,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (most, most)),
         capture_output=True,
         text=True,

@@ -7,16 +7,16 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-import bahe
+from bahe import cli
 from bahe_core.errors import NotServable
 from bahe_core.home import Home
+from bahe_lake.connection import lake, scalar
 from bahe_models import load
-from materialize.lake import lake, scalar
-from tests.conftest import small_log, write_dataset
+from tests.support.logs import small_log, write_dataset
 
 
 def call(*arguments: object, home: Home) -> Result:
-    return CliRunner().invoke(bahe.app, [*map(str, arguments), "--home", str(home.root)])
+    return CliRunner().invoke(cli.app, [*map(str, arguments), "--home", str(home.root)])
 
 
 def jobs(home: Home) -> list[str]:

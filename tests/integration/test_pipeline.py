@@ -18,23 +18,24 @@ import pytest
 from fastapi.testclient import TestClient
 from typer.testing import CliRunner, Result
 
-import bahe
+from bahe import cli
+from bahe.cli import commands
 from bahe_core.errors import BadInput, BaheError, Damaged, GateFailed, NotReady, UnknownEntity
 from bahe_core.home import Home
+from bahe_lake.connection import lake, scalar
 from bahe_models.features import needed_columns
-from materialize.feature_store import open_store
-from materialize.frame import latest_frame
-from materialize.lake import lake, scalar
-from materialize.training_data import current_encoder, read_training_data
+from feature_repo.store import open_store
+from materialize.frames.frame import latest_frame
+from materialize.training.lake_data import read_training_data
+from materialize.vectors.stored_atoms import current_encoder
 from serving.api import create_app
 from serving.lookup import OnlineLookup
-from tests.conftest import small_log, write_dataset
-
-REPOSITORY = Path(bahe.__file__).parent
+from tests.support import REPOSITORY
+from tests.support.logs import small_log, write_dataset
 
 
 def call(*arguments: object, home: Path) -> Result:
-    return CliRunner().invoke(bahe.app, [str(arguments[0]), "--home", str(home), *map(str, arguments[1:])])
+    return CliRunner().invoke(cli.app, [str(arguments[0]), "--home", str(home), *map(str, arguments[1:])])
 
 
 @pytest.fixture(scope="module")
@@ -435,7 +436,7 @@ def test_results_are_written_as_json(filled: tuple[Home, Path]) -> None:
 def test_the_results_table_fits_a_narrow_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     metrics = {"auc": 0.7616, "auc_low": 0.748, "auc_high": 0.7741, "train_seconds": 1234.5}
     row = {"model": "id_only", "split": "validation", **metrics, "gauc": None, "peak_memory_mb": 12345}
-    bahe._print_results([row])
+    commands._print_results([row])
     printed = capsys.readouterr().out
     assert "0.7616 [0.748, 0.774]" in printed
     assert "n/a" in printed

@@ -16,14 +16,16 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-import bahe
+from bahe import cli
 from bahe_core.errors import BadInput, Busy, NotReady, Unreachable
 from bahe_core.home import Home
 from bahe_core.lake_location import LakeConfig
-from materialize.ingest import ingest
-from materialize.lake import commit, connect, lake, scalar
+from bahe_lake.connection import commit, connect, lake, scalar
+from materialize.ingest.ingest import ingest
 from serving.lookup import OnlineLookup
-from tests.conftest import POSTGRES, small_log, write_dataset
+from tests.support import REPOSITORY
+from tests.support.logs import small_log, write_dataset
+from tests.support.services import POSTGRES
 
 
 @pytest.fixture
@@ -50,7 +52,7 @@ def filled(config: LakeConfig, tmp_path: Path) -> Home:
 
 
 def call(*arguments: str) -> None:
-    result = CliRunner().invoke(bahe.app, arguments)
+    result = CliRunner().invoke(cli.app, arguments)
     assert result.exit_code == 0, (result.exception, result.output)
 
 
@@ -106,7 +108,7 @@ WRITER = """
 import sys
 from pathlib import Path
 from bahe_core.home import Home
-from materialize.lake import commit, lake
+from bahe_lake.connection import commit, lake
 table, root = sys.argv[1:]
 with lake(Home.at(root)) as connection:
     for i in range(15):
@@ -121,7 +123,7 @@ def test_two_processes_write_two_tables_while_readers_read(filled: Home) -> None
     writers = [
         subprocess.Popen(
             [sys.executable, "-c", WRITER, table, str(filled.root)],
-            cwd=Path(bahe.__file__).parent,
+            cwd=REPOSITORY,
             stderr=subprocess.PIPE,
         )
         for table in "ab"
@@ -185,7 +187,7 @@ def test_jobs_of_two_homes_keep_each_other_out(filled: Home, config: LakeConfig,
             "import sys; from bahe_core.home import Home\n"
             f"with Home.at({str(other.root)!r}).exclusive():\n print('held', flush=True); sys.stdin.read()",
         ],
-        cwd=Path(bahe.__file__).parent,
+        cwd=REPOSITORY,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )

@@ -14,23 +14,24 @@ import redis
 import yaml
 from typer.testing import CliRunner, Result
 
-import bahe
+from bahe import cli
 from bahe_core.errors import BadInput, BaheError, Damaged, NotReady
 from bahe_core.home import Home
-from materialize import pointer
-from materialize import publish as publishing
-from materialize.feature_store import TEMPLATE, open_store
-from materialize.lake import lake, written_since
-from materialize.runs import last
+from bahe_lake.connection import lake, written_since
+from bahe_lake.runs import last
+from feature_repo.store import TEMPLATE, open_store
+from materialize.release import pointer
+from materialize.release import publish as publishing
 from serving.lookup import OnlineLookup
-from tests.conftest import require_service, small_log, write_dataset
+from tests.support.logs import small_log, write_dataset
+from tests.support.services import require_service
 
 USERS = 31
 ITEMS = 25
 
 
 def call(*arguments: object, home: Home) -> Result:
-    result = CliRunner().invoke(bahe.app, [*map(str, arguments), "--home", str(home.root)])
+    result = CliRunner().invoke(cli.app, [*map(str, arguments), "--home", str(home.root)])
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     assert result.exit_code == 0, result.output

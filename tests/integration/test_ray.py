@@ -18,14 +18,14 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
-import bahe
-import materialize.chunks
-import materialize.embed
-import materialize.offline_store.job
+from bahe import cli
 from bahe_core.home import Home
-from materialize.lake import commit, lake
-from materialize.offline_store.sharding import ShardReader
-from tests.conftest import small_log, write_dataset
+from bahe_lake.connection import commit, lake
+from feast_ducklake.offline import retrieval
+from feast_ducklake.offline.sharding import ShardReader
+from materialize.vectors import chunks, embed
+from tests.support import REPOSITORY
+from tests.support.logs import small_log, write_dataset
 
 pytestmark = pytest.mark.slow
 
@@ -38,7 +38,7 @@ VECTORS = {
 
 
 def call(job: str, home: Home, *arguments: str) -> None:
-    result = CliRunner().invoke(bahe.app, [job, *arguments, "--home", str(home.root)])
+    result = CliRunner().invoke(cli.app, [job, *arguments, "--home", str(home.root)])
     assert result.exit_code == 0, (result.exception, result.output)
 
 
@@ -60,8 +60,8 @@ def reference(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> 
     dataset = write_dataset(folder / "log", small_log(rows=400), tiny_backbone)
     home = Home.at(folder / "home")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(materialize.chunks, "ATOMS_PER_CHUNK", 8)
-        patch.setattr(materialize.embed, "USERS_PER_BATCH", 5)
+        patch.setattr(chunks, "ATOMS_PER_CHUNK", 8)
+        patch.setattr(embed, "USERS_PER_BATCH", 5)
         call("ingest", home, str(dataset))
         for job in ("encode", "apply", "frame"):
             call(job, home)
@@ -106,9 +106,7 @@ def test_encoding_survives_a_killed_actor(
     with lake(copy) as connection:
         commit(connection, ["DELETE FROM atomic_behavior_embedding"])
     marker = tmp_path / "killed"
-    monkeypatch.setattr(
-        materialize.chunks, "_encode_chunk", mortal(materialize.chunks._encode_chunk, marker)
-    )
+    monkeypatch.setattr(chunks, "_encode_chunk", mortal(chunks._encode_chunk, marker))
     call("encode", copy, *ON_RAY)
     assert marker.exists(), "no actor was killed"
     table = "atomic_behavior_embedding"
@@ -125,7 +123,7 @@ def test_embedding_survives_a_killed_actor(
         emptied = ("user_embedding", "item_embedding", "runs WHERE job = 'embed'")
         commit(connection, [f"DELETE FROM {rows}" for rows in emptied])
     marker = tmp_path / "killed"
-    monkeypatch.setattr(materialize.embed, "user_embedder", mortal(materialize.embed.user_embedder, marker))
+    monkeypatch.setattr(embed, "user_embedder", mortal(embed.user_embedder, marker))
     call("embed", copy, *ON_RAY)
     assert marker.exists(), "no actor was killed"
     for table in ("user_embedding", "item_embedding"):
@@ -155,7 +153,7 @@ def test_a_frame_in_shards_is_the_frame(
     if freshness == "event":
         assert expected.equals(frame_of(reference))
     shutil.rmtree(copy.frames)
-    monkeypatch.setattr(materialize.offline_store.job, "ShardReader", MortalShardReader)
+    monkeypatch.setattr(retrieval, "ShardReader", MortalShardReader)
     call("frame", copy, *ON_RAY)
     assert (copy.root / "killed").exists(), "no worker was killed"
     assert frame_of(copy).equals(expected)
@@ -165,19 +163,18 @@ def test_a_frame_in_shards_is_the_frame(
 # A driver that kills itself with SIGKILL at its third commit of vectors.
 DRIVER = """
 import os, signal, sys
-import materialize.chunks, materialize.encode
-materialize.chunks.ATOMS_PER_CHUNK = 8
-materialize.encode.ATOMS_PER_COMMIT = 8
-store, calls = materialize.encode._store, 0
+from materialize.vectors import chunks, encode
+chunks.ATOMS_PER_CHUNK = encode.ATOMS_PER_COMMIT = 8
+store, calls = encode._store, 0
 def counting(*arguments):
     global calls
     calls += 1
     if calls == 3:
         os.kill(os.getpid(), signal.SIGKILL)
     store(*arguments)
-materialize.encode._store = counting
-import bahe
-bahe.app(sys.argv[1:])
+encode._store = counting
+from bahe import cli
+cli.app(sys.argv[1:])
 """
 
 
@@ -189,7 +186,7 @@ def test_a_killed_driver_loses_one_batch_and_leaves_nothing_running(
         commit(connection, ["DELETE FROM atomic_behavior_embedding"])
     driver = subprocess.Popen(
         [sys.executable, "-c", DRIVER, "encode", "--home", str(copy.root), *ON_RAY],
-        cwd=Path(bahe.__file__).parent,
+        cwd=REPOSITORY,
         env=os.environ | {"BAHE_TEST_DRIVER": str(tmp_path)},
         stderr=subprocess.PIPE,
     )

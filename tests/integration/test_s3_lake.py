@@ -8,17 +8,18 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-import bahe
+from bahe import cli
 from bahe_core.home import Home
-from benchmarks.crash import artifacts, contents, differences
 from serving.lookup import OnlineLookup
-from tests.conftest import POSTGRES, small_log, write_dataset
+from tests.support.home_contents import artifacts, contents, differences
+from tests.support.logs import small_log, write_dataset
+from tests.support.services import POSTGRES
 
 pytestmark = pytest.mark.slow
 
 
 def call(*arguments: str) -> None:
-    result = CliRunner().invoke(bahe.app, arguments)
+    result = CliRunner().invoke(cli.app, arguments)
     assert result.exit_code == 0, (result.exception, result.output)
 
 

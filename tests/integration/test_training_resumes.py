@@ -13,13 +13,12 @@ import pytest
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-import bahe
+from bahe import cli
 from bahe_core.errors import BadInput
 from bahe_core.home import Home
 from bahe_models import checkpoint, load
-from tests.conftest import small_log, write_dataset
-
-REPOSITORY = Path(bahe.__file__).parent
+from tests.support import REPOSITORY
+from tests.support.logs import small_log, write_dataset
 
 # A child process that kills itself with SIGKILL where it would write its n-th checkpoint.
 CHILD = """
@@ -35,13 +34,13 @@ def counting(path, content):
         os.kill(os.getpid(), signal.SIGKILL)
     original(path, content)
 checkpoint._write = counting
-import bahe
-bahe.app(arguments)
+from bahe import cli
+cli.app(arguments)
 """
 
 
 def call(*arguments: str | Path, home: Home) -> None:
-    result = CliRunner().invoke(bahe.app, [*map(str, arguments), "--home", str(home.root)])
+    result = CliRunner().invoke(cli.app, [*map(str, arguments), "--home", str(home.root)])
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     assert result.exit_code == 0, result.output

@@ -12,25 +12,27 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-import bahe
+from bahe import cli
 from bahe_core.errors import BadInput, BaheError, NotReady
 from bahe_core.home import Home
-from materialize import chunks, derive, encode, train
-from materialize import embed as embedding
-from materialize.embed import embed
-from materialize.encode import versions
-from materialize.feature_store import open_store
-from materialize.lake import LAKE, commit, lake, scalar, snapshot, transact
-from materialize.prune import prune
-from materialize.training_data import current_encoder
-from tests.conftest import small_log, write_dataset
+from bahe_lake.connection import LAKE, commit, lake, scalar, snapshot, transact
+from feature_repo.store import open_store
+from materialize.ingest import derive
+from materialize.training import train
+from materialize.upkeep.prune import prune
+from materialize.vectors import chunks, encode
+from materialize.vectors import embed as embedding
+from materialize.vectors.embed import embed
+from materialize.vectors.encode import versions
+from materialize.vectors.stored_atoms import current_encoder
+from tests.support.logs import small_log, write_dataset
 
 pytestmark = pytest.mark.slow
 
 
 def run(*arguments: object, home: Home) -> str:
     command = [str(arguments[0]), "--home", str(home.root), *map(str, arguments[1:])]
-    result = CliRunner().invoke(bahe.app, command)
+    result = CliRunner().invoke(cli.app, command)
     assert result.exit_code == 0, (arguments, result.exception, result.output)
     return result.output
 

@@ -1,0 +1,129 @@
+"""The table `runs`: what each job read and wrote, so that a job run twice does nothing twice."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import duckdb
+
+from bahe_lake.connection import columns, quoted, snapshot, tables
+
+_COLUMNS = {
+    "job": "VARCHAR",
+    "fingerprint": "VARCHAR",
+    "started": "TIMESTAMPTZ",
+    "finished": "TIMESTAMPTZ",
+    "snapshot_read": "BIGINT",
+    "facts": "VARCHAR",
+    # Lakes of before lack these until their next run.
+    "rows_read": "BIGINT",
+    "rows_written": "BIGINT",
+}
+# A clock may jump; snapshots only ever count up.
+_NEWEST_FIRST = "ORDER BY snapshot_read DESC, finished DESC"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A finished run."""
+
+    job: str
+    fingerprint: str
+    started: datetime
+    finished: datetime
+    snapshot_read: int
+    """The lake as the run found it."""
+    facts: dict[str, Any]
+    rows_read: int | None = None
+    rows_written: int | None = None
+
+    @property
+    def seconds(self) -> float:
+        """How long it took."""
+        return (self.finished - self.started).total_seconds()
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """Versions of what it wrote: model_version, encoder_version, frame_id."""
+        found = {key: str(value) for key, value in self.facts.items() if key.endswith("_version")}
+        made = {"train": "model_version", "frame": "frame_id"}.get(self.job)
+        return {**found, made: self.fingerprint} if made else found
+
+    @property
+    def says(self) -> str:
+        """Its versions, or a gate's verdict, for a person."""
+        if "passed" in self.facts:
+            if self.facts["passed"]:
+                return f"passed ({self.facts['checks']} checks)"
+            return f"FAILED: {self.facts['failures'][0]}"
+        return " ".join(self.versions.values())
+
+
+@dataclass(frozen=True)
+class Open:
+    """A run in progress; its row is written in the same transaction as its output."""
+
+    job: str
+    fingerprint: str
+    started: datetime
+    snapshot_read: int
+
+    def statement(
+        self, facts: dict[str, Any], *, rows_read: int | None = None, rows_written: int | None = None
+    ) -> str:
+        """SQL that records the run as finished."""
+        values = {
+            "job": quoted(self.job),
+            "fingerprint": quoted(self.fingerprint),
+            "started": f"TIMESTAMPTZ {quoted(self.started.isoformat())}",
+            # now() would be when the transaction began, before all that it writes.
+            "finished": "uuid_extract_timestamp(uuidv7())",
+            "snapshot_read": str(self.snapshot_read),
+            "facts": quoted(json.dumps(facts)),
+            "rows_read": "NULL" if rows_read is None else str(rows_read),
+            "rows_written": "NULL" if rows_written is None else str(rows_written),
+        }
+        return f"INSERT INTO runs ({', '.join(values)}) VALUES ({', '.join(values.values())})"
+
+
+@contextmanager
+def record(
+    connection: duckdb.DuckDBPyConnection, job: str, fingerprint: str, *, started: datetime | None = None
+) -> Iterator[Open]:
+    """Open a run that started now, or before; the caller commits its `statement` with what it writes."""
+    if "runs" not in tables(connection):
+        layout = ", ".join(f"{column} {kind}" for column, kind in _COLUMNS.items())
+        connection.execute(f"CREATE TABLE IF NOT EXISTS runs ({layout})")
+    else:
+        for column in _COLUMNS.keys() - columns(connection, "runs").keys():
+            connection.execute(f"ALTER TABLE runs ADD COLUMN IF NOT EXISTS {column} {_COLUMNS[column]}")
+    yield Open(job, fingerprint, started or datetime.now(UTC), snapshot(connection))
+
+
+def history(
+    connection: duckdb.DuckDBPyConnection, job: str | None = None, limit: int | None = None
+) -> list[Run]:
+    """Finished runs, of one job or of all, the newest first."""
+    if "runs" not in tables(connection):
+        return []
+    where = "" if job is None else f"WHERE job = {quoted(job)}"
+    rows = connection.execute(
+        f"SELECT * FROM runs {where} {_NEWEST_FIRST}{'' if limit is None else f' LIMIT {limit}'}"
+    )
+    assert rows.description is not None
+    names = [column[0] for column in rows.description]
+    found = [dict(zip(names, row, strict=True)) for row in rows.fetchall()]
+    return [
+        Run(**{name: row[name] for name in _COLUMNS if name in row} | {"facts": json.loads(row["facts"])})
+        for row in found
+    ]
+
+
+def last(connection: duckdb.DuckDBPyConnection, job: str) -> Run | None:
+    """The job's latest finished run."""
+    return next(iter(history(connection, job, 1)), None)

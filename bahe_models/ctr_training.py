@@ -1,0 +1,310 @@
+"""The trainer of BAHE: one pass per user timeline, and the model and batches it starts from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from bahe_core.errors import BadInput
+from bahe_models.backbone import longest_input, recompute_activations
+from bahe_models.checkpoint import Checkpoint
+from bahe_models.distributed import Processes
+from bahe_models.encoder import hardware_has_bfloat16
+from bahe_models.features import DenseFeatures
+from bahe_models.impressions import Impressions, TrainingData
+from bahe_models.metrics import auc
+from bahe_models.model import BaheModel, ModelConfig
+from bahe_models.pretraining import pretrain
+from bahe_models.sampling import sampled_rows
+from bahe_models.sharding import is_sharded
+from bahe_models.timelines import Int64, WindowConfig, plan_steps, window_batch
+from bahe_models.training_loop import Epoch, Task, Trained, TrainingConfig, fit
+
+Scores = npt.NDArray[np.float64]
+
+
+def id_rows(seen: Int64, count: int) -> Int64:
+    """Row of an ID table for each of `count` ids: 1.. for those seen in training, 0 for the others."""
+    distinct = np.unique(seen)
+    rows = np.zeros(count, dtype=np.int64)
+    rows[distinct] = np.arange(1, len(distinct) + 1)
+    return rows
+
+
+def table_ids(item_row_I: Int64, item_ids: Sequence[str | int]) -> tuple[str | int, ...]:
+    """The ids of an ID table's rows 1, 2, ...; `item_row_I` is each item's row."""
+    seen = sorted((row, item) for row, item in zip(item_row_I.tolist(), item_ids, strict=True) if row)
+    return tuple(item for _, item in seen)
+
+
+def seen_atoms(data: TrainingData) -> Int64:
+    """Rows of the atoms that some training impression has in its timelines."""
+    timelines = data.timelines
+    seen = []
+    for longest_U, offsets, atoms in zip(
+        data.known_lengths().T, timelines.offsets, timelines.atoms, strict=True
+    ):
+        position_B = np.arange(len(atoms)) - np.repeat(offsets[:-1], np.diff(offsets))
+        seen.append(atoms[position_B < np.repeat(longest_U, np.diff(offsets))])
+    return np.unique(np.concatenate(seen))
+
+
+def context_rows(split: Impressions, rows: Int64, device: torch.device) -> torch.Tensor | None:
+    """Hashed context [n, X] of some impressions; None in a log without any."""
+    if split.context_NX is None:
+        return None
+    return torch.from_numpy(split.context_NX[rows]).to(device)
+
+
+def fit_dense(data: TrainingData) -> DenseFeatures:
+    """Dense features standardised by the training rows."""
+    train = data.splits["train"]
+    return DenseFeatures.fit(
+        train.columns,
+        train.length_NC,
+        train.time_us_N,
+        channels=data.timelines.channels,
+        click_rate=float(train.clicked_N.mean()),
+    )
+
+
+def require_fit(deep: nn.Module, data: TrainingData, window: WindowConfig) -> None:
+    """Raises BadInput when the deep layers cannot read these atoms, or windows of this size."""
+    hf_deep: Any = deep
+    width, expected = data.atoms_AD.shape[1], int(hf_deep.config.hidden_size)
+    if width != expected:
+        raise BadInput(
+            f"the atom vectors have {width} numbers and the backbone reads {expected}; encode them by the"
+            " same backbone."
+        )
+    limit = longest_input(deep)
+    if limit is not None and window.size >= limit:
+        raise BadInput(
+            f"window.size is {window.size}, but the backbone reads at most {limit - 1} behaviors"
+            " after the start position; lower it."
+        )
+
+
+class Batches:
+    """Feeds a model with planned batches of one data set.
+
+    Raises BadInput when the model's deep layers cannot read the data; see `require_fit`.
+    """
+
+    def __init__(
+        self,
+        model: BaheModel,
+        data: TrainingData,
+        dense: DenseFeatures,
+        window: WindowConfig,
+        *,
+        item_row_I: Int64,
+        device: torch.device,
+        bfloat16: bool,
+    ) -> None:
+        require_fit(model.aggregator.deep, data, window)
+        self.model, self.data, self.dense, self.window = model, data, dense, window
+        self.device, self.bfloat16 = device, bfloat16
+        self.logit_shift = 0.0
+        """What the model's logits lack to speak of the whole log; `train` sets it."""
+        self.atoms_AD = torch.from_numpy(data.atoms_AD).to(device)
+        self.item_row_I = torch.from_numpy(item_row_I).to(device)
+        self.item_atom_I = torch.from_numpy(data.item_atom_I).to(device)
+        self.id_row_A = model.behavior_rows(torch.tensor(data.atom_ids, device=device))
+
+    def dense_features(self, split: Impressions) -> torch.Tensor:
+        """Dense features [N, F] of a whole split."""
+        values = self.dense.transform(split.columns, split.length_NC, split.time_us_N)
+        return torch.from_numpy(values).to(self.device)
+
+    def logits(
+        self, split: Impressions, dense_NF: torch.Tensor, rows: Int64, *, share: bool = True
+    ) -> torch.Tensor:
+        """The model's own logits of some impressions, by one pass over their users' timelines."""
+        batch = window_batch(
+            self.data.timelines,
+            split.user_N[rows],
+            split.length_NC[rows],
+            self.window,
+            share=share,
+            merged=self.model.config.merged,
+        )
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
+            user_NV = self.model.user_vectors(self.atoms_AD, batch, self.id_row_A)
+        item_N = torch.from_numpy(split.item_N[rows]).to(self.device)
+        # Many impressions of a step share an item; each distinct one is projected once.
+        distinct_M, place_N = torch.unique(item_N, return_inverse=True)
+        item_MV = self.model.item_vectors(
+            self.atoms_AD[self.item_atom_I[distinct_M]], self.item_row_I[distinct_M]
+        )
+        item_NV = item_MV[place_N]
+        interest_NT = self.model.interests(
+            self.atoms_AD, self.data.timelines, split.user_N[rows], split.length_NC[rows], item_NV
+        )
+        dense_NF = dense_NF[torch.from_numpy(rows).to(self.device)]
+        context_NX = context_rows(split, rows, self.device)
+        return self.model.score(user_NV.float(), item_NV, dense_NF, context_NX, interest_NT)
+
+    @torch.no_grad()  # in inference mode FSDP would keep tensors that cannot be trained on afterwards
+    def predict(self, split: Impressions, impressions_per_step: int = 4000) -> Scores:
+        """Click logits [N] of a split, in its order, corrected for sampling and weights.
+
+        Of several processes each computes some steps, and all of them get all scores. Those of a sharded
+        model take equally many steps, some without rows.
+        """
+        self.model.eval()
+        processes = Processes.here()
+        dense_NF = self.dense_features(split)
+        scores = np.zeros(len(split), dtype=np.float64)
+        steps = list(
+            plan_steps(
+                split.user_N,
+                split.length_NC,
+                impressions_per_step=impressions_per_step,
+                rng=None,
+                merged=self.model.config.merged,
+            )
+        )
+        if is_sharded(self.model):
+            steps += [np.empty(0, dtype=np.int64)] * (-len(steps) % processes.size)
+        for rows in steps[processes.rank :: processes.size]:
+            scores[rows] = self.logits(split, dense_NF, rows).cpu().numpy()
+        if processes.size > 1:
+            scores = processes.sum(torch.from_numpy(scores).to(self.device)).cpu().numpy()
+        return scores + self.logit_shift
+
+
+def build_model(
+    deep: nn.Module,
+    data: TrainingData,
+    dense: DenseFeatures,
+    config: ModelConfig,
+    item_row_I: Int64,
+    *,
+    also_known: Int64 | None = None,
+) -> BaheModel:
+    """A fresh model whose profile and wide part start from the training data.
+
+    Its collaborative part knows the behaviors before the training impressions, and the atoms in the
+    rows `also_known`.
+    """
+    train = data.splits["train"]
+    seen = seen_atoms(data)
+    if also_known is not None:
+        seen = np.union1d(seen, also_known)
+    model = BaheModel(
+        deep,
+        width=data.atoms_AD.shape[1],
+        channels=len(data.timelines.channels),
+        items=int(item_row_I.max()),
+        dense_features=len(dense.names),
+        config=config,
+        context=data.context,
+        behaviors=len(seen),
+    )
+    if model.collaborative is not None:
+        model.collaborative.atom_ids_B.copy_(torch.from_numpy(np.sort(data.atom_ids[seen])))
+    used = [np.unique(atoms) for atoms in data.timelines.atoms]
+    behaviors = torch.from_numpy(data.atoms_AD[np.unique(np.concatenate(used))])
+    items = torch.from_numpy(data.atoms_AD[data.item_atom_I])
+    model.profile.fit(behaviors, items, _channel_lift(train))
+    # The first prediction is close to the floor itself; training learns what is left to know.
+    weights_F = torch.zeros(model.head.wide.in_features)
+    weights_F[0], weights_F[len(dense.names)] = dense.deviation[0], 0.1
+    if model.collaborative is not None:
+        weights_F[-1] = 0.3
+    model.head.start_from(weights_F, dense.mean[0])
+    return model
+
+
+def _channel_lift(train: Impressions) -> torch.Tensor:
+    """Sign and size with which each channel's behaviors first enter the profile, [C].
+
+    A channel counts by how the share of a user's behaviors in it goes with the user's clicks; at
+    least a little, so that every channel's gate gets a gradient.
+    """
+    share_NC = train.length_NC / np.maximum(train.length_NC.sum(axis=1, keepdims=True), 1)
+    centred_NC = share_NC - share_NC.mean(axis=0)
+    clicked_N = train.clicked_N - train.clicked_N.mean()
+    lift_C = (centred_NC * clicked_N[:, None]).mean(axis=0)
+    spread = np.abs(lift_C).max()
+    lift_C = lift_C / spread if spread > 0 else np.ones_like(lift_C)
+    small = np.where(lift_C < 0, -0.1, 0.1)
+    lift_C = np.where(np.abs(lift_C) < 0.1, small, lift_C)
+    return torch.from_numpy(lift_C.astype(np.float32))
+
+
+def train(
+    batches: Batches,
+    config: TrainingConfig,
+    *,
+    checkpoint: Checkpoint | None = None,
+    on_step: Callable[[int, float], None] = lambda impressions, loss: None,
+    on_epoch: Callable[[Epoch], None] = lambda epoch: None,
+    on_pretraining: Callable[[int, float], None] = lambda behaviors, loss: None,
+) -> Trained:
+    """Train the model of `batches` in place and leave it with the weights of its best epoch.
+
+    Under torchrun every process calls this with the same arguments; see `bahe_models.distributed`.
+    `checkpoint`, `on_step` and `on_epoch` are those of `fit`, `on_pretraining` is `pretrain`'s `on_step`.
+    A run killed while pre-training starts that again. Raises BadInput before any step when the data
+    cannot be trained on, or the checkpoint is of another run.
+    """
+    model, data = batches.model, batches.data
+    data.check()
+    if config.pretraining_epochs and is_sharded(model):
+        raise BadInput(
+            "training.pretraining_epochs works on whole models; train with it once without --shard, and"
+            " --warm-start from that model."
+        )
+    if config.pretraining_epochs and (checkpoint is None or not checkpoint.path.is_file()):
+        pretrain(model, data, batches.window, config, bfloat16=batches.bfloat16, on_step=on_pretraining)
+    split = data.splits["train"]
+    dense_NF = batches.dense_features(split)
+    with torch.no_grad():
+        # The first predictions stay what they are: what `predict` adds from now on is taken off here.
+        model.head.wide.bias.add_(batches.logit_shift - config.logit_shift)
+    batches.logit_shift = config.logit_shift
+
+    def plan(rng: np.random.Generator) -> Iterator[Int64]:
+        kept = sampled_rows(split.clicked_N, config.negative_rate, rng)
+        for rows in plan_steps(
+            split.user_N[kept],
+            split.length_NC[kept],
+            impressions_per_step=config.impressions_per_step,
+            rng=rng,
+            merged=model.config.merged,
+        ):
+            yield kept[rows]
+
+    deep = list(model.aggregator.deep.parameters())
+    in_deep = {id(parameter) for parameter in deep}
+    rest = [p for p in model.parameters() if id(p) not in in_deep]
+    task = Task(
+        model=model,
+        groups=[(deep, config.deep_learning_rate), (rest, config.learning_rate)],
+        plan=plan,
+        logits=lambda rows: batches.logits(split, dense_NF, rows),
+        user_N=split.user_N,
+        clicked_N=torch.from_numpy(split.clicked_N).to(batches.device),
+        validate=lambda: auc(
+            data.splits["validation"].clicked_N, batches.predict(data.splits["validation"])
+        ),
+    )
+    if config.recompute:
+        recompute_activations(model.aggregator.deep, True)
+    try:
+        return fit(task, config, checkpoint=checkpoint, on_step=on_step, on_epoch=on_epoch)
+    finally:
+        if config.recompute:
+            recompute_activations(model.aggregator.deep, False)
+
+
+def precision(config: TrainingConfig, device: torch.device) -> bool:
+    """Whether to compute in bfloat16 on this device."""
+    return hardware_has_bfloat16(device) if config.bfloat16 is None else config.bfloat16

@@ -1,0 +1,1 @@
+"""A planted world of people and things, and the log that they leave behind."""

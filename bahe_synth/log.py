@@ -1,0 +1,301 @@
+"""`bahe synth`: a log of any size, drawn from a planted world, with the best possible AUC known.
+
+One file a day and table, each day written beside its place and renamed when it is whole; the truth about
+each impression (its click probability) lies aside, in `truth/`, where no job reads it. What is written is a
+function of the settings: the same bytes again with the same numpy, pyarrow and kind of processor.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from datetime import UTC, date, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+import yaml
+
+from bahe_core.errors import BadInput, Busy
+from bahe_core.progress import progress
+from bahe_synth import rows as synth_rows
+from bahe_synth.rows import Settings
+from bahe_synth.words import TOPICS
+
+SETTINGS_FILE = "synth.json"
+
+
+@dataclass(frozen=True)
+class Synthesized:
+    """A synthetic log on disk."""
+
+    dataset: Path
+    days: int
+    """Days that there are."""
+    days_written: int
+    """Days that this run wrote."""
+    rows: dict[str, int]
+    """Rows of each table over all days."""
+    bayes_auc: float
+    """Of the true click probabilities: no model can be expected to do better."""
+    popularity_auc: float
+    """Of the items' appeal to everyone: what can be had without knowing the user."""
+
+
+def synth(folder: Path, *, days: int | None = None, **given: Any) -> Synthesized:
+    """Write the days that the folder does not have yet.
+
+    A new folder takes `Settings` as given, with its defaults for the rest. A folder that has a synthetic
+    log keeps its settings; a larger `days` adds days and leaves those that are there alone. Raises BadInput
+    on settings that make no log or are not those of the folder, Busy when another process writes to it.
+    """
+    from filelock import FileLock, Timeout
+
+    settings = _settings(folder, days, given)
+    wanted = settings.days if days is None else days
+    _check_end(settings, wanted)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / ".lock").acquire(timeout=0):
+            _write_whole(folder / SETTINGS_FILE, json.dumps(asdict(settings), indent=2) + "\n")
+            missing = [day for day in range(wanted) if not _is_there(folder, settings, day)]
+            rows = sum(
+                len(settings.rows(total, day))
+                for day in missing
+                for total in (settings.behaviors, settings.impressions)
+            )
+            if missing:
+                with progress("behaviors and impressions", rows) as advance:
+                    for day in missing:
+                        _write_day(folder, settings, day, advance)
+            dataset = folder / "dataset.yaml"
+            if not dataset.is_file():  # last, so that a log that is not whole cannot be read
+                _write_whole(dataset, _dataset_yaml(settings))
+            return _summary(folder, settings, len(missing))
+    except Timeout:
+        raise Busy(f"another `bahe synth` is writing to {folder}; wait for it to end.") from None
+
+
+def _settings(folder: Path, days: int | None, given: dict[str, Any]) -> Settings:
+    """The folder's settings, else new ones. Raises BadInput when they do not fit together."""
+    path = folder / SETTINGS_FILE
+    if path.is_file():
+        try:
+            held = json.loads(path.read_text())
+            settings = Settings(**{**held, "channels": tuple(held["channels"])})
+        except (ValueError, TypeError, KeyError):
+            raise BadInput(f"{path} is damaged; delete {folder} and write the log again.") from None
+        for option, value in given.items():
+            if value != getattr(settings, option):
+                raise BadInput(
+                    f"{folder} holds a log with --{option} {_shown(getattr(settings, option))}, not"
+                    f" {_shown(value)}; leave the option out to add days, or name another folder."
+                )
+        if days is not None and days < 1:
+            raise BadInput(f"--days is {days}; it must be at least 1.")
+        return settings
+    if folder.exists() and (not folder.is_dir() or any(f.name != ".lock" for f in folder.iterdir())):
+        raise BadInput(f"{folder} is there already and holds no synthetic log; name a new folder.")
+    settings = Settings(**given) if days is None else Settings(**given, days=days)
+    _check(settings)
+    return settings
+
+
+def _check(settings: Settings) -> None:
+    names = [channel for channel in settings.channels if not re.fullmatch(r"[a-z][a-z0-9_]*", channel)]
+    if names or not settings.channels:
+        shown = repr(names[0]) if names else "empty"
+        raise BadInput(f"--channels: {shown} is no name; use small letters, digits and _.")
+    if len(set(settings.channels)) != len(settings.channels) or "item" in settings.channels:
+        raise BadInput("--channels: each needs a name of its own, and `item` is reserved for item texts.")
+    least = {
+        "seed": 0,
+        "days": 1,
+        "users": 1,
+        "items": len(TOPICS),
+        "atoms": settings.world().blocks,
+        "behaviors": settings.days,
+        "impressions": settings.days,
+    }
+    why = {
+        "items": "one for each topic",
+        "atoms": "one for each channel, topic and style",
+        "behaviors": "one a day",
+        "impressions": "one a day",
+    }
+    for option, most in least.items():
+        value = getattr(settings, option)
+        if value < most:
+            because = f", {why[option]}" if option in why else ""
+            raise BadInput(f"--{option} is {value:,}; it must be at least {most:,}{because}.")
+    if settings.format not in ("parquet", "csv"):
+        raise BadInput(f"--format is {settings.format}; it must be parquet or csv.")
+    try:
+        date.fromisoformat(settings.start)
+    except ValueError:
+        raise BadInput(f"--start is {settings.start}; write a date such as 2024-01-31.") from None
+
+
+def _check_end(settings: Settings, days: int) -> None:
+    today = datetime.now(UTC).date()
+    try:
+        last = settings.date(days - 1)
+    except OverflowError:
+        last = date.max
+    if last > today or settings.date(0) < date(1970, 1, 3):
+        raise BadInput(
+            f"--start {settings.start} with --days {days:,} reaches from {settings.start} to {last}; events"
+            f" must lie between 1970-01-03 and today ({today}), so choose another start or fewer days."
+        )
+
+
+def _shown(value: object) -> str:
+    return ",".join(value) if isinstance(value, tuple) else str(value)
+
+
+# ---- one day
+
+
+def _write_day(folder: Path, settings: Settings, day: int, advance: Callable[..., None]) -> None:
+    """All files of a day, beside their places, then renamed; the truth last, as the sign of a whole day."""
+    written: list[Path] = []
+    makers: dict[str, Callable[[], Iterator[pa.Table]]] = {
+        "users": lambda: synth_rows.users(settings, day),
+        "items": lambda: synth_rows.items(settings, day),
+        "behaviors": lambda: synth_rows.behaviors(settings, day),
+    }
+    for table, make in makers.items():
+        path = _path(folder, settings, table, day)
+        with _Writer(path) as writer:
+            for chunk in make():
+                writer.write(chunk)
+                if table == "behaviors":
+                    advance(chunk.num_rows, note=str(settings.date(day)))
+        if writer.rows:
+            written.append(path)
+    log, truth = (_path(folder, settings, table, day) for table in ("impressions", "truth"))
+    with _Writer(log) as log_writer, _Writer(truth) as truth_writer:
+        for shown, known in synth_rows.impressions(settings, day):
+            log_writer.write(shown)
+            truth_writer.write(known)
+            advance(shown.num_rows)
+    for path in (*written, log, truth):
+        _part(path).replace(path)
+
+
+# ---- files
+
+
+class _Writer:
+    """Chunks to one file beside its place, Parquet or CSV; nothing when there are no rows."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self.rows = _part(path), 0
+        self._sink: Any = None
+
+    def __enter__(self) -> _Writer:
+        return self
+
+    def write(self, chunk: pa.Table) -> None:
+        """Append a chunk; in Parquet, a row group."""
+        if self._sink is None:
+            self._path.parent.mkdir(exist_ok=True)
+            if self._path.name.endswith(".csv.part"):
+                self._sink = pyarrow.csv.CSVWriter(self._path, chunk.schema)
+            else:
+                self._sink = pq.ParquetWriter(self._path, chunk.schema, compression="zstd")
+        self._sink.write_table(chunk)
+        self.rows += chunk.num_rows
+
+    def __exit__(self, *_: object) -> None:
+        if self._sink is not None:
+            self._sink.close()
+
+
+def _path(folder: Path, settings: Settings, table: str, day: int) -> Path:
+    suffix = "parquet" if table == "truth" else settings.format
+    return folder / table / f"{settings.date(day)}.{suffix}"
+
+
+def _part(path: Path) -> Path:
+    return path.with_name(path.name + ".part")
+
+
+def _is_there(folder: Path, settings: Settings, day: int) -> bool:
+    tables = ("behaviors", "impressions", "truth")
+    return all(_path(folder, settings, table, day).is_file() for table in tables)
+
+
+def _write_whole(path: Path, text: str) -> None:
+    part = _part(path)
+    part.write_text(text)
+    part.replace(path)
+
+
+def _dataset_yaml(settings: Settings) -> str:
+    sections: dict[str, Any] = {"name": "synthetic", "channels": list(settings.channels)}
+    for table in ("behaviors", "impressions", "items", "users"):
+        sections[table] = {"files": f"{table}/*.{settings.format}"}
+    return (
+        "# Written by `bahe synth` (synth.json has its settings); `truth/` is no part of the dataset.\n"
+        + yaml.safe_dump(sections, sort_keys=False)
+    )
+
+
+# ---- what is known about it
+
+
+def _summary(folder: Path, settings: Settings, written: int) -> Synthesized:
+    """Rows and best AUCs over all days that there are."""
+    bins = 1 << 16
+    counts = {score: np.zeros((2, bins)) for score in ("click_probability", "item_appeal")}
+    days = 0
+    while _is_there(folder, settings, days):
+        path = _path(folder, settings, "truth", days)
+        try:
+            truth = pq.ParquetFile(path)
+        except pa.ArrowInvalid:
+            raise BadInput(
+                f"{path} is damaged; delete it and run again, which writes that day anew."
+            ) from None
+        for group in range(truth.num_row_groups):
+            table = truth.read_row_group(group)
+            clicked = table["clicked"].to_numpy()
+            for score, count in counts.items():
+                value = table[score].to_numpy()
+                share = value if score == "click_probability" else 1 / (1 + np.exp(-value))
+                place = (share * bins).astype(np.int64)
+                for outcome in (0, 1):
+                    count[outcome] += np.bincount(place[clicked == outcome], minlength=bins)
+        days += 1
+    rows = {
+        "behaviors": settings.rows(settings.behaviors, days).start,
+        "impressions": settings.rows(settings.impressions, days).start,
+        "users": settings.users,
+        "items": settings.items,
+    }
+    return Synthesized(
+        folder / "dataset.yaml",
+        days,
+        written,
+        rows,
+        counted_auc(counts["click_probability"]),
+        counted_auc(counts["item_appeal"]),
+    )
+
+
+def counted_auc(counts_2B: npt.NDArray[np.float64]) -> float:
+    """AUC from how many unclicked (row 0) and clicked (row 1) impressions each bin of the score holds.
+
+    Two scores of one bin are a tie. NaN unless both are present.
+    """
+    unclicked_B, clicked_B = counts_2B
+    pairs = unclicked_B.sum() * clicked_B.sum()
+    below_B = np.cumsum(unclicked_B) - unclicked_B
+    return float((clicked_B * (below_B + unclicked_B / 2)).sum() / pairs) if pairs else float("nan")

@@ -1,0 +1,200 @@
+"""Rows of a synthetic log, a day and a chunk at a time, drawn from the planted world.
+
+Shape letters: N rows of a chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import date, timedelta
+
+import numpy as np
+import pyarrow as pa
+
+from bahe_synth.words import ITEM_SENTENCE, SENTENCES, STYLES, TOPICS, behavior_texts, compose
+from bahe_synth.world import DAY_US, Indices, World, time_of_day
+
+CHUNK = 500_000
+"""Rows that are in memory at once."""
+
+PAGE = 4
+"""Behaviors of a session, and impressions of one visit, on average."""
+
+CHANNEL_WEIGHTS = (0.3, 0.22, 0.18, 0.13, 0.1, 0.07)
+"""Share of the behaviors in each channel, repeated when there are more."""
+
+STAYS_ON_TOPIC = 0.7
+"""Share of a session's behaviors about what the session is about."""
+
+TARGETED = 0.4
+"""Share of the impressions about a topic that the user is interested in; the others are of any topic."""
+
+LIKED_STYLE = 0.6
+"""Share of a user's behaviors that are drawn in the style that the user likes; the others in any."""
+
+_BEHAVIORS, _IMPRESSIONS = 1, 2
+_TIME = pa.timestamp("us", tz="UTC")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a synthetic log is made of; kept in synth.json."""
+
+    users: int = 1_000
+    items: int = 500
+    behaviors: int = 100_000
+    """Over the first `days`; later days bring as many a day."""
+    impressions: int = 50_000
+    """Over the first `days`; later days bring as many a day."""
+    channels: tuple[str, ...] = tuple(SENTENCES)
+    atoms: int = 10_000
+    """Distinct texts that behaviors can have; rare ones may never be drawn in a short log."""
+    days: int = 30
+    seed: int = 0
+    start: str = "2024-01-01"
+    format: str = "parquet"
+
+    def world(self) -> World:
+        """The planted world."""
+        return World(
+            seed=self.seed,
+            users=self.users,
+            items=self.items,
+            atoms=self.atoms,
+            channels=len(self.channels),
+            days=self.days,
+        )
+
+    def date(self, day: int) -> date:
+        """The date of a day, counted from 0."""
+        return date.fromisoformat(self.start) + timedelta(days=day)
+
+    def midnight_us(self, day: int) -> int:
+        """The first instant of a day, in microseconds since 1970."""
+        return (self.date(day) - date(1970, 1, 1)).days * DAY_US
+
+    def rows(self, total: int, day: int) -> range:
+        """Numbers of a day's rows, of a table that has so many over the first `days`."""
+        return range(total * day // self.days, total * (day + 1) // self.days)
+
+
+def behaviors(settings: Settings, day: int) -> Iterator[pa.Table]:
+    """Chunks of a day's behaviors."""
+    world, names = settings.world(), pa.array(settings.channels)
+    weights = np.resize(CHANNEL_WEIGHTS, len(settings.channels))
+    cumulated = np.cumsum(weights) / weights.sum()
+    for rng, user_N, session_N, time_N in _sessions(settings, _BEHAVIORS, day):
+        first = np.unique(session_N, return_index=True)[1]
+        topic_N = world.wanted_topics(rng, user_N[first], day)[session_N]
+        away = np.flatnonzero(rng.random(len(user_N)) >= STAYS_ON_TOPIC)
+        topic_N[away] = world.wanted_topics(rng, user_N[away], day)
+        style_N = (rng.random(len(user_N)) * len(STYLES)).astype(np.int64)
+        style_N = np.where(rng.random(len(user_N)) < LIKED_STYLE, world.user_style(user_N), style_N)
+        channel_N = np.searchsorted(cumulated[:-1], rng.random(len(user_N)), side="right")
+        atom_N = world.atoms_of(rng, channel_N, topic_N, style_N)
+        order = np.argsort(time_N, kind="stable")
+        distinct, place = np.unique(atom_N[order], return_inverse=True)
+        texts = behavior_texts(settings.channels, *world.atom_kind(distinct))
+        yield pa.table(
+            {
+                "user_id": world.user_ids(user_N[order]),
+                "channel": names.take(pa.array(channel_N[order])),
+                "text": texts.take(pa.array(place)),
+                "event_timestamp": pa.array(time_N[order]).cast(_TIME),
+            }
+        )
+
+
+def impressions(settings: Settings, day: int) -> Iterator[tuple[pa.Table, pa.Table]]:
+    """Chunks of a day's impressions, each with the truth about its rows."""
+    world = settings.world()
+    number = settings.rows(settings.impressions, day).start
+    for rng, user_N, _, time_N in _sessions(settings, _IMPRESSIONS, day):
+        order = np.argsort(time_N, kind="stable")
+        user_N, time_N = user_N[order], time_N[order]
+        topic_N = (rng.random(len(user_N)) * len(TOPICS)).astype(np.int64)
+        targeted = np.flatnonzero(rng.random(len(user_N)) < TARGETED)
+        topic_N[targeted] = world.wanted_topics(rng, user_N[targeted], day)
+        item_N = world.shown_items(rng, topic_N, day)
+        probability_N = world.click_probability(user_N, item_N, day)
+        clicked = pa.array((rng.random(len(user_N)) < probability_N).astype(np.int8))
+        ids = pa.array(np.arange(number, number + len(user_N)))
+        number += len(user_N)
+        shown = {
+            "impression_id": ids,
+            "user_id": world.user_ids(user_N),
+            "item_id": world.item_ids(item_N),
+            "event_timestamp": pa.array(time_N).cast(_TIME),
+            "clicked": clicked,
+        }
+        known = {
+            "impression_id": ids,
+            "click_probability": probability_N,
+            "item_appeal": world.item_appeal(item_N),
+            "clicked": clicked,
+        }
+        yield pa.table(shown), pa.table(known)
+
+
+def _sessions(
+    settings: Settings, kind: int, day: int
+) -> Iterator[tuple[np.random.Generator, Indices, Indices, Indices]]:
+    """A day's rows, chunk by chunk (a share of the day each): generator; each row's user, session, time."""
+    world = settings.world()
+    total = settings.behaviors if kind == _BEHAVIORS else settings.impressions
+    count, midnight = len(settings.rows(total, day)), settings.midnight_us(day)
+    chunks = max(1, -(-count // CHUNK))
+    for chunk in range(chunks):
+        rng = np.random.Generator(np.random.PCG64([settings.seed, kind, day, chunk]))
+        rows = count * (chunk + 1) // chunks - count * chunk // chunks
+        # Sizes are geometric; so many sessions hold at least as many rows as are wanted.
+        sizes = 1 + np.floor(np.log1p(-rng.random(rows)) / np.log1p(-1 / PAGE)).astype(np.int64)
+        ends = np.minimum(np.cumsum(sizes), rows)
+        sessions = int(np.searchsorted(ends, rows)) + 1
+        begins = np.concatenate(([0], ends[: sessions - 1]))
+        session_N = np.repeat(np.arange(sessions), ends[:sessions] - begins)
+        user_N = world.active_users(rng, sessions, day)[session_N]
+        begun = time_of_day((chunk + rng.random(sessions)) / chunks)[session_N]
+        # Half a minute between two events of a session, on average.
+        waited = np.cumsum(-np.log1p(-rng.random(rows)) * 30e6)
+        time_N = begun + (waited - waited[begins][session_N]).astype(np.int64)
+        late = time_N >= DAY_US
+        time_N[late] = DAY_US - 1 - (rng.random(int(late.sum())) * 60e6).astype(np.int64)
+        yield rng, user_N, session_N, time_N + midnight
+
+
+def users(settings: Settings, day: int) -> Iterator[pa.Table]:
+    """Users who become known on this day."""
+    world = settings.world()
+    for user_N, time_N in _newcomers(settings, day, settings.users, world.user_known_day):
+        yield pa.table({"user_id": world.user_ids(user_N), "event_timestamp": pa.array(time_N).cast(_TIME)})
+
+
+def items(settings: Settings, day: int) -> Iterator[pa.Table]:
+    """Items that become known on this day."""
+    world = settings.world()
+    for item_N, time_N in _newcomers(settings, day, settings.items, world.item_known_day):
+        topic_N, style_N = world.item_topic(item_N), world.item_style(item_N)
+        yield pa.table(
+            {
+                "item_id": world.item_ids(item_N),
+                "text": compose(ITEM_SENTENCE, topic_N, style_N, item_N // len(TOPICS)),
+                "event_timestamp": pa.array(time_N).cast(_TIME),
+            }
+        )
+
+
+def _newcomers(
+    settings: Settings, day: int, total: int, known_day: Callable[[Indices], Indices]
+) -> Iterator[tuple[Indices, Indices]]:
+    """Who becomes known on this day, for the days after it, and when; on day 0 also who was so before."""
+    for start in range(0, total, CHUNK):
+        number_N = np.arange(start, min(start + CHUNK, total))
+        known_N = known_day(number_N)
+        here = np.maximum(known_N - 1, 0) == day
+        number_N, known_N = number_N[here], known_N[here]
+        if len(number_N):
+            rng = np.random.Generator(np.random.PCG64([settings.seed, 3, day, start, total]))
+            before = 1 + (rng.random(len(number_N)) * (DAY_US - 1)).astype(np.int64)
+            yield number_N, known_N * DAY_US - before + settings.midnight_us(0)

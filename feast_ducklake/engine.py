@@ -1,0 +1,162 @@
+"""Feast compute engine that materializes Arrow batches as the online store's own bytes.
+
+Feast finds both classes by their path in feature_store.yaml. The result is that of Feast's local engine;
+what a view needs beyond copying its newest values (transformations, aggregations, validation, offline
+writes) is left to that engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from feast import FeatureView
+from feast.feature_view import DUMMY_ENTITY_ID, DUMMY_ENTITY_VAL
+from feast.infra.common.materialization_job import MaterializationJobStatus, MaterializationTask
+from feast.infra.compute_engines.local.compute import LocalComputeEngine
+from feast.infra.compute_engines.local.job import LocalMaterializationJob
+from feast.infra.offline_stores.offline_store import RetrievalJob
+from feast.infra.registry.base_registry import BaseRegistry
+from feast.repo_config import FeastConfigBaseModel
+from feast.utils import _convert_arrow_to_proto, _get_column_names, _validate_vector_field_lengths
+
+from bahe_core.errors import BadInput
+from bahe_core.progress import progress
+from bahe_core.read_ahead import read_ahead
+from feast_ducklake.online.wire import Int64, entity_keys, value_bytes
+from feast_ducklake.online.wire_rows import NO_TIME, WireRows
+from feast_ducklake.online.wire_store import WireOnlineStore
+
+ROWS_PER_BATCH = 10_000
+"""Unless `materialization.online_write_batch_size` says otherwise."""
+
+
+class ArrowEngineConfig(FeastConfigBaseModel):
+    """The `batch_engine` section of feature_store.yaml."""
+
+    type: Literal["feast_ducklake.ArrowEngine"] = "feast_ducklake.ArrowEngine"
+
+
+class ArrowEngine(LocalComputeEngine):
+    """Materializes a batch of rows at a time, two in memory; memory does not grow with the view."""
+
+    _rows = 0
+
+    def take_rows(self) -> int:
+        """How many rows were written since this was last asked."""
+        rows, self._rows = self._rows, 0
+        return rows
+
+    def _materialize_one(
+        self, registry: BaseRegistry, task: MaterializationTask, **kwargs: Any
+    ) -> LocalMaterializationJob:
+        if not _is_copy(task):
+            return super()._materialize_one(registry, task, **kwargs)
+        job_id = f"{task.feature_view.name}-{task.start_time}-{task.end_time}"
+        try:
+            self._copy(registry, task)
+        except Exception as error:
+            return LocalMaterializationJob(job_id, MaterializationJobStatus.ERROR, error)
+        return LocalMaterializationJob(job_id, MaterializationJobStatus.SUCCEEDED)
+
+    def _copy(self, registry: BaseRegistry, task: MaterializationTask) -> None:
+        view, config = task.feature_view, self.repo_config
+        entities = [registry.get_entity(name, task.project) for name in view.entities]
+        join_keys, features, timestamp, created = _get_column_names(view, entities)
+        job = self.offline_store.pull_latest_from_table_or_query(
+            config=config,
+            data_source=view.batch_source,
+            join_key_columns=join_keys,
+            feature_name_columns=features,
+            timestamp_field=timestamp,
+            created_timestamp_column=created,
+            start_date=task.start_time,
+            end_date=task.end_time,
+        )
+        size = config.materialization_config.online_write_batch_size or ROWS_PER_BATCH
+        if any(field.vector_index and field.vector_length for field in view.features):
+            for batch in _batches(job, size):  # all of them, before the first one is written
+                _validate_vector_field_lengths(_as_view(view, batch), view)
+        with progress(f"materializing {view.name}", None) as advance:
+            for batch in read_ahead(_as_view(view, batch) for batch in _batches(job, size)):
+                self._write(view, batch)
+                self._rows += batch.num_rows
+                advance(batch.num_rows)
+
+    def _write(self, view: FeatureView, batch: pa.RecordBatch) -> None:
+        if isinstance(self.online_store, WireOnlineStore):
+            self.online_store.write_rows(self.repo_config, view, _wire_rows(view, batch))
+            return
+        rows = _convert_arrow_to_proto(batch, view, _join_key_types(view))
+        self.online_store.online_write_batch(self.repo_config, view, rows, None)
+
+
+def _is_copy(task: MaterializationTask) -> bool:
+    view = task.feature_view
+    more = ("feature_transformation", "aggregations", "source_views", "enable_validation", "offline")
+    return (
+        type(view) is FeatureView
+        and view.online
+        and task.only_latest
+        and not any(getattr(view, attribute, None) for attribute in more)
+    )
+
+
+def _batches(job: RetrievalJob, size: int) -> Iterator[pa.RecordBatch]:
+    stream = getattr(job, "to_arrow_batches", None)  # our offline store's; no other has one
+    if stream is not None:
+        yield from stream(size)
+    else:
+        yield from job.to_arrow().to_batches(max_chunksize=size)
+
+
+def _as_view(view: FeatureView, batch: pa.RecordBatch) -> pa.RecordBatch:
+    """The batch with the view's column names."""
+    mapping = view.batch_source.field_mapping or {}
+    batch = batch.rename_columns([mapping.get(name, name) for name in batch.schema.names])
+    if DUMMY_ENTITY_ID in _join_key_types(view) and DUMMY_ENTITY_ID not in batch.schema.names:
+        batch = batch.append_column(DUMMY_ENTITY_ID, pa.repeat(DUMMY_ENTITY_VAL, batch.num_rows))
+    wanted = [*_join_key_types(view), *(field.name for field in view.features)]
+    missing = [name for name in wanted if name not in batch.schema.names]
+    if missing:
+        raise BadInput(
+            f"view {view.name}: its source has no column {missing[0]}; it has"
+            f" {', '.join(batch.schema.names)}."
+        )
+    return batch
+
+
+def _join_key_types(view: FeatureView) -> dict[str, Any]:
+    return {column.name: column.dtype.to_value_type() for column in view.entity_columns}
+
+
+def _wire_rows(view: FeatureView, batch: pa.RecordBatch) -> WireRows:
+    types, source = _join_key_types(view), view.batch_source
+    event_us = _microseconds(view, batch, source.timestamp_field)
+    if (event_us == NO_TIME).any():
+        raise BadInput(
+            f"view {view.name}: {(event_us == NO_TIME).sum()} rows have no {source.timestamp_field};"
+            " give each row its event time."
+        )
+    created = source.created_timestamp_column
+    return WireRows(
+        keys=entity_keys({key: batch.column(key) for key in types}, types),
+        values={
+            field.name: value_bytes(batch.column(field.name), field.dtype.to_value_type())
+            for field in view.features
+        },
+        event_us=event_us,
+        created_us=_microseconds(view, batch, created) if created else None,
+    )
+
+
+def _microseconds(view: FeatureView, batch: pa.RecordBatch, column: str) -> Int64:
+    times = batch.column(column)
+    if not (pa.types.is_timestamp(times.type) or pa.types.is_date(times.type)):
+        raise BadInput(f"view {view.name}: {column} is {times.type}, not a timestamp.")
+    whole = times.cast(pa.timestamp("us"), safe=False).cast(pa.int64())
+    filled: Int64 = pc.fill_null(whole, NO_TIME).to_numpy(zero_copy_only=False).astype(np.int64)
+    return filled

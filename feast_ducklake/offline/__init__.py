@@ -1,0 +1,1 @@
+"""Point-in-time retrieval and materialization from DuckLake."""

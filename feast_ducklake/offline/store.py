@@ -1,0 +1,317 @@
+"""Feast offline store over DuckLake. Feast finds these classes by their path in feature_store.yaml and in
+the registry; what they are made of is in `materialize/offline_store/`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import duckdb
+import pyarrow as pa
+from feast.data_source import DataSource
+from feast.feature_logging import LoggingConfig, LoggingSource
+from feast.feature_view import FeatureView
+from feast.infra.offline_stores.offline_store import OfflineStore, RetrievalMetadata
+from feast.infra.registry.base_registry import BaseRegistry
+from feast.on_demand_feature_view import OnDemandFeatureView
+from feast.repo_config import FeastConfigBaseModel, RepoConfig
+from feast.utils import compute_non_entity_date_range
+
+from bahe_core.errors import BadInput
+from bahe_lake.connection import name, quoted, snapshot, tables, written_since
+from feast_ducklake.offline.entities import EVENT_TIMESTAMP, EntityFrame, EntityFrameLike, read_entities
+from feast_ducklake.offline.lakes import open_lake, open_lake_to_write
+from feast_ducklake.offline.point_in_time import point_in_time_query
+from feast_ducklake.offline.retrieval import DuckLakeRetrievalJob
+from feast_ducklake.offline.source import (
+    DuckLakeLoggingDestination,
+    DuckLakeSource,
+    SavedDatasetDuckLakeStorage,
+    relation_of,
+)
+from feast_ducklake.offline.views import View, check_key_types, requested_views, source_columns
+from feast_ducklake.offline.writes import append, append_logs
+
+__all__ = [
+    "DuckLakeLoggingDestination",
+    "DuckLakeOfflineStore",
+    "DuckLakeOfflineStoreConfig",
+    "DuckLakeRetrievalJob",
+    "DuckLakeSource",
+    "SavedDatasetDuckLakeStorage",
+]
+
+
+class DuckLakeOfflineStoreConfig(FeastConfigBaseModel):
+    """The `offline_store` section of feature_store.yaml."""
+
+    type: Literal["feast_ducklake.DuckLakeOfflineStore"] = "feast_ducklake.DuckLakeOfflineStore"
+    home: str
+    """The home folder; a relative one is relative to feature_store.yaml."""
+    join: Literal["strict", "inclusive"] = "strict"
+    """`strict`: a training row sees only values from before its timestamp, which is what makes a log
+    of events safe from leakage; `inclusive`: also values at that very instant, as stock Feast does."""
+    as_of: int | None = None
+    """A snapshot of the lake (`job.snapshot`, or what `bahe frame` prints): everything is read as it was
+    then, so an old frame comes back bit for bit. Of an open store: `store.config.offline_store.as_of`."""
+    changed_since: int | None = None
+    """A snapshot of the lake: what is materialized are only keys that got rows after it, as far as the lake
+    can tell. For an open store that is known to hold everything of before: `bahe publish` sets it."""
+
+
+class DuckLakeOfflineStore(OfflineStore):
+    """Historical features, and the latest values for materialization, from DuckLake."""
+
+    supports_filter_by_created_timestamp = True
+
+    @staticmethod
+    def pull_latest_from_table_or_query(
+        config: RepoConfig,
+        data_source: DataSource,
+        join_key_columns: list[str],
+        feature_name_columns: list[str],
+        timestamp_field: str,
+        created_timestamp_column: str | None,
+        start_date: datetime,
+        end_date: datetime,
+    ) -> DuckLakeRetrievalJob:
+        """The newest row of each key with an event time in [start_date, end_date].
+
+        Of rows of one instant the one computed last counts, and of those the one written last.
+        """
+        return _pull(
+            config,
+            data_source,
+            [*join_key_columns, *feature_name_columns],
+            timestamp_field,
+            created_timestamp_column,
+            start_date,
+            end_date,
+            latest_of=join_key_columns,
+        )
+
+    @staticmethod
+    def pull_all_from_table_or_query(
+        config: RepoConfig,
+        data_source: DataSource,
+        join_key_columns: list[str],
+        feature_name_columns: list[str],
+        timestamp_field: str,
+        created_timestamp_column: str | None = None,
+        start_date: datetime | None = None,
+        end_date: datetime | None = None,
+    ) -> DuckLakeRetrievalJob:
+        """Every row with an event time in [start_date, end_date]."""
+        return _pull(
+            config,
+            data_source,
+            [*join_key_columns, *feature_name_columns],
+            timestamp_field,
+            created_timestamp_column,
+            start_date,
+            end_date,
+        )
+
+    @staticmethod
+    def get_historical_features(
+        config: RepoConfig,
+        feature_views: list[FeatureView],
+        feature_refs: list[str],
+        entity_df: EntityFrameLike | None,
+        registry: BaseRegistry,
+        project: str,
+        full_feature_names: bool = False,
+        *,
+        filter_by_created_timestamp: bool = False,
+        start_date: datetime | None = None,
+        end_date: datetime | None = None,
+    ) -> DuckLakeRetrievalJob:
+        """Point-in-time features of every row of the entity frame, in its order, its columns kept.
+
+        Without an entity frame: of every key and instant in [start_date, end_date] at which one of the
+        views got a value, that value included. `filter_by_created_timestamp` leaves out values that were
+        computed after a row's moment, and those of which it is not known. Raises BadInput.
+        """
+        with open_lake(config) as connection:
+            connection.execute("BEGIN")  # checks and number are of one snapshot
+            number = snapshot(connection)
+            relation = partial(relation_of, config=config)
+            views = requested_views(connection, relation, feature_views, feature_refs, registry, project)
+            given: EntityFrameLike
+            if entity_df is None:
+                given = _instants(
+                    views, *compute_non_entity_date_range(feature_views, start_date, end_date)
+                )
+            else:
+                given = entity_df
+            frame = read_entities(
+                connection, given, {key: view.name for view in views for key in view.keys}
+            )
+        on_demand = OnDemandFeatureView.get_requested_odfvs(feature_refs, project, registry)
+        _check_names(frame, views, full_feature_names)
+        if frame.rows:  # an empty pandas column has no type of its own
+            for view in views:
+                check_key_types(view, frame.columns)
+        query = partial(
+            point_in_time_query,
+            frame,
+            views,
+            strict=config.offline_store.join == "strict" and entity_df is not None,
+            known_by_then=filter_by_created_timestamp,
+            full_feature_names=full_feature_names,
+        )
+        return DuckLakeRetrievalJob(
+            config=config,
+            query=query(),
+            shard_query=query,
+            snapshot=number,
+            entities=frame.given,
+            full_feature_names=full_feature_names,
+            on_demand_feature_views=on_demand,
+            metadata=RetrievalMetadata(
+                features=feature_refs,
+                keys=frame.other_columns,
+                min_event_timestamp=frame.earliest,
+                max_event_timestamp=frame.latest,
+            ),
+        )
+
+    @staticmethod
+    def offline_write_batch(
+        config: RepoConfig,
+        feature_view: FeatureView,
+        table: pa.Table,
+        progress: Callable[[int], Any] | None,
+    ) -> None:
+        """Append rows to the table of the view's batch source (`push`, `write_to_offline_store`).
+
+        Raises BadInput when the source is no table, or the rows do not fit it.
+        """
+        source = feature_view.batch_source
+        if not isinstance(source, DuckLakeSource) or source.table is None:
+            raise BadInput(
+                f"feature view {feature_view.name}: its source {source.name} is no table of the lake, so"
+                " rows cannot be added to it."
+            )
+        in_source = {mapped: column for column, mapped in source.field_mapping.items()}
+        table = table.select([c for c in table.column_names if not c.startswith("__index_level_")])
+        table = table.rename_columns([in_source.get(column, column) for column in table.column_names])
+        with open_lake_to_write(config) as connection:
+            source_columns(connection, source.name, source.get_table_query_string())
+            append(connection, source.table, table)
+        if progress is not None:
+            progress(table.num_rows)
+
+    @staticmethod
+    def write_logged_features(
+        config: RepoConfig,
+        data: pa.Table | Path,
+        source: LoggingSource,
+        logging_config: LoggingConfig,
+        registry: BaseRegistry,
+    ) -> None:
+        """Append logs of served features to the table of their DuckLakeLoggingDestination."""
+        destination = logging_config.destination
+        if not isinstance(destination, DuckLakeLoggingDestination):
+            raise BadInput(
+                f"logs cannot go to a {type(destination).__name__}; use DuckLakeLoggingDestination."
+            )
+        with open_lake_to_write(config) as connection:
+            append_logs(connection, destination.table, data, source.get_schema(registry))
+
+
+def _pull(
+    config: RepoConfig,
+    source: DataSource,
+    wanted: list[str],
+    timestamp_field: str,
+    created_timestamp_column: str | None,
+    start_date: datetime | None,
+    end_date: datetime | None,
+    latest_of: list[str] | None = None,
+) -> DuckLakeRetrievalJob:
+    """Rows of a source in a time range; of each key in `latest_of` only the latest one."""
+    time, created = name(timestamp_field), created_timestamp_column or None
+    columns = list(dict.fromkeys([*wanted, timestamp_field, *([created] if created else [])]))
+    relation = relation_of(source, config)
+    bounds = [
+        f"{time} {sign} TIMESTAMPTZ {quoted(_utc(moment).isoformat())}"
+        for sign, moment in ((">=", start_date), ("<=", end_date))
+        if moment is not None
+    ]
+    select = f"SELECT {', '.join(map(name, columns))} FROM {relation}"
+    with open_lake(config) as connection:
+        since = config.offline_store.changed_since
+        if latest_of and since is not None:
+            bounds += _changed(connection, relation, latest_of, since)
+        where = f" WHERE {' AND '.join(bounds)}" if bounds else ""
+        query = select + where
+        number = snapshot(connection)
+        source_columns(connection, source.name or relation, relation, columns)
+        if latest_of is not None:
+            order = [f"{time} DESC", *([f"{name(created)} DESC NULLS LAST"] if created else [])]
+            keys = ", ".join(map(name, latest_of)) or "1"
+            numbered = getattr(source, "table", None) in tables(connection)
+            if numbered:
+                order.append("rowid DESC")
+            first = f" QUALIFY row_number() OVER (PARTITION BY {keys} ORDER BY {', '.join(order)}) = 1"
+            if numbered:  # so that keys and times are sorted, but not the features
+                bounds.append(f"rowid IN (SELECT rowid FROM {relation}{where}{first})")
+                query = f"{select} WHERE {' AND '.join(bounds)}"
+            else:
+                query += first
+    return DuckLakeRetrievalJob(config=config, query=query, snapshot=number)
+
+
+def _changed(
+    connection: duckdb.DuckDBPyConnection, relation: str, keys: list[str], since: int
+) -> list[str]:
+    """The condition that a key got rows after the snapshot; none when that cannot be told."""
+    read = connection.get_table_names(f"SELECT * FROM {relation}")
+    written = written_since(connection, next(iter(read)), since) if len(read) == 1 else None
+    if written is None:
+        return []
+    listed = ", ".join(map(name, keys))
+    return [f"({listed}) IN (SELECT ({listed}) FROM {written})"]
+
+
+def _instants(views: list[View], start: datetime, end: datetime) -> str:
+    """Every key with every instant of the range at which one of the views got a value. Raises BadInput."""
+    first, *others = views
+    for other in others:
+        if other.keys.keys() != first.keys.keys():
+            raise BadInput(
+                f"without an entity frame, all views must have the same join keys: {first.name} has"
+                f" {', '.join(first.keys)}, {other.name} has {', '.join(other.keys)}."
+            )
+    parts = []
+    for view in views:
+        keys = "".join(f"{name(view.keys[key])} AS {name(key)}, " for key in first.keys)
+        time = f"{name(view.time)}::TIMESTAMPTZ"
+        bounds = [f"TIMESTAMPTZ {quoted(_utc(moment).isoformat())}" for moment in (start, end)]
+        parts.append(
+            f"SELECT {keys}{time} AS {EVENT_TIMESTAMP} FROM {view.relation}"
+            f" WHERE {time} BETWEEN {' AND '.join(bounds)}"
+        )
+    order = ", ".join([EVENT_TIMESTAMP, *map(name, first.keys)])
+    return f"SELECT DISTINCT * FROM ({' UNION ALL '.join(parts)}) ORDER BY {order}"
+
+
+def _check_names(frame: EntityFrame, views: list[View], full_feature_names: bool) -> None:
+    """Raises BadInput when a column of the entity frame has the name of a feature that is asked for."""
+    for view in views:
+        for feature in view.features:
+            shown = f"{view.name}__{feature}" if full_feature_names else feature
+            if shown in frame.columns:
+                raise BadInput(
+                    f"entity frame: column {shown} has the name of a feature of {view.name}; rename it, or"
+                    " ask for full_feature_names."
+                )
+
+
+def _utc(moment: datetime) -> datetime:
+    return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)

@@ -1,0 +1,54 @@
+"""Appending to the lake through Feast: pushed rows, and logs of served features."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import duckdb
+import pyarrow as pa
+
+from bahe_core.errors import BadInput, one_line
+from bahe_lake.connection import columns, commit, name, quoted, tables
+
+
+def append(connection: duckdb.DuckDBPyConnection, table: str, rows: pa.Table) -> None:
+    """Add rows to a table of the lake, by column name, in one transaction.
+
+    Raises BadInput when the columns are not the table's, or a value does not fit its column.
+    """
+    wanted = columns(connection, name(table))
+    if set(rows.column_names) != set(wanted):
+        missing = ", ".join(sorted(set(wanted) - set(rows.column_names))) or "nothing"
+        unknown = ", ".join(sorted(set(rows.column_names) - set(wanted))) or "nothing"
+        raise BadInput(
+            f"rows for table {table} have other columns than it: missing {missing}, unknown {unknown}."
+        )
+    connection.register("pushed", rows)
+    try:
+        commit(connection, [f"INSERT INTO {name(table)} BY NAME FROM pushed"])
+    except duckdb.ConversionException as error:
+        raise BadInput(f"rows for table {table} do not fit its types ({one_line(error)}).") from None
+    finally:
+        connection.unregister("pushed")
+
+
+def append_logs(
+    connection: duckdb.DuckDBPyConnection, table: str, logs: pa.Table | Path, schema: pa.Schema
+) -> None:
+    """Add logs (a table, or a folder of Parquet files) to a table, created at first with this schema."""
+    if isinstance(logs, Path):
+        logs = connection.execute(f"FROM read_parquet({quoted(f'{logs}/**/*.parquet')})").to_arrow_table()
+    if table not in tables(connection):
+        connection.register("empty", schema.empty_table())
+        commit(connection, [f"CREATE TABLE IF NOT EXISTS {name(table)} AS FROM empty"])
+        connection.unregister("empty")
+    append(connection, table, logs)
+
+
+def replace_table(connection: duckdb.DuckDBPyConnection, table: str, rows: pa.RecordBatchReader) -> None:
+    """Make these rows the table's content. The stream is read once, so a retried commit reads a copy."""
+    connection.register("streamed", rows)
+    connection.execute("CREATE OR REPLACE TEMP TABLE kept AS FROM streamed")
+    connection.unregister("streamed")
+    commit(connection, [f"CREATE OR REPLACE TABLE {name(table)} AS FROM temp.kept"])
+    connection.execute("DROP TABLE temp.kept")

@@ -1,0 +1,191 @@
+"""`dataset.yaml`: which files hold the log, what their columns mean, and how to model them."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from bahe_core.errors import BadInput, NotReady
+from bahe_core.home import Home
+from bahe_core.lake_location import LakeConfig
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ClickRule(_Section):
+    """Turns a rating (or any number) into a click."""
+
+    column: str
+    at_least: float
+
+
+class Table(_Section):
+    """One input table: files or a query, and the names its columns have there."""
+
+    files: str | None = None
+    """Path or glob of CSV or Parquet files, relative to dataset.yaml."""
+    sql: str | None = None
+    """A DuckDB query; file names in it are relative to dataset.yaml."""
+    columns: dict[str, str | ClickRule] = Field(default_factory=dict)
+    """bahe's column name: the name in the source. Only columns named differently need an entry."""
+    timestamp_unit: Literal["s", "ms", "us"] = "s"
+    """Unit of numeric timestamps (since 1970, UTC). Text and datetime columns need none."""
+    channel: str | None = None
+    """Behaviors only: the channel of every row, for a source without a channel column."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Table:
+        if (self.files is None) == (self.sql is None):
+            raise ValueError("give either `files` or `sql`")
+        return self
+
+
+class ImpressionTable(Table):
+    """The impressions, and which of their columns are context: known when the impression is asked for."""
+
+    context: list[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]] = Field(default_factory=list)
+    """Categorical columns (device, slot, hour), in the order of the model's inputs."""
+
+    @model_validator(mode="after")
+    def _distinct(self) -> ImpressionTable:
+        if len(set(self.context)) != len(self.context):
+            raise ValueError("`context` names one column twice")
+        return self
+
+
+def context_column(context: str) -> str:
+    """What a context column is called in the lake and in a frame, where features have names too."""
+    return f"context_{context}"
+
+
+class QuarantineRule(_Section):
+    """What happens to rows that break the contract."""
+
+    max_share: Annotated[float, Field(ge=0, lt=1)] = 0.001
+    """Up to this share of the rows read of a table, they are set aside in the table `quarantine`; above it,
+    the whole ingest is refused."""
+
+
+class Split(_Section):
+    """Training, validation and test by time."""
+
+    validation: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Share of the impressions, after the training ones in time."""
+    test: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Share of the impressions, the latest ones."""
+    validation_from: datetime | None = None
+    """Explicit cut-off instead of shares; needs test_from too."""
+    test_from: datetime | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Split:
+        if (self.validation_from is None) != (self.test_from is None):
+            raise ValueError("give both `validation_from` and `test_from`, or neither")
+        if self.validation_from and self.test_from and self.validation_from >= self.test_from:
+            raise ValueError("`validation_from` must lie before `test_from`")
+        if self.validation + self.test >= 1:
+            raise ValueError("`validation` + `test` must be below 1")
+        return self
+
+
+class Dataset(_Section):
+    """A whole dataset.yaml."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+    behaviors: Table
+    impressions: ImpressionTable
+    items: Table
+    users: Table | None = None
+    channels: Annotated[list[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]], Field(min_length=1)]
+    """Behavior channels, in the order of the model's inputs."""
+    quarantine: QuarantineRule = QuarantineRule()
+    split: Split = Split()
+    lake: LakeConfig = LakeConfig()
+    """Where the lake lies, when not in the home."""
+    freshness: Literal["event", "hourly", "daily"] = "event"
+    """How fresh the features are that serving reads. An impression of a training frame sees what was known
+    strictly before its own instant, the start of its hour, or the start of its day (UTC)."""
+    backbone: dict[str, Any] = Field(default_factory=dict)
+    """See bahe_models.BackboneConfig; `path` defaults to the fetched SmolLM2-135M-Instruct."""
+    encoder: dict[str, Any] = Field(default_factory=dict)
+    """See bahe_models.EncoderConfig."""
+    window: dict[str, Any] = Field(default_factory=dict)
+    """See bahe_models.WindowConfig."""
+    model: dict[str, Any] = Field(default_factory=dict)
+    """See bahe_models.ModelConfig."""
+    training: dict[str, Any] = Field(default_factory=dict)
+    """See bahe_models.TrainingConfig."""
+
+    @model_validator(mode="after")
+    def _channels(self) -> Dataset:
+        if len(set(self.channels)) != len(self.channels):
+            raise ValueError("`channels` names one channel twice")
+        if "item" in self.channels:
+            raise ValueError("`item` is reserved for item texts; rename that channel")
+        if self.behaviors.channel is not None and self.behaviors.channel not in self.channels:
+            raise ValueError(f"`behaviors.channel` is {self.behaviors.channel}, not in `channels`")
+        return self
+
+
+def load_dataset(path: Path) -> Dataset:
+    """Read and check a dataset.yaml. Raises BadInput, naming the field, when it is wrong."""
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise BadInput(
+            f"{path} does not exist; write one (README, 'Your own log') or run `bahe fetch`."
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        where = getattr(error, "problem_mark", None)
+        line = f", line {where.line + 1}" if where is not None else ""
+        raise BadInput(f"{path}{line} is not valid YAML; correct it.") from None
+    if not isinstance(raw, dict):
+        raise BadInput(f"{path} must hold a mapping with `name`, `behaviors`, `impressions`, `items`.")
+    lake = raw.get("lake")
+    if isinstance(lake, dict) and isinstance(lake.get("data"), str) and "://" not in lake["data"]:
+        lake["data"] = str((path.parent / Path(lake["data"]).expanduser()).resolve())
+    try:
+        dataset = Dataset.model_validate(raw)
+    except ValidationError as error:
+        raise BadInput(f"{path}: {_first_problem(error)}") from None
+    backbone = dataset.backbone.get("path")
+    if isinstance(backbone, str) and (path.parent / backbone).exists():
+        # A model beside dataset.yaml; anything else is an absolute path or a name on the hub.
+        dataset.backbone["path"] = str((path.parent / backbone).resolve())
+    return dataset
+
+
+def save_dataset(dataset: Dataset, path: Path) -> None:
+    """Write a dataset.yaml, whole or not at all."""
+    temporary = path.with_suffix(".part")
+    temporary.write_text(
+        yaml.safe_dump(dataset.model_dump(mode="json", exclude_defaults=True), sort_keys=False)
+    )
+    temporary.replace(path)
+
+
+def _first_problem(error: ValidationError) -> str:
+    first = error.errors()[0]
+    field = ".".join(str(part) for part in first["loc"] if part != "ClickRule") or "top level"
+    more = error.error_count() - 1
+    rest = f" (and {more} more)" if more else ""
+    if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        return f"`{field}` is not a known field; check its spelling{rest}."
+    if first["type"] == "missing":
+        return f"`{field}` is missing; add it{rest}."
+    message = first["msg"].removeprefix("Value error, ")
+    return f"`{field}`: {message}{rest}."
+
+
+def home_dataset(home: Home) -> Dataset:
+    """The dataset that the home was filled from. Raises NotReady before the first ingest."""
+    path = home.root / "dataset.yaml"
+    if not path.is_file():
+        raise NotReady(f"{home.root} holds no data yet; run `bahe ingest dataset.yaml` first.")
+    return load_dataset(path)

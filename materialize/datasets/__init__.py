@@ -1,1 +1,0 @@
-"""Mappings of public logs, for `bahe fetch`."""

@@ -1,0 +1,201 @@
+"""Training frames: every impression with what was known strictly before it, by reference.
+
+A frame carries timeline lengths (pointers into `user_timeline`), never sequences.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import duckdb
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from bahe_core.errors import BadInput, NotReady
+from bahe_core.home import Home
+from bahe_core.progress import progress
+from bahe_lake import runs
+from bahe_lake.connection import commit, lake, quoted
+from bahe_lake.freshness import moment
+from feature_repo.store import open_store
+from materialize.config.dataset import Split, context_column, home_dataset
+from materialize.executors import LOCAL, ExecutorConfig, start
+from materialize.gate import require_gates
+
+if TYPE_CHECKING:
+    from feast import FeatureService, FeatureStore
+
+JOB = "frame"
+SPLITS = ("train", "validation", "test")
+ROW_GROUP = 16_384
+"""Rows that a reader of the file gets at a time; few, so that many readers can share them."""
+
+KEYS = ("impression_id", "user_id", "item_id", "event_timestamp", "clicked")
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A frame on disk."""
+
+    path: Path
+    """Parquet file, sorted by event_timestamp; see `columns` in its schema."""
+    frame_id: str
+    rows: dict[str, int]
+    """Rows of each split."""
+    skipped: bool
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the file says of itself: `snapshot` (of the lake), `service`, `freshness`."""
+        facts: dict[str, Any] = json.loads(pq.read_schema(self.path).metadata[b"bahe"])
+        return facts
+
+
+def frame(
+    home: Home,
+    *,
+    service: str = "ctr_training",
+    as_of: int | None = None,
+    where: ExecutorConfig = LOCAL,
+) -> Frame:
+    """Pull the point-in-time frame of all impressions through Feast, split it by time, write Parquet.
+
+    With `freshness: hourly | daily` in dataset.yaml an impression sees what was known at the start of its
+    hour or day. `as_of` reads the lake as it was at that snapshot. Several workers of `where`
+    each join the users of one hash. Does nothing when the lake, the service, the freshness and the split
+    are those of the last run. Raises NotReady before `ingest` and `apply`,
+    BadInput when the service or the snapshot is unknown or a split would be empty.
+    """
+    dataset = home_dataset(home)
+    store = open_store(home)
+    store.config.offline_store.as_of = as_of
+    with (
+        home.exclusive(),
+        lake(home) as connection,
+        nullcontext(connection) if as_of is None else lake(home, as_of=as_of) as then,
+    ):
+        ingested = runs.last(then, "ingest")
+        if ingested is None:
+            raise NotReady(f"{home.root} holds no data yet; run `bahe ingest dataset.yaml` first.")
+        require_gates(then, JOB)
+        features = _service(store, service)
+        wanted = [[p.name, [f.name for f in p.features]] for p in features.feature_view_projections]
+        facts = [
+            ingested.fingerprint,
+            wanted,
+            dataset.split.model_dump(mode="json"),
+        ]
+        if dataset.freshness != "event":
+            facts.append(dataset.freshness)
+        frame_id = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
+        path = home.frames / frame_id / "frame.parquet"
+        last = runs.last(connection, JOB)
+        if last is not None and last.fingerprint == frame_id and path.is_file():
+            return Frame(path, frame_id, last.facts["rows"], skipped=True)
+        with runs.record(connection, JOB, frame_id) as run:
+            context = dataset.impressions.context
+            entities = _entities(then, dataset.split, dataset.freshness, context)
+            rows = _split_rows(then, entities)
+            job = store.get_historical_features(entity_df=entities, features=features)
+            about = {
+                "snapshot": job.snapshot,
+                "service": service,
+                "freshness": dataset.freshness,
+                "context": context,
+            }
+            with start(where) as executor:
+                one = executor.workers == 1
+                reader = job.to_arrow_reader() if one else job.to_sharded_reader(executor, "user_id")
+                count = sum(rows.values())
+                _write(reader, path, about, count)
+            facts_of_run = {"rows": rows, "service": service}
+            commit(connection, [run.statement(facts_of_run, rows_read=count, rows_written=count)])
+    return Frame(path, frame_id, rows, skipped=False)
+
+
+def latest_frame(home: Home) -> Frame:
+    """The frame of the last run. Raises NotReady when there is none."""
+    with lake(home) as connection:
+        last = runs.last(connection, JOB)
+    if last is not None:
+        path = home.frames / last.fingerprint / "frame.parquet"
+        if path.is_file():
+            return Frame(path, last.fingerprint, last.facts["rows"], skipped=True)
+    raise NotReady(f"{home.root} has no training frame yet; run `bahe frame` first.")
+
+
+def _service(store: FeatureStore, name: str) -> FeatureService:
+    from feast.errors import FeatureServiceNotFoundException
+
+    try:
+        return store.get_feature_service(name)
+    except FeatureServiceNotFoundException:
+        known = ", ".join(s.name for s in store.list_feature_services())
+        raise BadInput(f"feature service {name} is not registered; choose from {known}.") from None
+
+
+def _entities(
+    connection: duckdb.DuckDBPyConnection, split: Split, freshness: str, context: Sequence[str]
+) -> str:
+    """The query of the impressions in time's order, each with its split; event_timestamp is the moment
+    whose knowledge it gets, impression_timestamp its own. One instant never falls into two splits."""
+    if split.validation_from is not None and split.test_from is not None:
+        cuts = [split.validation_from, split.test_from]
+    else:
+        train = 1 - split.validation - split.test
+        shares = f"[{train}, {train + split.validation}]"
+        found = connection.execute(f"SELECT quantile_disc(event_timestamp, {shares}) FROM impressions")
+        row = found.fetchone()
+        assert row is not None
+        cuts = row[0]
+    validation, test = (f"TIMESTAMPTZ {quoted(cut.isoformat())}" for cut in cuts)
+    return (
+        "SELECT impression_id, user_id, item_id,"
+        f" {moment(freshness, 'i.event_timestamp')} AS event_timestamp,"
+        f" {', '.join(['clicked', *map(context_column, context)])},"
+        " i.event_timestamp AS impression_timestamp,"
+        f" CASE WHEN i.event_timestamp < {validation} THEN 'train'"
+        f" WHEN i.event_timestamp < {test} THEN 'validation' ELSE 'test' END AS split"
+        " FROM impressions i ORDER BY i.event_timestamp, impression_id"
+    )
+
+
+def _split_rows(connection: duckdb.DuckDBPyConnection, entities: str) -> dict[str, int]:
+    counted = connection.execute(f"SELECT split, count(*) FROM ({entities}) GROUP BY split").fetchall()
+    rows = dict(counted)
+    for name in SPLITS:
+        if name not in rows:
+            raise BadInput(
+                f"dataset.yaml: `split` leaves no impressions for {name}; move its cut-offs or shares."
+            )
+    return {name: rows[name] for name in SPLITS}
+
+
+def _write(reader: pa.RecordBatchReader, path: Path, facts: dict[str, object], rows: int) -> None:
+    """Stream to a file beside and rename, so that a frame is whole or not there."""
+    temporary = path.parent.with_suffix(".part")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    features = [c for c in reader.schema.names if c not in (*KEYS, "impression_timestamp", "split")]
+    columns = [*KEYS, *features, "split"]
+    source = ["impression_timestamp" if c == "event_timestamp" else c for c in columns]
+    fields = [reader.schema.field(c).with_name(n) for c, n in zip(source, columns, strict=True)]
+    schema = pa.schema(fields, {b"bahe": json.dumps(facts).encode()})
+
+    with (
+        pq.ParquetWriter(temporary / path.name, schema) as writer,
+        progress("impressions", rows) as advance,
+    ):
+        for batch in reader:
+            arrays = [batch.column(c) for c in source]
+            writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema), ROW_GROUP)
+            advance(batch.num_rows)
+    shutil.rmtree(path.parent, ignore_errors=True)
+    temporary.rename(path.parent)

@@ -1,0 +1,131 @@
+"""The gates between jobs: run the expectations, remember the verdict, refuse what failed."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import duckdb
+import pyarrow.parquet as pq
+
+from bahe_core.errors import GateFailed, NotReady
+from bahe_core.home import Home
+from bahe_core.progress import say
+from bahe_lake import runs
+from bahe_lake.connection import commit, lake, quoted, scalar
+from materialize.config.dataset import Dataset, home_dataset
+from validation.suites import CLOCK_TOLERANCE
+
+ORDER = ("ingest", "encode", "frame", "embed")
+
+
+def gate(home: Home, job: str) -> None:
+    """Validate what the job's last run wrote; a verdict that stands already is not asked for again.
+
+    Data Docs go to reports/data_docs. Raises GateFailed, and every later job refuses to run, when an
+    expectation does not hold.
+    """
+    from validation import require, run_gate
+
+    dataset = home_dataset(home)
+    with home.exclusive(), lake(home) as connection:
+        last = runs.last(connection, job)
+        if last is None:
+            raise NotReady(f"the {job} gate has nothing to check yet; run `bahe {job}` first.")
+        verdict = runs.last(connection, _name(job))
+        docs = home.reports / "data_docs"
+        stamp = _stamp(last)
+        if verdict is not None and verdict.fingerprint == stamp and verdict.facts["passed"]:
+            checks = verdict.facts["checks"]
+            say(f"  gate {job}: passed ({checks} checks, unchanged)", passed=True, checks=checks)
+            return
+        tables, parameters = _scope(connection, job, last, dataset, home)
+        with runs.record(connection, _name(job), stamp) as run:
+            result = run_gate(connection, job, tables=tables, parameters=parameters, docs=docs)
+            facts = {"passed": result.passed, "checks": result.checks, "failures": result.failures}
+            commit(connection, [run.statement(facts)])
+    if result.passed:
+        say(f"  gate {job}: passed ({result.checks} checks)", passed=True, checks=result.checks)
+    require(result)
+
+
+def require_gates(connection: duckdb.DuckDBPyConnection, before: str) -> None:
+    """Raises GateFailed when an earlier job's output has not passed its gate."""
+    for job in ORDER[: ORDER.index(before)] if before in ORDER else ORDER:
+        problem = refusal(connection, job)
+        if problem is not None:
+            raise GateFailed(problem)
+
+
+def refusal(connection: duckdb.DuckDBPyConnection, job: str) -> str | None:
+    """Why what the job wrote last may not be passed on; None when it may, or when there is nothing yet."""
+    last, verdict = runs.last(connection, job), runs.last(connection, _name(job))
+    if last is None:
+        return None  # the job itself says what is missing
+    if verdict is None or verdict.fingerprint != _stamp(last):
+        return f"what `bahe {job}` wrote last has not been checked; run `bahe {job}` again."
+    if not verdict.facts["passed"]:
+        first = verdict.facts["failures"][0]
+        return f"the {job} gate failed ({first}); correct that and run it again."
+    return None
+
+
+def _name(job: str) -> str:
+    return f"gate {job}"
+
+
+def _stamp(last: runs.Run) -> str:
+    """One run of a job, so that a verdict is never taken for another run's."""
+    return f"{last.fingerprint} {last.finished.isoformat()}"
+
+
+def _scope(
+    connection: duckdb.DuckDBPyConnection,
+    job: str,
+    last: runs.Run,
+    dataset: Dataset,
+    home: Home,
+) -> tuple[dict[str, str], dict[str, Any]]:
+    """Tables and parameters of a gate, as `validation.run_gate` wants them."""
+
+    def of_lake(*names: str) -> dict[str, str]:
+        return {name: f"lake.main.{name}" for name in names}
+
+    channels = dataset.channels
+    if job == "ingest":
+        tables = of_lake(
+            "behaviors",
+            "impressions",
+            "items",
+            "atoms",
+            "user_timeline",
+            "user_stats",
+            "item_stats",
+        )
+        read, bad = last.facts.get("read", {}), last.facts.get("broken", {})
+        counts = [f"({quoted(table)}, {rows}, {bad[table]})" for table, rows in read.items()]
+        rows_read = ", ".join(counts or ["('nothing', 0, 0)"])
+        tables["ingested"] = f"(SELECT * FROM (VALUES {rows_read}) t(table_name, read, broken))"
+        return tables, {
+            "channels": channels,
+            "latest": datetime.now(UTC) + CLOCK_TOLERANCE + timedelta(hours=1),
+            "max_share": dataset.quarantine.max_share,
+        }
+    if job == "encode":
+        facts = {k: last.facts[k] for k in ("encoder_version", "width")}
+        return of_lake("atoms", "atomic_behavior_embedding"), facts
+    if job == "frame":
+        path = home.frames / last.fingerprint / "frame.parquet"
+        about = json.loads(pq.read_schema(path).metadata[b"bahe"])
+        # Against the log as the frame saw it, which may be an older snapshot.
+        then = f"AT (VERSION => {about['snapshot']})"
+        tables = {
+            name: f"(SELECT * FROM {relation} {then})"
+            for name, relation in of_lake("impressions", "user_timeline").items()
+        }
+        tables["frame"] = f"read_parquet({quoted(str(path))})"
+        rows = scalar(connection, f"SELECT count(*) FROM impressions {then}")
+        freshness = about.get("freshness", "event")
+        return tables, {"channels": channels, "rows": rows, "freshness": freshness}
+    return of_lake("user_embedding", "item_embedding"), dict(last.facts)

@@ -1,0 +1,54 @@
+"""Behaviors by channel over the last days, of users and of items, as views of the lake.
+
+A view is computed when it is asked for: it follows the log without being derived, takes no room, and is of
+whatever snapshot is read. Of all time, a user's counts are the timeline lengths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from bahe_lake.connection import name, quoted
+
+ENTITIES = ("user", "item")
+
+
+def statements(channels: Sequence[str], days: Sequence[int]) -> list[str]:
+    """SQL that makes the views `user_behaviors_7d`, `item_behaviors_7d` and so on; `item_behaviors` is
+    of all time. Their columns are `user_behaviors_<channel>_7d` and so on."""
+    windows = [_window(entity, channels, length) for entity in ENTITIES for length in days]
+    return [*windows, _so_far("item", channels)]
+
+
+def _so_far(entity: str, channels: Sequence[str]) -> str:
+    counts = ", ".join(
+        f"(sum(count(*) FILTER (channel = {quoted(c)})) OVER past)::BIGINT AS"
+        f" {name(f'{entity}_behaviors_{c}')}"
+        for c in channels
+    )
+    return (
+        f"CREATE OR REPLACE VIEW {entity}_behaviors AS SELECT {entity}_id, event_timestamp, {counts}"
+        f" FROM behaviors WHERE {entity}_id IS NOT NULL GROUP BY {entity}_id, event_timestamp"
+        f" WINDOW past AS (PARTITION BY {entity}_id ORDER BY event_timestamp)"
+    )
+
+
+def _window(entity: str, channels: Sequence[str], days: int) -> str:
+    """A count changes when a behavior comes and, so many days later, when it leaves; each has its row, so
+    that the row before a moment is right for that moment: it counts from exactly so many days before the
+    moment, up to but without it."""
+    counts = ", ".join(
+        f"(sum(count(*) FILTER (came AND channel = {quoted(c)})) OVER recent)::BIGINT AS"
+        f" {name(f'{entity}_behaviors_{c}_{days}d')}"
+        for c in channels
+    )
+    columns, known = f"{entity}_id, channel", f"FROM behaviors WHERE {entity}_id IS NOT NULL"
+    return (
+        f"CREATE OR REPLACE VIEW {entity}_behaviors_{days}d AS"
+        f" SELECT {entity}_id, event_timestamp, {counts}"
+        f" FROM (SELECT {columns}, event_timestamp, true AS came {known} UNION ALL"
+        f" SELECT {columns}, event_timestamp + INTERVAL '{days} days', false {known})"
+        f" GROUP BY {entity}_id, event_timestamp"
+        f" WINDOW recent AS (PARTITION BY {entity}_id ORDER BY event_timestamp"
+        f" RANGE BETWEEN INTERVAL '{days} days' - INTERVAL 1 MICROSECOND PRECEDING AND CURRENT ROW)"
+    )

@@ -1,0 +1,320 @@
+"""What follows from the log by SQL alone: timelines, their lengths, and point-in-time statistics.
+
+A row of a derived table says what was known *after* the events at its event_timestamp; the
+point-in-time join takes only rows strictly before an impression, so nothing of the impression's own
+moment is ever seen. Several events at one instant make one row.
+
+There is one mechanism, for the first log as for one more night: *rewind* to the oldest new event and
+compute from there. Timelines go back to each changed user's own oldest new behavior. Statistics go back to
+the oldest new impression of all, because they are smoothed by the click rate of the whole log; only users
+and items shown since then are touched. What was before gives the counts to start from. An event adds rows
+and changes later ones but never takes one away, so the fresh rows are compared with those of the same key:
+rows that differ are replaced, rows that do not stay as they are, created_timestamp included. When no new
+event is older than what was known, nothing is there to compare and rows are only appended.
+
+Users and items are taken range by range, in order, which bounds memory and keeps the rows of one of them
+together in the tables' files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+
+import duckdb
+
+from bahe_core.progress import progress
+from bahe_lake.connection import columns, name, quoted, scalar
+from materialize.ingest import channel_windows
+
+VERSION = 4
+"""Raise when a derived table changes its meaning, so that existing lakes are derived again."""
+
+PRIOR_STRENGTH = 10
+"""How many average impressions a smoothed click rate starts with."""
+
+WINDOW_DAYS = (7, 30)
+"""Lengths of the windows that statistics are also kept over."""
+
+RECENT_ATOMS = 20
+"""How many of the latest atoms `timeline_length` carries inline, for services that want them."""
+
+PART_ROWS = 2_000_000
+"""Events that are derived from at once, about; 2 million take about 1 GB."""
+
+_ALWAYS = "TIMESTAMPTZ '-infinity'"
+
+
+def prepare(connection: duckdb.DuckDBPyConnection) -> None:
+    """Empty temporary tables in which `derive` is told what is new.
+
+    `changed_users` (user_id, since): each user with new behaviors, and the oldest one's time;
+    `changed_impressions` (since): the oldest new impression's time, if there is any.
+    """
+    user = columns(connection, "behaviors")["user_id"]
+    connection.execute(f"CREATE OR REPLACE TEMP TABLE changed_users (user_id {user}, since TIMESTAMPTZ)")
+    connection.execute("CREATE OR REPLACE TEMP TABLE changed_impressions (since TIMESTAMPTZ)")
+
+
+def derive(connection: duckdb.DuckDBPyConnection, channels: Sequence[str], *, anew: bool) -> None:
+    """Bring every derived table up to what the lake's behaviors and impressions say.
+
+    Runs inside the caller's transaction. `anew` makes the tables from the whole log, whatever is new.
+    """
+    if anew:
+        _create(connection, channels)
+        prepare(connection)
+        connection.execute(
+            f"INSERT INTO changed_users SELECT user_id, {_ALWAYS} FROM behaviors GROUP BY user_id"
+        )
+        connection.execute(f"INSERT INTO changed_impressions SELECT {_ALWAYS} FROM impressions LIMIT 1")
+    if scalar(connection, "SELECT count(*) FROM changed_users"):
+        _timelines(connection, channels)
+    if scalar(connection, "SELECT count(*) FROM changed_impressions"):
+        _all_statistics(connection)
+
+
+def ranges(connection: duckdb.DuckDBPyConnection, relation: str, key: str) -> list[str]:
+    """Predicates that split the relation by ranges of the key into parts of about PART_ROWS rows."""
+    count = scalar(connection, f"SELECT count(*) FROM {relation}")
+    parts = -(-count // PART_ROWS)
+    bounds: list[object] = []
+    if parts > 1:
+        shares = ", ".join(str(i / parts) for i in range(1, parts))
+        for sample in (f"hash({key}) % 64 = 0", "true"):  # a sample of the keys, unless that leaves none
+            found = connection.execute(
+                f"SELECT DISTINCT unnest(quantile_disc({key}, [{shares}])) AS bound FROM {relation}"
+                f" WHERE {sample} ORDER BY bound"
+            ).fetchall()
+            bounds = [bound for (bound,) in found if bound is not None]
+            if bounds:
+                break
+    shown = [str(b) if isinstance(b, int) else quoted(str(b)) for b in bounds]
+    predicates = []
+    for low, high in zip([None, *shown], [*shown, None], strict=True):
+        sides = [
+            f"{key} >= {low}" if low is not None else "",
+            f"{key} < {high}" if high is not None else "",
+        ]
+        predicates.append(" AND ".join(side for side in sides if side) or "true")
+    return predicates
+
+
+def _create(connection: duckdb.DuckDBPyConnection, channels: Sequence[str]) -> None:
+    user = columns(connection, "behaviors")["user_id"]
+    lengths = ", ".join(f"{name('length_' + channel)} BIGINT" for channel in channels)
+    layouts = {
+        "user_timeline": (
+            f"user_id {user}, channel VARCHAR, position BIGINT, atom_id BIGINT, event_timestamp TIMESTAMPTZ"
+        ),
+        "timeline_length": (
+            f"user_id {user}, event_timestamp TIMESTAMPTZ, {lengths}, recent_atoms BIGINT[],"
+            " created_timestamp TIMESTAMPTZ"
+        ),
+    }
+    for entity in ("user", "item"):
+        kind = columns(connection, "impressions")[f"{entity}_id"]
+        for suffix in ("", *(f"_{days}d" for days in WINDOW_DAYS)):
+            last = f" {entity}_last_impression_us BIGINT," if not suffix else ""
+            layouts[f"{entity}_stats{suffix}"] = (
+                f"{entity}_id {kind}, event_timestamp TIMESTAMPTZ, {entity}_impressions{suffix} BIGINT,"
+                f" {entity}_clicks{suffix} BIGINT, {entity}_click_rate{suffix} DOUBLE,{last}"
+                " created_timestamp TIMESTAMPTZ"
+            )
+    for table, layout in layouts.items():
+        connection.execute(f"CREATE OR REPLACE TABLE {table} ({layout})")
+    for view in channel_windows.statements(channels, WINDOW_DAYS):
+        connection.execute(view)
+
+
+def _replace(
+    connection: duckdb.DuckDBPyConnection, table: str, fresh: str, key: Sequence[str], since: str
+) -> None:
+    """Make the table's rows of the fresh rows' keys, none of them before `since`, equal to these."""
+    values = [c for c in columns(connection, fresh) if c not in key]
+    old = f"SELECT * FROM {table} WHERE event_timestamp >= {since}"
+    same_key = " AND ".join(f"t.{name(c)} = f.{name(c)}" for c in key)
+    added = fresh
+    if scalar(connection, f"SELECT count(*) FROM ({old} LIMIT 1)"):
+        differ = " OR ".join(f"t.{name(c)} IS DISTINCT FROM f.{name(c)}" for c in values)
+        if scalar(
+            connection, f"SELECT count(*) FROM ({old}) t JOIN {fresh} f ON {same_key} WHERE {differ}"
+        ):
+            connection.execute(
+                f"DELETE FROM {table} AS t USING {fresh} AS f"
+                f" WHERE t.event_timestamp >= {since} AND {same_key} AND ({differ})"
+            )
+        added = f"{fresh} ANTI JOIN ({old}) USING ({', '.join(key)})"
+    created = ", now() AS created_timestamp" if "created_timestamp" in columns(connection, table) else ""
+    connection.execute(
+        f"INSERT INTO {table} BY NAME SELECT *{created} FROM {added} ORDER BY {', '.join(key)}"
+    )
+
+
+def _timelines(connection: duckdb.DuckDBPyConnection, channels: Sequence[str]) -> None:
+    """`user_timeline` and `timeline_length` from each changed user's oldest new behavior on."""
+    oldest = _moment(connection, "SELECT min(since) FROM changed_users")
+    events = (
+        "SELECT b.* FROM behaviors b JOIN changed_users c USING (user_id)"
+        f" WHERE b.event_timestamp >= {oldest} AND b.event_timestamp >= c.since"
+    )
+    parts = ranges(connection, f"({events})", "user_id")
+    with progress("timelines", len(parts)) as advance:
+        for part in parts:
+            _part_of_timelines(connection, channels, part, events, oldest)
+            advance()
+    connection.execute("DROP TABLE IF EXISTS temp.events")
+
+
+def _part_of_timelines(
+    connection: duckdb.DuckDBPyConnection, channels: Sequence[str], part: str, events: str, oldest: str
+) -> None:
+    counts = {c: name(f"length_{c}") for c in channels}
+    known = scalar(connection, "SELECT count(*) FROM (SELECT 1 FROM timeline_length LIMIT 1)")
+    part = part.replace("user_id", "b.user_id")
+    fresh = (
+        f"SELECT b.user_id, channel, atom_id, event_timestamp, true AS fresh FROM ({events}) b WHERE {part}"
+    )
+    base = f"(SELECT NULL::{columns(connection, 'behaviors')['user_id']} AS user_id"
+    base += "".join(f", 0 AS {length}" for length in counts.values()) + " WHERE false)"
+    if known:
+        # What a user did just before: the recent atoms of the first new instant need it.
+        fresh += (
+            " UNION ALL SELECT b.user_id, b.channel, b.atom_id, b.event_timestamp, false"
+            " FROM user_timeline b JOIN changed_users c USING (user_id)"
+            f" WHERE b.event_timestamp < c.since AND {part}"
+            " QUALIFY row_number() OVER (PARTITION BY b.user_id ORDER BY"
+            f" b.event_timestamp DESC, b.channel DESC, b.atom_id DESC) < {RECENT_ATOMS}"
+        )
+        so_far = ", ".join(f"max({length}) AS {length}" for length in counts.values())
+        base = (
+            f"(SELECT b.user_id, {so_far} FROM timeline_length b JOIN changed_users c USING (user_id)"
+            f" WHERE b.event_timestamp < c.since AND {part} GROUP BY b.user_id)"
+        )
+    running = ", ".join(
+        f"coalesce(base.{length}, 0) + count(*) FILTER (fresh AND channel = {quoted(c)})"
+        f" OVER (past ROWS UNBOUNDED PRECEDING) AS {length}"
+        for c, length in counts.items()
+    )
+    connection.execute(
+        "CREATE OR REPLACE TEMP TABLE events AS SELECT * EXCLUDE (fresh) FROM ("
+        f" SELECT e.user_id, channel, atom_id, event_timestamp, fresh, {running},"
+        f" list(atom_id) OVER (past ROWS {RECENT_ATOMS - 1} PRECEDING) AS recent_atoms,"
+        " lead(event_timestamp) OVER past IS DISTINCT FROM event_timestamp AS last_of_instant"
+        f" FROM ({fresh}) e LEFT JOIN {base} base ON e.user_id = base.user_id"
+        # Events of one instant have no order of their own; channel and atom id make it reproducible.
+        " WINDOW past AS (PARTITION BY e.user_id ORDER BY event_timestamp, channel, atom_id)"
+        ") WHERE fresh"
+    )
+    position = " ".join(f"WHEN {quoted(c)} THEN {length}" for c, length in counts.items())
+    _replace(
+        connection,
+        "user_timeline",
+        f"(SELECT user_id, channel, (CASE channel {position} END - 1)::BIGINT AS position, atom_id,"
+        " event_timestamp FROM events)",
+        ("user_id", "channel", "position"),
+        oldest,
+    )
+    _replace(
+        connection,
+        "timeline_length",
+        f"(SELECT user_id, event_timestamp, {', '.join(counts.values())}, recent_atoms FROM events"
+        " WHERE last_of_instant)",
+        ("user_id", "event_timestamp"),
+        oldest,
+    )
+
+
+def _all_statistics(connection: duckdb.DuckDBPyConnection) -> None:
+    """Every statistic from the oldest new impression on."""
+    since = _moment(connection, "SELECT since FROM changed_impressions")
+    before = connection.execute(
+        f"SELECT count(*), coalesce(sum(clicked), 0) FROM impressions WHERE event_timestamp < {since}"
+    ).fetchone()
+    assert before is not None
+    # Beside each impression the log's own click rate so far: what a smoothed rate starts from, itself
+    # point-in-time.
+    connection.execute(
+        "CREATE OR REPLACE TEMP TABLE shown AS SELECT user_id, item_id, event_timestamp, clicked,"
+        f" ({before[1]} + sum(clicked) OVER past + 1) / ({before[0]} + count(*) OVER past + 2) AS rate"
+        f" FROM impressions WHERE event_timestamp >= {since} WINDOW past AS (ORDER BY event_timestamp)"
+    )
+    for entity in ("user", "item"):
+        parts = ranges(connection, "shown", f"{entity}_id")
+        with progress(f"statistics of {entity}s", len(parts)) as advance:
+            for part in parts:
+                _statistics(connection, entity, part, since)
+                for days in WINDOW_DAYS:
+                    _window_statistics(connection, entity, part, since, days)
+                advance()
+    connection.execute("DROP TABLE temp.shown")
+    connection.execute("DROP TABLE IF EXISTS temp.instants")
+
+
+def _statistics(connection: duckdb.DuckDBPyConnection, entity: str, part: str, since: str) -> None:
+    key, table = f"{entity}_id", f"{entity}_stats"
+    connection.execute(
+        f"CREATE OR REPLACE TEMP TABLE instants AS SELECT {key}, event_timestamp, count(*) AS shown,"
+        " sum(clicked)::BIGINT AS clicks, any_value(rate) AS rate"
+        f" FROM shown WHERE {part} GROUP BY {key}, event_timestamp"
+    )
+    before = (
+        f"SELECT {key}, max({entity}_impressions) AS shown, max({entity}_clicks) AS clicks FROM {table}"
+        f" WHERE event_timestamp < {since} AND {part} GROUP BY {key}"
+    )
+    connection.execute(
+        f"CREATE OR REPLACE TEMP TABLE fresh AS SELECT {key}, event_timestamp,"
+        f" impressions AS {entity}_impressions, clicks AS {entity}_clicks,"
+        f" (clicks + {PRIOR_STRENGTH} * rate) / (impressions + {PRIOR_STRENGTH}) AS {entity}_click_rate,"
+        f" epoch_us(event_timestamp) AS {entity}_last_impression_us"
+        f" FROM (SELECT i.{key}, event_timestamp, rate,"
+        " (coalesce(b.shown, 0) + sum(i.shown) OVER past)::BIGINT AS impressions,"
+        " (coalesce(b.clicks, 0) + sum(i.clicks) OVER past)::BIGINT AS clicks"
+        f" FROM instants i LEFT JOIN ({before}) b ON i.{key} = b.{key}"
+        f" WINDOW past AS (PARTITION BY i.{key} ORDER BY event_timestamp))"
+    )
+    _replace(connection, table, "fresh", (key, "event_timestamp"), since)
+
+
+def _window_statistics(
+    connection: duckdb.DuckDBPyConnection, entity: str, part: str, since: str, days: int
+) -> None:
+    """Impressions, clicks and click rate of the days before a moment, the moment itself left out.
+
+    A count changes when an impression comes and, so many days later, when it leaves; each has its row, so
+    that the row before a moment is right for that moment. The rate starts from the log's click rate at the
+    latest impression, so that a row depends on nothing that comes between.
+    """
+    key = f"{entity}_id"
+    came = f"SELECT {key}, event_timestamp, shown, clicks, rate FROM instants"
+    if since != _ALWAYS:
+        came += (
+            f" UNION ALL SELECT {key}, event_timestamp, count(*), sum(clicked), NULL FROM impressions"
+            f" SEMI JOIN instants USING ({key}) WHERE event_timestamp < {since} AND {part}"
+            f" AND event_timestamp >= {since} - INTERVAL '{days} days' GROUP BY ALL"
+        )
+    connection.execute(
+        f"CREATE OR REPLACE TEMP TABLE fresh AS WITH came AS ({came}) SELECT {key}, event_timestamp,"
+        f" impressions AS {entity}_impressions_{days}d, clicks AS {entity}_clicks_{days}d,"
+        f" (clicks + {PRIOR_STRENGTH} * rate) / (impressions + {PRIOR_STRENGTH})"
+        f" AS {entity}_click_rate_{days}d"
+        f" FROM (SELECT {key}, event_timestamp, (sum(sum(shown)) OVER past)::BIGINT AS impressions,"
+        " (sum(sum(clicks)) OVER past)::BIGINT AS clicks,"
+        " last_value(max(rate) IGNORE NULLS) OVER past AS rate FROM (SELECT * FROM came UNION ALL"
+        f" SELECT {key}, event_timestamp + INTERVAL '{days} days', -shown, -clicks, NULL FROM came)"
+        f" GROUP BY {key}, event_timestamp WINDOW past AS"
+        f" (PARTITION BY {key} ORDER BY event_timestamp ROWS UNBOUNDED PRECEDING))"
+        # Without a rate there was no impression since then, and the row is what it was.
+        f" WHERE event_timestamp >= {since} AND rate IS NOT NULL"
+    )
+    _replace(connection, f"{entity}_stats_{days}d", "fresh", (key, "event_timestamp"), since)
+
+
+def _moment(connection: duckdb.DuckDBPyConnection, query: str) -> str:
+    """SQL of the moment that a query returns."""
+    row = connection.execute(f"SELECT x, isinf(x) FROM ({query}) q(x)").fetchone()
+    assert row is not None
+    if row[1]:
+        return _ALWAYS
+    assert isinstance(row[0], datetime)
+    return f"TIMESTAMPTZ {quoted(row[0].isoformat())}"

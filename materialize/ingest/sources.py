@@ -1,0 +1,233 @@
+"""Which files a log's tables name, which of them the lake has not read yet, and how DuckDB reads them.
+
+Files are paths or globs beside dataset.yaml, or URLs (`s3://`, with globs; `http://`, `https://`). The
+table `sources` remembers of each file what it was when it was read: a file is read again, whole, when its
+size, its time or its description in dataset.yaml is another. A query is read whole whenever something
+that it may read has changed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from uuid import uuid4
+
+import duckdb
+
+from bahe_core.errors import BadInput, one_line
+from bahe_lake.connection import name, quoted, tables
+from bahe_lake.extensions import open_object_storage
+from materialize.config.dataset import ImpressionTable, Table
+
+FILE = "_bahe_file"
+"""The column that says which file a row of several comes from."""
+
+CREATE = (
+    "CREATE TABLE IF NOT EXISTS sources (table_name VARCHAR, path VARCHAR, size BIGINT, modified_us BIGINT,"
+    " spec VARCHAR, ingested_at TIMESTAMPTZ)"
+)
+
+
+@dataclass(frozen=True)
+class File:
+    """One file, as it is now; a query counts as one file."""
+
+    path: str
+    size: int
+    modified_us: int
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where one input table comes from."""
+
+    table: str
+    section: Table
+    spec: str
+    """Of what dataset.yaml says about it (and, of a query, of what it may read)."""
+    files: tuple[File, ...]
+    """All files that it names."""
+    unread: tuple[File, ...]
+    """Those that the lake does not have, or has otherwise."""
+
+    @property
+    def what(self) -> str:
+        """The source in the user's words."""
+        return self.section.files or f"{self.table}.sql"
+
+    @property
+    def csv(self) -> bool:
+        """Whether column types are guessed from text."""
+        return self.section.files is not None and _suffix(self.files[0].path) != "parquet"
+
+
+def find_sources(
+    connection: duckdb.DuckDBPyConnection, sections: Mapping[str, Table], folder: Path
+) -> dict[str, Source]:
+    """The source of each table. Raises BadInput when there is nothing to read, or no way to read it."""
+    known: set[tuple[object, ...]] = set()
+    if "sources" in tables(connection):
+        rows = connection.execute(
+            "SELECT table_name, path, size, modified_us, spec FROM sources"
+        ).fetchall()
+        known = set(rows)
+    found = {}
+    for table, section in sections.items():
+        spec: list[object] = [section.model_dump(mode="json", exclude={"context"})]
+        if isinstance(section, ImpressionTable):
+            spec.append(sorted(section.context))
+        if section.files is None:
+            assert section.sql is not None
+            spec += _may_read(section.sql, folder)
+            files: tuple[File, ...] = (File(f"{table}.sql", 0, 0),)
+        else:
+            files = _listed(connection, table, section.files, folder)
+        stamp = hashlib.sha256(json.dumps(spec).encode()).hexdigest()
+        unread = tuple(f for f in files if (table, f.path, f.size, f.modified_us, stamp) not in known)
+        found[table] = Source(table, section, stamp, files, unread)
+    return found
+
+
+def remember(source: Source, files: Sequence[File]) -> list[str]:
+    """SQL that remembers these files as read."""
+    if not files:
+        return []
+    table = quoted(source.table)
+    paths = ", ".join(quoted(file.path) for file in files)
+    rows = ", ".join(
+        f"({table}, {quoted(f.path)}, {f.size}, {f.modified_us}, {quoted(source.spec)}, now())"
+        for f in files
+    )
+    return [
+        f"DELETE FROM sources WHERE table_name = {table} AND path IN ({paths})",
+        f"INSERT INTO sources VALUES {rows}",
+    ]
+
+
+def relation(source: Source, files: Sequence[File], text_columns: Sequence[str] = ()) -> str:
+    """SQL that reads these files as one table, with their paths in the column FILE.
+
+    CSV reads `text_columns` as text, whatever they look like. A query has been put into the temporary
+    table `query_<table>` by `run_query` before, so that it answers only once.
+    """
+    if source.section.sql is not None:
+        return f"query_{source.table}"
+    listed = "[" + ", ".join(quoted(file.path) for file in files) + "]"
+    if not source.csv:
+        return f"read_parquet({listed}, union_by_name = true, filename = '{FILE}')"
+    types = ", ".join(f"{quoted(column)}: 'VARCHAR'" for column in text_columns)
+    more = f", types = {{{types}}}" if types else ""
+    return f"read_csv({listed}, union_by_name = true, header = true, filename = '{FILE}'{more})"
+
+
+def run_query(connection: duckdb.DuckDBPyConnection, source: Source) -> None:
+    """Run a source's query, if it is one. Raises BadInput when it fails."""
+    if source.section.sql is None:
+        return
+    query = source.section.sql.rstrip().rstrip(";")
+    if "://" in query:
+        open_object_storage(connection)
+    try:
+        connection.execute(f"CREATE OR REPLACE TEMP TABLE query_{source.table} AS SELECT * FROM ({query})")
+    except duckdb.Error as error:
+        raise BadInput(f"{source.table}: {source.what} cannot be read: {one_line(error)}.") from None
+
+
+def unreadable(connection: duckdb.DuckDBPyConnection, source: Source, error: duckdb.Error) -> BadInput:
+    """The sentence for a source that failed, which names the file that is to blame if one is."""
+    reason = one_line(error)
+    if source.section.files is not None and len(source.unread) > 1:
+        for file in source.unread:
+            try:
+                # Every column, so that a damaged page is found and not only a damaged footer.
+                relation_of_one = relation(source, [file])
+                connection.execute(f"SELECT count(*), max(hash(s)) FROM {relation_of_one} s").fetchone()
+            except duckdb.Error as of_one:
+                return BadInput(f"{source.table}: {file.path} cannot be read: {one_line(of_one)}.")
+    return BadInput(f"{source.table}: {source.what} cannot be read: {reason}.")
+
+
+def _listed(
+    connection: duckdb.DuckDBPyConnection, table: str, pattern: str, folder: Path
+) -> tuple[File, ...]:
+    if "://" in pattern:
+        files = _remote(connection, table, pattern)
+    else:
+        files = [_local(path) for path in _expand(folder, pattern) if path.is_file()]
+    if not files:
+        where = "" if "://" in pattern else f" in {folder}"
+        raise BadInput(f"{table}.files: nothing matches {pattern}{where}; correct it.")
+    kinds = {_suffix(file.path): file.path for file in files}
+    for suffix, path in kinds.items():
+        if suffix not in ("parquet", "csv", "tsv", "txt"):
+            raise BadInput(
+                f"{table}.files: {path.rsplit('/', 1)[-1]} is neither CSV nor Parquet; convert it."
+            )
+    if "parquet" in kinds and len(kinds) > 1:
+        raise BadInput(f"{table}.files: {pattern} matches CSV and Parquet; take one of them.")
+    return tuple(files)
+
+
+def _local(path: Path) -> File:
+    stat = path.stat()
+    return File(str(path), stat.st_size, stat.st_mtime_ns // 1000)
+
+
+def _remote(connection: duckdb.DuckDBPyConnection, table: str, pattern: str) -> list[File]:
+    scheme = pattern.split("://", 1)[0]
+    if scheme not in ("s3", "http", "https"):
+        raise BadInput(f"{table}.files: {scheme}:// is not read; use s3://, http:// or https://.")
+    if scheme != "s3" and any(c in pattern for c in "*["):
+        raise BadInput(f"{table}.files: {scheme}:// cannot be searched by a pattern; name one file.")
+    open_object_storage(connection)
+    try:
+        # Only what the store says about the files; their contents are not asked for.
+        rows = connection.execute(
+            "SELECT filename, size, epoch_us(last_modified) FROM read_blob(?) ORDER BY filename", [pattern]
+        ).fetchall()
+    except duckdb.Error as error:
+        if "No files found" in str(error):
+            return []
+        raise BadInput(f"{table}.files: {pattern} cannot be read: {one_line(error)}.") from None
+    return [File(path, size, modified or 0) for path, size, modified in rows]
+
+
+def _expand(folder: Path, pattern: str) -> list[Path]:
+    path = Path(pattern).expanduser()
+    if path.is_absolute():
+        return sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor))))
+    return sorted(folder.glob(pattern))
+
+
+def _suffix(path: str) -> str:
+    return path.removesuffix(".gz").rsplit(".", 1)[-1].lower()
+
+
+def _may_read(query: str, folder: Path) -> list[object]:
+    """What a query may read: the files beside dataset.yaml, and those that its literals name."""
+    if "://" in query:
+        return [uuid4().hex]  # there is no telling, so it is read every time
+    paths = {path for path in folder.glob("*") if path.suffix not in (".yaml", ".yml")}
+    for literal in re.findall(r"'([^']+)'", query):
+        if "/" in literal and re.search(r"\w", literal.rsplit("/", 1)[-1]):
+            with contextlib.suppress(ValueError, NotImplementedError):  # text that is no path
+                paths.update(_expand(folder, literal))
+    facts: list[object] = []
+    for path in sorted(paths):
+        if path.is_file():
+            stat = path.stat()
+            facts.append([path.name, stat.st_size, stat.st_mtime_ns])
+    return facts
+
+
+def of_file(source: Source, file: File, files: Sequence[File], text_columns: Sequence[str] = ()) -> str:
+    """SQL of one file's rows, read with the types that all `files` have together."""
+    whole = relation(source, files, text_columns)
+    if source.section.sql is not None:
+        return f"(SELECT * FROM {whole})"
+    return f"(SELECT * EXCLUDE ({name(FILE)}) FROM {whole} WHERE {name(FILE)} = {quoted(file.path)})"

@@ -1,0 +1,1 @@
+"""What answers online: the quality gate, publishing, the pointer."""

@@ -1,0 +1,216 @@
+"""Vectors and statistics to the online store, through Feast; then one pointer is flipped.
+
+Vectors are keyed by model_version, so a new version is written beside the live one and nobody sees
+it before the pointer says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+import duckdb
+import pyarrow.parquet as pq
+from rich.markup import escape
+
+from bahe_core.errors import BadInput, BaheError, NotReady
+from bahe_core.home import Home
+from bahe_core.progress import say
+from bahe_lake import runs
+from bahe_lake.connection import lake
+from bahe_models.artifact import require_servable
+from feature_repo.store import online_errors, open_store
+from materialize.gate import require_gates
+from materialize.release import pointer, staleness
+from materialize.release.quality import require_quality
+
+if TYPE_CHECKING:
+    from feast import FeatureStore
+
+JOB = "publish"
+ROLLBACK = "rollback"
+VIEWS = (
+    "user_stats",
+    "item_stats",
+    "user_timeline",
+    "user_recent_atoms",
+    "item_attributes",
+    "user_embedding",
+    "item_embedding",
+)
+SAMPLE = 25
+"""How many of the newest and of any entities are read back before the pointer is flipped."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """What a run of `publish` did."""
+
+    model_version: str
+    skipped: bool
+    rows: int = 0
+    """Rows written online."""
+
+
+def publish(home: Home) -> Published:
+    """Write online what is new since the last publish, check a sample, and flip the pointer.
+
+    Everything is written where the online store is not the one that was last published to, or has lost
+    something. Does nothing when the last embedded model_version is live with the log as it is. Raises
+    BaheError, and leaves the pointer alone, when what was written does not read back; NotReady when vectors
+    are behind the log, and so behind the statistics; NotServable when nothing is embedded and the last
+    trained model cannot be.
+    """
+    store = open_store(home)
+    with home.exclusive(), lake(home) as connection, online_errors(home):
+        embedded, ingested = runs.last(connection, "embed"), runs.last(connection, "ingest")
+        if embedded is None or ingested is None:
+            trained = runs.last(connection, "train")
+            if trained is not None:
+                require_servable(home.models / trained.fingerprint)
+            raise NotReady(f"{home.root} has no vectors yet; run `bahe embed` first.")
+        require_gates(connection, JOB)
+        version = str(embedded.facts["model_version"])
+        require_quality(connection, version)
+        last = runs.last(connection, JOB)
+        known = pointer.recorded(connection)
+        ours = bool(known) and last is not None and pointer.online(store) == known[0]
+        fingerprint = staleness.publish_fingerprint(embedded, ingested)
+        if ours and last and last.fingerprint == fingerprint and known[0].model_version == version:
+            return Published(version, skipped=True)
+        users = staleness.users_behind(connection, version)
+        items = staleness.items_behind(connection, version)
+        if users or items:
+            raise NotReady(
+                f"the vectors of {users:,} users and {items:,} items under {version} are behind the log,"
+                " and so behind the statistics; run `bahe embed` first."
+            )
+        with runs.record(connection, JOB, fingerprint) as run:
+            since = last.snapshot_read if ours and last else None
+            rows = _materialize(store, connection, since)
+            unread = _not_reading_back(store, connection, version, run.snapshot_read)
+            if unread and since is not None:
+                say(f"  {escape(unread)} is not online as it should be, so everything is written anew")
+                rows += _materialize(store, connection, None)
+                unread = _not_reading_back(store, connection, version, run.snapshot_read)
+            if unread:
+                raise BaheError(
+                    f"{unread} does not read back from the online store as written; the live model was left"
+                    " as it is, so run `bahe publish` again."
+                )
+            known_items = connection.execute("SELECT item_id, text FROM items ORDER BY item_id")
+            temporary = home.catalogue_of_items.with_suffix(".part")
+            pq.write_table(known_items.to_arrow_table(), temporary)
+            temporary.replace(home.catalogue_of_items)
+            facts = {"model_version": version, "since": since}
+            done = run.statement(facts, rows_read=rows, rows_written=rows)
+            pointer.flip(store, connection, version, [done])
+    return Published(version, skipped=False, rows=rows)
+
+
+def rollback(home: Home, to: str | None = None) -> Published:
+    """Make the version that was live before (or the one named) live again; only the pointer is written.
+
+    Raises BadInput when there is no such version or its artifact is gone, NotReady when its vectors are.
+    """
+    store = open_store(home)
+    with home.exclusive(), lake(home) as connection, online_errors(home):
+        versions = list(dict.fromkeys(p.model_version for p in pointer.recorded(connection)))
+        if not versions:
+            raise NotReady(f"{home.root} has nothing published; run `bahe publish` first.")
+        live, *others = versions
+        if to is None and not others:
+            raise BadInput(
+                f"{live} is the only version that was ever live, so there is none to go back to."
+            )
+        version = to or others[0]
+        if version not in versions:
+            raise BadInput(f"--to {version} was never live; choose from {', '.join(versions)}.")
+        said = pointer.online(store)
+        if said is not None and said.model_version == version == live:
+            return Published(version, skipped=True)
+        if not (home.models / version / "config.json").is_file():
+            raise BadInput(
+                f"the artifact of {version} is no longer in {home.models}, so it cannot answer; the live"
+                " model was left as it is."
+            )
+        require_servable(home.models / version)
+        with runs.record(connection, ROLLBACK, version) as run:
+            if not _is_online(store, connection, version, run.snapshot_read):
+                raise NotReady(
+                    f"vectors of {version} are no longer in the online store; the live model was left as it"
+                    " is."
+                )
+            facts = {"model_version": version, "left_version": live}
+            pointer.flip(store, connection, version, [run.statement(facts)])
+    return Published(version, skipped=False)
+
+
+def _materialize(store: FeatureStore, connection: duckdb.DuckDBPyConnection, since: int | None) -> int:
+    """Newest values of the keys that changed after a snapshot (of all) to the online store; how many."""
+    newest = connection.execute(
+        "SELECT max(event_timestamp) FROM (SELECT event_timestamp FROM behaviors UNION ALL"
+        " SELECT event_timestamp FROM impressions UNION ALL SELECT event_timestamp FROM items)"
+    ).fetchone()
+    assert newest is not None
+    end = max(newest[0], datetime.now(UTC)) + timedelta(seconds=1)
+    store.config.offline_store.changed_since = since
+    # Feast prints what it does on standard output, where answers belong.
+    with contextlib.redirect_stdout(io.StringIO()):
+        store.materialize(
+            start_date=datetime(1970, 1, 2, tzinfo=UTC), end_date=end, feature_views=list(VIEWS)
+        )
+    rows: int = store.provider.batch_engine.take_rows()
+    return rows
+
+
+def _not_reading_back(
+    store: FeatureStore, connection: duckdb.DuckDBPyConnection, version: str, seed: int
+) -> str | None:
+    """Which entity of a sample the online store has not as the lake has it; None when all are right."""
+    for entity in ("user", "item"):
+        sample = _sample(connection, entity, version, seed)
+        keys = sample[f"{entity}_id"]
+        features = [f"{entity}_embedding:embedding", f"{entity}_stats:{entity}_impressions"]
+        rows = [{f"{entity}_id": key, "model_version": version} for key in keys]
+        answer = store.get_online_features(features, entity_rows=rows).to_dict() if rows else {}
+        for column in ("embedding", f"{entity}_impressions"):
+            for key, wanted, got in zip(keys, sample[column], answer.get(column, ()), strict=True):
+                if got != wanted:
+                    return f"{entity} {key}"
+    return None
+
+
+def _is_online(store: FeatureStore, connection: duckdb.DuckDBPyConnection, version: str, seed: int) -> bool:
+    """Whether a sample of users and items has vectors of the version online."""
+    for entity in ("user", "item"):
+        keys = _sample(connection, entity, version, seed)[f"{entity}_id"]
+        rows = [{f"{entity}_id": key, "model_version": version} for key in keys]
+        if not rows:
+            return False
+        answer = store.get_online_features([f"{entity}_embedding:embedding"], entity_rows=rows).to_dict()
+        if None in answer["embedding"]:
+            return False
+    return True
+
+
+def _sample(
+    connection: duckdb.DuckDBPyConnection, entity: str, version: str, seed: int
+) -> dict[str, list[Any]]:
+    """The newest vectors of the version and some others, with the newest statistics of their entities."""
+    key = f"{entity}_id"
+    vectors = f"FROM {entity}_embedding WHERE model_version = $version"
+    table = connection.execute(
+        f"WITH picked AS ((SELECT {key} {vectors} ORDER BY created_timestamp DESC LIMIT {SAMPLE})"
+        f" UNION (SELECT {key} {vectors} ORDER BY hash({key}, $seed) LIMIT {SAMPLE}))"
+        f" SELECT {key}, any_value(embedding) AS embedding,"
+        f" arg_max({entity}_impressions, s.event_timestamp) AS {entity}_impressions"
+        f" FROM (SELECT {key}, embedding {vectors} AND {key} IN (FROM picked))"
+        f" LEFT JOIN {entity}_stats s USING ({key}) GROUP BY {key}",
+        {"version": version, "seed": seed},
+    ).to_arrow_table()
+    columns: dict[str, list[Any]] = table.to_pydict()
+    return columns

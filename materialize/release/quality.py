@@ -1,0 +1,151 @@
+"""The quality gate: a new model against the live one, on the same impressions, before it is published."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import duckdb
+import numpy as np
+
+from bahe_core.errors import GateFailed
+from bahe_core.home import Home
+from bahe_lake import runs
+from bahe_lake.connection import commit, lake
+from materialize.config.dataset import home_dataset
+from materialize.frames.frame import Frame, latest_frame
+
+if TYPE_CHECKING:
+    from bahe_models.artifact import Artifact
+
+JOB = "gate quality"
+SPLIT = "validation"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What the gate found."""
+
+    passed: bool
+    facts: dict[str, Any]
+    """model_version, live_version, auc, live_auc, gain with its 95 % interval, tolerance, measured."""
+
+
+def judge(
+    home: Home, model_version: str, live_version: str, tolerance: float, device_name: str | None = None
+) -> Verdict:
+    """Compare two models on the validation split of the latest frame, and remember the verdict.
+
+    A live model that reads other vectors, channels or context than the frame has is compared by the AUC
+    that it was trained with. Raises GateFailed when the new one's AUC is more than the tolerance below.
+    """
+    frame = latest_frame(home)
+    fingerprint = f"{model_version} {live_version} {frame.frame_id} {tolerance}"
+    with home.exclusive(), lake(home) as connection:
+        last = runs.last(connection, JOB)
+        if last is not None and last.fingerprint == fingerprint:
+            verdict = Verdict(passed=last.facts["passed"], facts=last.facts)
+        else:
+            with runs.record(connection, JOB, fingerprint) as run:
+                facts = _compared(home, connection, frame, model_version, live_version, device_name)
+                lost = facts["gain"] is not None and facts["gain"] < -tolerance
+                facts |= {"passed": not lost, "checks": 1, "tolerance": tolerance}
+                facts["failures"] = [_sentence(facts)] if lost else []
+                commit(connection, [run.statement(facts)])
+            verdict = Verdict(passed=not lost, facts=facts)
+    if not verdict.passed:
+        raise GateFailed(
+            f"the quality gate refused {model_version}: {verdict.facts['failures'][0]}; the live model was"
+            " left as it is, and `bahe daily --retrain never` refreshes it."
+        )
+    return verdict
+
+
+def require_quality(connection: duckdb.DuckDBPyConnection, model_version: str) -> None:
+    """Raises GateFailed when the model's last verdict was a refusal."""
+    last = next(
+        (r for r in runs.history(connection, JOB) if r.facts["model_version"] == model_version), None
+    )
+    if last is not None and not last.facts["passed"]:
+        raise GateFailed(
+            f"the quality gate refused {model_version}: {last.facts['failures'][0]}; train another, or"
+            " judge it again by `bahe daily` with another --tolerance."
+        )
+
+
+def _sentence(facts: dict[str, Any]) -> str:
+    return (
+        f"its {SPLIT} AUC is {facts['auc']:.4f}, more than {facts['tolerance']:g} below the"
+        f" {facts['live_auc']:.4f} of {facts['live_version']}, which is live"
+    )
+
+
+def _compared(
+    home: Home,
+    connection: duckdb.DuckDBPyConnection,
+    frame: Frame,
+    model_version: str,
+    live_version: str,
+    device_name: str | None,
+) -> dict[str, Any]:
+    from bahe_models.artifact import load
+    from bahe_models.evaluation import evaluate
+    from materialize.training.lake_data import read_training_data
+
+    new, live = load(home.models / model_version), load(home.models / live_version)
+    channels = home_dataset(home).channels
+    data = read_training_data(connection, frame, new.encoder_version, channels)
+    logits = {"bahe": _logits(new, data, device_name)}
+    alike = (
+        live.encoder_version == new.encoder_version
+        and live.context_columns == new.context_columns
+        and live.dense.channels == new.dense.channels
+    )
+    if alike:
+        logits["live"] = _logits(live, data, device_name)
+    quality = evaluate(data.splits[SPLIT], logits).quality
+    auc, interval = quality["bahe"].auc, {}
+    if alike:
+        compared = quality["live"]
+        live_auc: float | None = compared.auc
+        row = compared.row()  # without NaN, which JSON does not know
+        interval = {"gain_low": row["bahe_gain_low"], "gain_high": row["bahe_gain_high"]}
+    else:
+        results = live.facts.get("results", [])
+        live_auc = next((r["auc"] for r in results if (r["model"], r["split"]) == ("bahe", SPLIT)), None)
+    way = "on the same impressions" if alike else "by the AUC that the live model was trained with"
+    return {
+        "model_version": model_version,
+        "live_version": live_version,
+        "frame_id": frame.frame_id,
+        "auc": auc,
+        "live_auc": live_auc,
+        "gain": None if live_auc is None else auc - live_auc,
+        **interval,
+        "measured": way,
+    }
+
+
+def _logits(artifact: Artifact, data: Any, device_name: str | None) -> np.ndarray:
+    """Logits [N] of the split's impressions, in one way for every model."""
+    import torch
+
+    from bahe_core.machine import device
+
+    where = device(device_name)
+    artifact.model.to(where)
+    split = data.splits[SPLIT]
+    probability = artifact.score_timelines(
+        torch.from_numpy(data.atoms_AD).to(where),
+        data.atom_ids,
+        data.timelines,
+        split.user_N,
+        split.length_NC,
+        data.item_atom_I[split.item_N],
+        [data.item_ids[i] for i in split.item_N.tolist()],
+        split.columns,
+        split.time_us_N,
+        split.context_NX,
+    )
+    clipped = np.clip(probability, 1e-12, 1 - 1e-12)
+    return np.asarray(np.log(clipped) - np.log1p(-clipped))

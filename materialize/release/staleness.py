@@ -1,0 +1,48 @@
+"""What is behind what: questions to the lake that jobs and `bahe status` ask. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import duckdb
+
+from bahe_lake import runs
+from bahe_lake.connection import scalar, tables
+
+
+def atoms_without_vectors(connection: duckdb.DuckDBPyConnection, encoder_version: str) -> int:
+    """How many atoms the encoder has not read yet."""
+    return scalar(
+        connection,
+        "SELECT count(*) FROM atoms ANTI JOIN (SELECT atom_id FROM atomic_behavior_embedding"
+        " WHERE encoder_version = ?) USING (atom_id)",
+        [encoder_version],
+    )
+
+
+def users_behind(connection: duckdb.DuckDBPyConnection, model_version: str) -> int:
+    """How many users' vectors know fewer behaviors than the log has, or do not exist."""
+    listed = [t for t in ("impressions", "users") if t in tables(connection)]
+    others = "".join(f" UNION ALL SELECT user_id, 0 FROM {table}" for table in listed)
+    return scalar(
+        connection,
+        "SELECT count(*) FROM (SELECT user_id, sum(behaviors)::BIGINT AS behaviors FROM"
+        f" (SELECT user_id, count(*) AS behaviors FROM behaviors GROUP BY user_id{others})"
+        " GROUP BY user_id)"
+        " ANTI JOIN (SELECT user_id, behaviors FROM user_embedding WHERE model_version = ?)"
+        " USING (user_id, behaviors)",
+        [model_version],
+    )
+
+
+def items_behind(connection: duckdb.DuckDBPyConnection, model_version: str) -> int:
+    """How many items have no vector."""
+    return scalar(
+        connection,
+        "SELECT count(*) FROM items ANTI JOIN (SELECT item_id FROM item_embedding WHERE model_version = ?)"
+        " USING (item_id)",
+        [model_version],
+    )
+
+
+def publish_fingerprint(embedded: runs.Run, ingested: runs.Run) -> str:
+    """What a publish of these two runs is called, so that the same again is known to be done."""
+    return f"{embedded.facts['model_version']} {embedded.finished.isoformat()} {ingested.fingerprint}"

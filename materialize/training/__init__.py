@@ -1,0 +1,1 @@
+"""From frame and lake to a trained, measured model."""

@@ -1,0 +1,218 @@
+"""The history of each impression of a frame, by reference: memory-mapped arrays beside the frame.
+
+A frame carries timeline lengths. These files carry what they point at: the timelines themselves once,
+where each impression's begins, and the atoms' vectors. All readers of a machine share the same pages, so
+neither worker processes nor ranks multiply them.
+
+Shape letters: N impressions of the whole frame, C channels, H behaviors asked for, B behaviors of the log,
+A atoms, D width.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from filelock import FileLock
+
+from bahe_core.errors import BadInput, NotReady
+from bahe_core.home import Home
+from bahe_lake.connection import lake, quoted, scalar
+from bahe_lake.vector_columns import vector_matrix
+from bahe_models.timelines import Int64
+from materialize.config.dataset import home_dataset
+from materialize.frames.frame import Frame
+from materialize.vectors.stored_atoms import current_encoder
+
+BATCH_ROWS = 122_880
+"""Rows that are in memory at a time while the files are written."""
+
+
+@dataclass(frozen=True)
+class FrameHistory:
+    """Where the files are. Whoever reads opens them, so that this can be sent to other processes."""
+
+    folder: Path
+    channels: tuple[str, ...]
+
+    @property
+    def atom_ids(self) -> Int64:
+        """The id of each atom row, rising [A]."""
+        return self._map("atom_ids")
+
+    def vectors(self, encoder_version: str) -> npt.NDArray[np.float32]:
+        """The vector of each atom row [A, D], mapped from disk; `write_vectors` has to come first."""
+        found: npt.NDArray[np.float32] = np.load(self.vectors_file(encoder_version), mmap_mode="r")
+        return found
+
+    def vectors_file(self, encoder_version: str) -> Path:
+        """Where the vectors of an encoder are."""
+        return self.folder / f"vectors-{encoder_version}.npy"
+
+    def item_rows(self, rows: Int64) -> Int64:
+        """Atom rows of the texts of the items that these impressions show; -1 for an unknown item."""
+        found: Int64 = self._map("item_row")[rows]
+        return found
+
+    def last(self, rows: Int64, length_NC: Int64, count: int) -> tuple[Int64, Int64]:
+        """Atom rows [N, C, H] of the last `count` behaviors before these impressions, oldest first, and how
+        many of them there are [N, C]; what is beyond that number is 0."""
+        held_NC = np.minimum(length_NC, count)
+        first_NC = self._map("start")[rows] + length_NC - held_NC
+        place_H = np.arange(count)
+        there_NCH = place_H < held_NC[..., None]
+        timelines = self._map("timeline")
+        atoms_NCH = np.zeros(there_NCH.shape, dtype=np.int64)
+        atoms_NCH[there_NCH] = timelines[(first_NC[..., None] + place_H)[there_NCH]]
+        return atoms_NCH, held_NC
+
+    def _map(self, name: str) -> Int64:
+        found: Int64 = np.load(self.folder / f"{name}.npy", mmap_mode="r")
+        return found
+
+
+def frame_history(home: Home, frame: Frame) -> FrameHistory:
+    """The history of a frame, written beside it when first asked for, whole or not at all.
+
+    Timelines are read as of the frame's own snapshot, since lengths point into those. Raises BadInput when
+    the snapshot is gone.
+    """
+    found = FrameHistory(frame.path.parent / "history", tuple(home_dataset(home).channels))
+    with _lock(frame):
+        if not found.folder.is_dir():
+            temporary = found.folder.with_suffix(".part")
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+            _write_timelines(home, frame, temporary, found.channels)
+            temporary.rename(found.folder)
+    return found
+
+
+def write_vectors(home: Home, frame: Frame, history: FrameHistory) -> str:
+    """Write the atoms' vectors beside the history unless they are there; returns their encoder_version.
+
+    Vectors never change, so they are read from the lake of now: encoding may come after the frame. Raises
+    NotReady when an atom has none.
+    """
+    with lake(home) as connection, _lock(frame):
+        encoder = current_encoder(connection, home)
+        path = history.vectors_file(encoder)
+        if path.is_file():
+            return encoder
+        atom_ids = history.atom_ids
+        connection.register("wanted_atoms", pa.table({"atom_id": atom_ids}))
+        found = "FROM atomic_behavior_embedding JOIN wanted_atoms USING (atom_id) WHERE encoder_version = ?"
+        row = connection.execute(f"SELECT count(*), min(len(embedding)) {found}", [encoder]).fetchone()
+        assert row is not None
+        if row[0] != len(atom_ids):
+            raise NotReady(
+                f"{len(atom_ids) - row[0]} atoms of the frame have no vector under {encoder}; run"
+                " `bahe encode` first."
+            )
+        temporary = path.with_suffix(".part")
+        _stream(
+            connection,
+            f"SELECT embedding {found} ORDER BY atom_id",
+            temporary,
+            (row[0], row[1] or 0),
+            lambda batch: vector_matrix(pa.chunked_array([batch.column("embedding")])),
+            dtype=np.float32,
+            values=[encoder],
+        )
+        temporary.rename(path)
+    return encoder
+
+
+def _lock(frame: Frame) -> FileLock:
+    """Several ranks begin at once."""
+    return FileLock(frame.path.parent / ".history.lock")
+
+
+def _write_timelines(home: Home, frame: Frame, folder: Path, channels: tuple[str, ...]) -> None:
+    try:
+        snapshot = frame.facts["snapshot"]
+    except (KeyError, TypeError):  # without metadata, or with other
+        raise BadInput(
+            f"{frame.path} does not say which snapshot it is of; pull it again by `bahe frame`."
+        ) from None
+    with lake(home, as_of=snapshot) as then:
+        wanted = ", ".join(map(quoted, channels))
+        timelines = f"(SELECT * FROM user_timeline WHERE channel IN ({wanted}))"
+        ids = then.execute(
+            f"SELECT atom_id FROM (SELECT atom_id FROM {timelines} UNION SELECT atom_id FROM items)"
+            " ORDER BY atom_id"
+        ).to_arrow_table()["atom_id"]
+        atom_ids = ids.to_numpy()
+        np.save(folder / "atom_ids.npy", atom_ids)
+
+        def atom_rows(batch: pa.RecordBatch) -> Int64:
+            found: Int64 = np.searchsorted(atom_ids, batch.column("atom_id").to_numpy())
+            return found
+
+        _stream(
+            then,
+            f"SELECT atom_id FROM {timelines} ORDER BY user_id, channel, position",
+            folder / "timeline.npy",
+            (scalar(then, f"SELECT count(*) FROM {timelines}"),),
+            atom_rows,
+        )
+        columns = ", ".join(
+            f"coalesce(max(start) FILTER (channel = {quoted(channel)}), 0)::BIGINT AS c{i}"
+            for i, channel in enumerate(channels)
+        )
+        then.execute(
+            f"CREATE TEMP TABLE starts AS SELECT user_id, {columns} FROM (SELECT user_id, channel,"
+            " sum(count(*)) OVER (ORDER BY user_id, channel) - count(*) AS start"
+            f" FROM {timelines} GROUP BY user_id, channel) GROUP BY user_id"
+        )
+        path = quoted(str(frame.path))
+        names = [f"c{i}" for i in range(len(channels))]
+        rows = scalar(then, f"SELECT count(*) FROM read_parquet({path})")
+        _stream(
+            then,
+            f"SELECT {', '.join(f'coalesce(s.{c}, 0) AS {c}' for c in names)}"
+            f" FROM read_parquet({path}, file_row_number = true) f LEFT JOIN temp.starts s USING (user_id)"
+            " ORDER BY file_row_number",
+            folder / "start.npy",
+            (rows, len(channels)),
+            lambda batch: np.stack([batch.column(c).to_numpy() for c in names], axis=1),
+        )
+        _stream(
+            then,
+            "SELECT i.atom_id IS NOT NULL AS known, coalesce(i.atom_id, 0) AS atom_id"
+            f" FROM read_parquet({path}, file_row_number = true) f LEFT JOIN (SELECT item_id,"
+            " arg_max(atom_id, event_timestamp) AS atom_id FROM items GROUP BY item_id) i USING (item_id)"
+            " ORDER BY file_row_number",
+            folder / "item_row.npy",
+            (rows,),
+            lambda batch: np.where(
+                batch.column("known").to_numpy(zero_copy_only=False), atom_rows(batch), -1
+            ),
+        )
+
+
+def _stream(
+    connection: duckdb.DuckDBPyConnection,
+    query: str,
+    path: Path,
+    shape: tuple[int, ...],
+    convert: Callable[[pa.RecordBatch], npt.NDArray[Any]],
+    *,
+    dtype: type = np.int64,
+    values: list[object] | None = None,
+) -> None:
+    """Write the rows of a query into a .npy file of this shape, a batch at a time."""
+    target = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+    done = 0
+    for batch in connection.execute(query, values or []).to_arrow_reader(BATCH_ROWS):
+        target[done : done + batch.num_rows] = convert(batch)
+        done += batch.num_rows
+    assert done == shape[0], f"{path.name}: {done} rows instead of {shape[0]}"
+    target.flush()

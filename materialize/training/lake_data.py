@@ -1,0 +1,89 @@
+"""From lake and frame to the arrays that training and embedding read."""
+
+from __future__ import annotations
+
+import json
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from bahe_core.errors import BadInput
+from bahe_models.context import MISSING, hash_values
+from bahe_models.features import needed_columns
+from bahe_models.impressions import Impressions, TrainingData
+from bahe_models.timelines import Int64
+from materialize.config.dataset import context_column
+from materialize.frames.frame import SPLITS, Frame
+from materialize.vectors.stored_atoms import read_atoms
+from materialize.vectors.timelines import read_timelines
+
+
+def read_training_data(
+    connection: duckdb.DuckDBPyConnection, frame: Frame, version: str, channels: list[str]
+) -> TrainingData:
+    """Everything a training run reads, from the frame on disk and the lake.
+
+    Raises BadInput when it cannot be trained on, NotReady when atoms have no vector of that version.
+    """
+    atoms = read_atoms(connection, version)
+    table = pq.read_table(frame.path)
+    users = table["user_id"].combine_chunks().dictionary_encode()
+    items = connection.execute("SELECT item_id, atom_id FROM items ORDER BY item_id").to_arrow_table()
+    item_index = pc.index_in(table["item_id"], value_set=items["item_id"]).combine_chunks()
+    if item_index.null_count:
+        unknown = table["item_id"].filter(pc.is_null(item_index))[0].as_py()
+        raise BadInput(
+            f"{item_index.null_count} impressions of the frame show items that the log does not have"
+            f" (item {unknown} among them); ingest the items, then run `bahe frame` again."
+        )
+    user_row = users.indices.to_numpy().astype(np.int64)
+    item_row = item_index.to_numpy().astype(np.int64)
+    lengths = np.stack(
+        [table[f"length_{c}"].fill_null(0).to_numpy().astype(np.int64) for c in channels], axis=1
+    )
+    time_us = table["event_timestamp"].cast(pa.int64()).to_numpy()
+    columns = {c: table[c].to_numpy(zero_copy_only=False).astype(np.float64) for c in needed_columns()}
+    clicked = table["clicked"].to_numpy().astype(np.float32)
+    context = _context_columns(table)
+    hashed = np.stack([_hashed(table, c) for c in context], axis=1) if context else None
+
+    def part(name: str) -> Impressions:
+        rows = np.flatnonzero(pc.equal(table["split"], name).to_numpy())
+        return Impressions(
+            user_N=user_row[rows],
+            item_N=item_row[rows],
+            length_NC=lengths[rows],
+            time_us_N=time_us[rows],
+            clicked_N=clicked[rows],
+            columns={c: values[rows] for c, values in columns.items()},
+            context_NX=None if hashed is None else hashed[rows],
+        )
+
+    data = TrainingData(
+        atoms_AD=atoms.vectors,
+        atom_ids=atoms.ids,
+        timelines=read_timelines(connection, atoms, users.dictionary, channels),
+        item_atom_I=atoms.rows(items["atom_id"]),
+        item_ids=tuple(items["item_id"].to_pylist()),
+        splits={name: part(name) for name in SPLITS},
+        context=context,
+    )
+    data.check()
+    return data
+
+
+def _context_columns(frame: pa.Table) -> tuple[str, ...]:
+    """Names of a frame's context columns, as it was written with; none in frames of before context."""
+    facts = (frame.schema.metadata or {}).get(b"bahe", b"{}")
+    return tuple(json.loads(facts).get("context", ()))
+
+
+def _hashed(frame: pa.Table, context: str) -> Int64:
+    """Hashes [N] of a context column; each distinct value is hashed once."""
+    encoded = frame[context_column(context)].combine_chunks().dictionary_encode()
+    values = np.append(hash_values(context, encoded.dictionary.to_pylist()), MISSING)
+    rows: Int64 = values[encoded.indices.fill_null(len(values) - 1).to_numpy()]
+    return rows

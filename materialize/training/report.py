@@ -1,0 +1,149 @@
+"""The training report: one HTML page with results, intervals, calibration, segments and curves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from bahe_models.evaluation import LEVEL, REPLICATES, SplitEvaluation
+from bahe_models.training_loop import Epoch
+from materialize.training.plots import NAMES, reliability_plot, training_curves
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
+<style>
+ body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 3rem auto;
+   padding: 0 1rem; color: #1b1f24; }}
+ h2 {{ margin-top: 2.5rem; }}
+ table {{ border-collapse: collapse; width: 100%; margin: 1.5rem 0; }}
+ th, td {{ padding: .45rem .7rem; border-bottom: 1px solid #d8dee4; text-align: right; }}
+ th {{ vertical-align: bottom; }} td {{ font-variant-numeric: tabular-nums; white-space: nowrap; }}
+ td span {{ color: #57606a; font-size: .85em; font-weight: 400; }}
+ table.results :is(th, td):nth-child(-n+2), table.segments :is(th, td):first-child {{ text-align: left; }}
+ tr.best td {{ font-weight: 600; background: #eef6ff; }}
+ .quiet {{ color: #57606a; }} svg {{ width: 100%; height: auto; }}
+</style></head><body>
+<h1>{title}</h1>
+<p class="quiet">model_version {version}, {when}</p>
+<table class="results"><thead><tr><th>Model</th><th>Split</th><th>AUC</th><th>GAUC</th><th>Log loss</th>
+<th>ECE</th><th>Training, s</th><th>Peak memory, MiB</th></tr></thead><tbody>{rows}</tbody></table>
+<h2>Is BAHE better?</h2>
+<ul>{differences}</ul>
+<h2>By length of the user's history, test split</h2>
+{segments}
+<h2>Calibration</h2>
+{reliability}
+<h2>Training</h2>
+{curves}
+<p class="quiet">AUC: area under the ROC curve. GAUC: AUC within each user, weighted by impressions.
+Log loss: mean negative log-likelihood of the clicks; lower is better. ECE: expected calibration error,
+the mean distance between predicted probability and share clicked over bins of equal count.
+In brackets: {level:.0%} intervals from {replicates} bootstrap resamples of users, the same for all models;
+they hold for one trained model, and do not tell how much training again with another seed would move it.
+n/a: undefined, because only one class or one user is there.
+History: behaviors before the impression, in all channels.
+Floor: logit of the item's click rate plus logit of the user's, both strictly before the impression;
+its probability is the sigmoid of that sum.
+Peak memory is that of the whole process while the model trained. The splits follow each other in time.</p>
+</body></html>
+"""
+
+
+def shown(value: float | None, digits: int = 4) -> str:
+    """A metric as text; n/a where it is undefined."""
+    return "n/a" if value is None or math.isnan(value) else f"{value:.{digits}f}"
+
+
+def shown_interval(low: float | None, high: float | None) -> str:
+    """An interval as text, such as [0.748, 0.774]; empty where it is undefined."""
+    ends = [shown(low, 3), shown(high, 3)]
+    return "" if "n/a" in ends else f"[{', '.join(ends)}]"
+
+
+def shown_auc(row: Mapping[str, Any]) -> str:
+    """AUC and interval of a row of the results table, such as 0.7616 [0.748, 0.774]."""
+    # Rows that an earlier version recorded in the lake have no interval.
+    return f"{shown(row['auc'])} {shown_interval(row.get('auc_low'), row.get('auc_high'))}".strip()
+
+
+def write_report(
+    path: Path,
+    dataset: str,
+    version: str,
+    results: list[dict[str, Any]],
+    histories: Mapping[str, list[Epoch]],
+    evaluations: Mapping[str, SplitEvaluation],
+) -> None:
+    """Write the page; it needs no other file and no network."""
+    floor = next(r["auc"] for r in results if r["model"] == "floor" and r["split"] == "validation")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(
+        _PAGE.format(
+            title=f"BAHE on {escape(dataset)}",
+            version=version,
+            when=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+            rows=_results(results),
+            differences="".join(f"<li>{_difference(row)}</li>" for row in results if "bahe_gain" in row),
+            segments=_segments(evaluations["test"]),
+            reliability=reliability_plot(evaluations),
+            curves=training_curves(histories, floor),
+            level=LEVEL,
+            replicates=REPLICATES,
+        ),
+        encoding="utf-8",
+    )
+
+
+def _results(results: list[dict[str, Any]]) -> str:
+    best = {
+        split: max(row["auc"] for row in results if row["split"] == split)
+        for split in {row["split"] for row in results}
+    }
+    return "".join(
+        f"<tr{' class=best' if row['auc'] == best[row['split']] else ''}>"
+        f"<td>{NAMES[row['model']]}</td><td>{row['split']}</td>"
+        f"<td>{_estimate(row['auc'], row['auc_low'], row['auc_high'])}</td>"
+        f"<td>{shown(row['gauc'])}</td><td>{shown(row['log_loss'])}</td><td>{shown(row['ece'])}</td>"
+        f"<td>{row['train_seconds']:.1f}</td><td>{row['peak_memory_mb']:.0f}</td></tr>"
+        for row in results
+    )
+
+
+def _estimate(value: float | None, low: float | None, high: float | None) -> str:
+    return f"{shown(value)} <span>{shown_interval(low, high)}</span>"
+
+
+def _difference(row: Mapping[str, Any]) -> str:
+    """BAHE against one baseline on one split, as a sentence."""
+    gain, low, high = row["bahe_gain"], row["bahe_gain_low"], row["bahe_gain_high"]
+    rival = {"floor": "the floor's", "id_only": "that of the ID-only network"}[row["model"]]
+    where = f"On the {row['split']} split BAHE's AUC"
+    said = f"{where} is {abs(gain):.4f} {'above' if gain >= 0 else 'below'} {rival}"
+    if low is None or high is None:
+        return f"{said}; how sure that is cannot be told from this split."
+    between = f"the {LEVEL:.0%} interval of the difference is {low:+.4f} to {high:+.4f}"
+    if low <= 0 <= high:
+        return f"{said}, but {between}: these data do not tell the two apart."
+    return f"{said}; {between}, so it is more than chance."
+
+
+def _segments(evaluation: SplitEvaluation) -> str:
+    """One row a segment, one column a model."""
+    models = list(evaluation.quality)
+    header = "".join(f"<th>{NAMES[model]}, AUC</th>" for model in models)
+    rows = []
+    for segment in dict.fromkeys(row.segment for row in evaluation.segments):
+        found = {row.model: row for row in evaluation.segments if row.segment == segment}
+        cells = "".join(
+            f"<td>{_estimate(found[m].auc, found[m].auc_low, found[m].auc_high)}</td>" for m in models
+        )
+        impressions = found[models[0]].impressions
+        rows.append(f"<tr><td>{segment}</td><td>{impressions:,}</td>{cells}</tr>")
+    return (
+        '<table class="segments"><thead><tr><th>Behaviors before</th><th>Impressions</th>'
+        f"{header}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    )

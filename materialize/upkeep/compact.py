@@ -1,0 +1,103 @@
+"""Upkeep of the lake for years of nights: few large files, not many small ones, and an end to the past.
+
+Every night appends a small file to each table and deletes rows that a late event has changed. `compact`
+merges what is small, rewrites files of which much is deleted, forgets snapshots that are older than asked,
+and removes the files that no snapshot needs any more. Each step is a transaction of DuckLake's own, so a
+kill between or within them leaves a whole lake, and the next call does the rest.
+
+Readers are never harmed: a snapshot is forgotten only when another took its place more than GRACE ago, and
+files leave only after they have been out of use for as long, so a job that began before the compaction
+still finds what it reads.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from datetime import timedelta
+
+import duckdb
+import pyarrow.parquet as pq
+
+from bahe_core.errors import BadInput
+from bahe_core.home import Home
+from bahe_core.progress import progress
+from bahe_lake.connection import LAKE, lake, quoted, scalar
+
+GRACE = timedelta(days=1)
+"""How long a file that is no longer needed stays for the readers that began before."""
+
+DELETED_SHARE = 0.3
+"""Files of which more than this share of the rows is deleted are written anew."""
+
+
+@dataclass(frozen=True)
+class Compacted:
+    """What a run of `compact` did."""
+
+    files_before: int
+    """Data files of the newest snapshot."""
+    files_after: int
+    snapshots_forgotten: int
+    oldest_snapshot: int
+    """The oldest one that `--as-of` can still name."""
+    files_removed: int
+    """Files that nothing needed any more."""
+
+
+def compact(home: Home, *, keep_days: float) -> Compacted:
+    """Merge small files, and forget what the lake was more than `keep_days` (or GRACE) ago.
+
+    What the home's frames were pulled from is kept. Other frames and stores that read the lake as of a
+    forgotten snapshot fail afterwards. Raises NotReady without a lake.
+    """
+    if keep_days < 0:
+        raise BadInput(f"--keep-days is {keep_days:g}; give 0 or more days.")
+    with home.exclusive(), lake(home) as connection:
+        files_before, forgotten, removed = _files(connection), 0, 0
+        steps = [
+            # Rows that DuckLake keeps in its catalogue stay there: a table whose rows are written out and
+            # then rewritten answers wrongly of its past (DuckLake 1.0).
+            f"CALL ducklake_rewrite_data_files('{LAKE}', delete_threshold => {DELETED_SHARE})",
+            f"CALL ducklake_merge_adjacent_files('{LAKE}')",
+            *_forget(connection, max(timedelta(keep_days), GRACE), _pulled(home)),
+            f"CALL ducklake_cleanup_old_files('{LAKE}', older_than => now() - {_interval(GRACE)})",
+            # Files that a killed job wrote and never committed.
+            f"CALL ducklake_delete_orphaned_files('{LAKE}', older_than => now() - {_interval(GRACE)})",
+        ]
+        with progress("compacting", len(steps)) as advance:
+            for step in steps:
+                rows = connection.execute(step).fetchall()
+                if "expire" in step:
+                    forgotten = len(rows)
+                elif "cleanup" in step or "orphaned" in step:
+                    removed += len(rows)
+                advance()
+        oldest = scalar(connection, f"SELECT min(snapshot_id) FROM {LAKE}.snapshots()")
+        return Compacted(files_before, _files(connection), forgotten, oldest, removed)
+
+
+def _pulled(home: Home) -> set[int]:
+    """Snapshots that frames of the home were pulled at."""
+    found = (pq.read_schema(path).metadata or {} for path in home.frames.glob("*/frame.parquet"))
+    return {json.loads(facts[b"bahe"])["snapshot"] for facts in found if b"bahe" in facts}
+
+
+def _forget(connection: duckdb.DuckDBPyConnection, age: timedelta, needed: set[int]) -> list[str]:
+    """The statement, if any, that forgets snapshots which others replaced longer than `age` ago."""
+    rows = connection.execute(
+        "SELECT snapshot_id FROM (SELECT snapshot_id,"
+        " lead(snapshot_time) OVER (ORDER BY snapshot_id) AS replaced"
+        f" FROM {LAKE}.snapshots()) WHERE replaced < now() - {_interval(age)}"
+    ).fetchall()
+    old = [str(number) for (number,) in rows if number not in needed]
+    listed = ", ".join(old)
+    return [f"CALL ducklake_expire_snapshots('{LAKE}', versions => [{listed}])"] if old else []
+
+
+def _interval(length: timedelta) -> str:
+    return f"INTERVAL {quoted(f'{round(length.total_seconds())} seconds')}"
+
+
+def _files(connection: duckdb.DuckDBPyConnection) -> int:
+    return scalar(connection, f"SELECT coalesce(sum(file_count), 0) FROM ducklake_table_info('{LAKE}')")

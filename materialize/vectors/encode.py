@@ -1,0 +1,316 @@
+"""Every distinct atom through the frozen shallow layers, once per encoder_version.
+
+A changed encoder is a new version, built beside the one in use: `runs` names a version when all atoms have
+its vectors, and not before, so that everything that asks for the current one goes on with the old one. New
+atoms get vectors of both meanwhile, as long as a model in use reads the old ones.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from time import monotonic
+from typing import Any
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+
+from bahe_core.errors import BadInput
+from bahe_core.home import Home
+from bahe_core.progress import progress, say
+from bahe_lake import runs
+from bahe_lake.connection import LAKE, commit, lake, quoted, scalar
+from bahe_lake.vector_columns import vector_column
+from bahe_models.backbone import BackboneConfig, load_backbone
+from bahe_models.encoder import EncoderConfig, encoder_version
+from materialize.config.backbone import Settings, encoder_settings
+from materialize.config.dataset import home_dataset
+from materialize.executors import LOCAL, ExecutorConfig, start
+from materialize.gate import gate, require_gates
+from materialize.vectors.chunks import (
+    ChunkEncoder,
+    Encodings,
+    encode_here,
+    encode_in_processes,
+    encode_on,
+    missing_chunks,
+)
+
+JOB = "encode"
+TABLE = "atomic_behavior_embedding"
+ATOMS_PER_COMMIT = 65_536
+SECONDS_PER_COMMIT = 20.0
+"""A commit is due at the end of the chunk in which either is reached; a kill costs what came since."""
+
+_PARQUET = {"parquet_compression": "zstd", "parquet_version": "2"}
+"""Splits the bytes of floats into streams, which is what makes vectors of half precision small."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What a run of `encode` did."""
+
+    encoder_version: str
+    width: int
+    added: int
+    total: int
+    tokens: int = 0
+    """Of the atoms added."""
+    padding: float = 0.0
+    """Share of the model's work that was for places without a token."""
+    model_seconds: float = 0.0
+    """Time in the model, summed over processes."""
+
+
+@dataclass(frozen=True)
+class VersionProgress:
+    """How far an encoder_version is."""
+
+    encoder_version: str
+    encoded: int
+    """Atoms of the lake that have its vector."""
+    atoms: int
+    """Atoms of the lake."""
+    current: bool
+    """Whether it is the one that jobs use."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is missing."""
+        return self.encoded == self.atoms
+
+
+def encode(
+    home: Home,
+    *,
+    device_name: str | None = None,
+    processes: int | None = None,
+    compile: bool = False,
+    where: ExecutorConfig = LOCAL,
+) -> Encoded:
+    """Encode the atoms that have no vector under the configured encoder yet.
+
+    Committed as it goes: a killed run loses little, and the next one goes on. When nothing is missing, no
+    model is loaded. Where a model in use reads another encoder's vectors, new atoms get those first, and
+    pass the gate. `processes` is one for each visible GPU by default, else one; on Ray,
+    `where` says how many actors.
+    """
+    dataset = home_dataset(home)
+    backbone, encoder = encoder_settings(dataset)
+    encoder = replace(encoder, compile=encoder.compile or compile)
+    if where.kind == "ray" and processes is not None:
+        raise BadInput("--processes is for --executor local; give --num-actors.")
+    devices = [device_name] if where.kind == "ray" else _devices(device_name, processes)
+    with lake(home) as connection:
+        others = _others_in_use(connection, home, _identity(backbone, encoder))
+        behind = {
+            version: other for version, other in others.items() if missing_chunks(connection, version)
+        }
+    for version, (older_backbone, older_encoder) in behind.items():
+        like = replace(older_encoder, compile=encoder.compile, bfloat16=encoder.bfloat16)
+        try:
+            done = _encode(home, older_backbone, like, devices, where, expected=version)
+        except BadInput as error:  # its files may be gone, which stops its models, not the next ones
+            say(f"  {version}, which a model in use reads, gets no vectors of new atoms: {error}")
+            continue
+        say(f"  {version}, which a model in use reads: {done.added:,} atoms encoded")
+        gate(home, JOB)
+    return _encode(home, backbone, encoder, devices, where)
+
+
+def recorded_settings(connection: duckdb.DuckDBPyConnection, version: str) -> Settings | None:
+    """What a version was made with; None when no run says (a home of before that was recorded)."""
+    found = connection.execute(
+        "SELECT facts FROM runs WHERE job = ? AND (facts->>'encoder_version') = ? ORDER BY finished DESC",
+        [JOB, version],
+    ).fetchone()
+    settings = None if found is None else json.loads(found[0]).get("settings")
+    if settings is None:
+        return None
+    return BackboneConfig(**settings["backbone"]), EncoderConfig(**settings["encoder"])
+
+
+def versions(connection: duckdb.DuckDBPyConnection) -> list[VersionProgress]:
+    """Every encoder_version of the lake, the fullest first, half-built ones included."""
+    last = runs.last(connection, JOB)
+    current = None if last is None else last.facts["encoder_version"]
+    atoms = scalar(connection, "SELECT count(*) FROM atoms")
+    found = connection.execute(
+        f"SELECT encoder_version, count(*) FROM {TABLE} SEMI JOIN atoms USING (atom_id)"
+        " GROUP BY encoder_version ORDER BY count(*) DESC, encoder_version"
+    ).fetchall()
+    return [VersionProgress(name, count, atoms, name == current) for name, count in found]
+
+
+def _encode(
+    home: Home,
+    backbone: BackboneConfig,
+    encoder: EncoderConfig,
+    devices: Sequence[str | None],
+    where: ExecutorConfig,
+    *,
+    expected: str | None = None,
+) -> Encoded:
+    """Bring one version up to date, and make it the current one.
+
+    Raises BadInput when the settings do not make the version `expected` any more.
+    """
+    identity = _identity(backbone, encoder)
+    with home.exclusive(), lake(home) as connection:
+        require_gates(connection, JOB)
+        total = scalar(connection, "SELECT count(*) FROM atoms")
+        last = runs.last(connection, JOB)
+        if last is not None and last.fingerprint == identity:
+            version, width = str(last.facts["encoder_version"]), int(last.facts["width"])
+            if not missing_chunks(connection, version):
+                return Encoded(version, width, added=0, total=total)
+        halves = load_backbone(backbone)
+        version = encoder_version(halves, encoder, backbone.shallow_layers)
+        if expected not in (None, version):
+            raise BadInput(f"{backbone.path} is not the model of {expected} any more.")
+        width = halves.width
+        with runs.record(connection, JOB, identity) as run:
+            chunks = missing_chunks(connection, version)
+            writer = _Writer(connection, version)
+            with progress("encoding atoms", sum(chunk.atoms for chunk in chunks)) as advance:
+                if where.kind == "ray" and chunks:
+                    del halves  # each actor loads its own
+                    with start(where) as executor:
+                        for encodings in encode_on(
+                            executor, home, backbone, encoder, version, chunks, devices[0], advance
+                        ):
+                            writer.add(encodings)
+                elif len(devices) > 1:
+                    del halves  # each process loads its own
+                    encoded = encode_in_processes(
+                        home, backbone, encoder, version, chunks, devices, advance
+                    )
+                    for encodings in encoded:
+                        writer.add(encodings)
+                elif chunks:
+                    here = ChunkEncoder(home, halves, encoder, version, devices[0])
+                    try:
+                        for encodings in encode_here(here, chunks, advance):
+                            writer.add(encodings)
+                    finally:
+                        here.close()
+            writer.flush()
+            facts = {"encoder_version": version, "width": width, "settings": json.loads(identity)}
+            done = writer.facts()
+            added = done["added"]
+            commit(connection, [run.statement({**facts, **done}, rows_read=added, rows_written=added)])
+    return Encoded(version, width, total=total, **writer.facts())
+
+
+class _Writer:
+    """Collects encodings and commits them."""
+
+    def __init__(self, connection: duckdb.DuckDBPyConnection, version: str) -> None:
+        self._connection, self._version = connection, version
+        self._pending: list[Encodings] = []
+        self._committed = monotonic()
+        self._added = self._tokens = self._padded = 0
+        self._model_seconds = 0.0
+
+    def add(self, encodings: Encodings) -> None:
+        self._pending.append(encodings)
+        self._added += len(encodings.vectors)
+        self._tokens += encodings.tokens
+        self._padded += encodings.padded_tokens
+        self._model_seconds += encodings.model_seconds
+        waiting = sum(len(part.vectors) for part in self._pending)
+        if waiting >= ATOMS_PER_COMMIT or monotonic() - self._committed >= SECONDS_PER_COMMIT:
+            self.flush()
+
+    def flush(self) -> None:
+        if self._pending:
+            _store(self._connection, self._pending, self._version)
+        self._pending, self._committed = [], monotonic()
+
+    def facts(self) -> dict[str, Any]:
+        return {
+            "added": self._added,
+            "tokens": self._tokens,
+            "padding": 1 - self._tokens / self._padded if self._padded else 0.0,
+            "model_seconds": round(self._model_seconds, 3),
+        }
+
+
+def _store(connection: duckdb.DuckDBPyConnection, parts: Sequence[Encodings], version: str) -> None:
+    """One commit, in the order of atom ids, so that a range of them is found by the files' statistics."""
+    atoms = pa.table(
+        {
+            "atom_id": pa.concat_arrays([part.atom_ids for part in parts]),
+            "embedding": vector_column(np.concatenate([part.vectors for part in parts])),
+            "event_timestamp": pa.concat_arrays([part.first_seen for part in parts]),
+        }
+    )
+    _set_parquet_options(connection)
+    connection.register("encoded", atoms)
+    now = datetime.now(UTC).isoformat()
+    commit(
+        connection,
+        [
+            f"INSERT INTO {TABLE} BY NAME SELECT *, {quoted(version)} AS encoder_version,"
+            f" TIMESTAMPTZ {quoted(now)} AS created_timestamp FROM encoded ORDER BY atom_id"
+        ],
+    )
+    connection.unregister("encoded")
+
+
+def _set_parquet_options(connection: duckdb.DuckDBPyConnection) -> None:
+    held = connection.execute(
+        f"SELECT option_name FROM {LAKE}.options() WHERE scope = 'TABLE' AND scope_entry = ?",
+        [f"main.{TABLE}"],
+    ).fetchall()
+    wanted = {option: value for option, value in _PARQUET.items() if (option,) not in held}
+    commit(
+        connection,
+        [
+            f"CALL {LAKE}.set_option({quoted(option)}, {quoted(value)}, table_name => {quoted(TABLE)})"
+            for option, value in wanted.items()
+        ],
+    )
+
+
+def _identity(backbone: BackboneConfig, encoder: EncoderConfig) -> str:
+    """What of the settings moves vectors, as JSON that `recorded_settings` reads."""
+    cut = {"path": backbone.path, "shallow_layers": backbone.shallow_layers}
+    of_vectors = {k: v for k, v in asdict(encoder).items() if k not in ("bfloat16", "compile")}
+    return json.dumps({"backbone": cut, "encoder": of_vectors}, sort_keys=True)
+
+
+def _others_in_use(connection: duckdb.DuckDBPyConnection, home: Home, identity: str) -> dict[str, Settings]:
+    """Versions that jobs or models use, other than the one of these settings, where it is known how they
+    were made."""
+    last = runs.last(connection, JOB)
+    if last is None:
+        return {}
+    used = [last.facts["encoder_version"]]
+    trained, embedded = runs.last(connection, "train"), runs.last(connection, "embed")
+    models = [run.fingerprint for run in (trained, embedded) if run is not None]
+    for config in (home.models / model / "config.json" for model in models):
+        if config.is_file():
+            used.append(json.loads(config.read_text())["encoder_version"])
+    known = {version: recorded_settings(connection, version) for version in dict.fromkeys(used)}
+    return {
+        version: settings
+        for version, settings in known.items()
+        if settings is not None and _identity(*settings) != identity
+    }
+
+
+def _devices(device_name: str | None, processes: int | None) -> list[str | None]:
+    """A device for each process. Raises BadInput when there shall be none."""
+    if processes is not None and processes < 1:
+        raise BadInput(f"--processes is {processes}; it must be at least 1.")
+    if device_name is not None or processes == 1:
+        return [device_name] * (processes or 1)
+    import torch
+
+    gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    each: list[str | None] = [*gpus] or [None]
+    return [each[index % len(each)] for index in range(processes or len(each))]

@@ -1,0 +1,94 @@
+"""The vectors of one encoder_version, read from the lake."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryFile
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+
+from bahe_core.errors import NotReady
+from bahe_core.home import Home
+from bahe_lake import runs
+from bahe_lake.connection import scalar
+from bahe_lake.vector_columns import vector_matrix
+from bahe_models.timelines import Int64
+
+_NOT_ENCODED = "some atoms have no vector yet; run `bahe encode` first."
+
+
+@dataclass(frozen=True)
+class Atoms:
+    """The vectors of one encoder_version; a row number stands for an atom from here on."""
+
+    ids: Int64
+    """Sorted atom ids."""
+    vectors: np.ndarray
+    """float32 [atoms, width]."""
+
+    def rows(self, ids: pa.ChunkedArray | pa.Array) -> Int64:
+        """Row of each atom id. Raises NotReady when one has no vector."""
+        wanted = ids.to_numpy()
+        rows = np.searchsorted(self.ids, wanted)
+        if len(wanted) and (
+            not len(self.ids) or (self.ids[np.minimum(rows, len(self.ids) - 1)] != wanted).any()
+        ):
+            raise NotReady(_NOT_ENCODED)
+        return np.asarray(rows, dtype=np.int64)
+
+
+def current_encoder(connection: duckdb.DuckDBPyConnection, home: Home) -> str:
+    """The encoder_version of the last encode. Raises NotReady before it."""
+    encoded = runs.last(connection, "encode")
+    if encoded is None:
+        raise NotReady(f"{home.root} has no atom vectors yet; run `bahe encode` first.")
+    return str(encoded.facts["encoder_version"])
+
+
+def read_atoms(connection: duckdb.DuckDBPyConnection, version: str) -> Atoms:
+    """All vectors of an encoder_version."""
+    table = connection.execute(
+        "SELECT atom_id, embedding FROM atomic_behavior_embedding WHERE encoder_version = ?"
+        " ORDER BY atom_id",
+        [version],
+    ).to_arrow_table()
+    if not table.num_rows:
+        raise NotReady(f"no atom is encoded under {version} yet; run `bahe encode` first.")
+    return Atoms(table["atom_id"].to_numpy(), vector_matrix(table["embedding"]))
+
+
+@contextmanager
+def stored_atoms(
+    connection: duckdb.DuckDBPyConnection, version: str, wanted: str, folder: Path, width: int
+) -> Iterator[Atoms]:
+    """The vectors of the atoms that the table `wanted` names, in a file that memory is mapped to and that
+    is gone afterwards: memory holds only what is being read. One zero vector where none is wanted.
+
+    Raises NotReady when an atom has no vector.
+    """
+    reader = connection.execute(
+        f"SELECT atom_id, embedding FROM atomic_behavior_embedding SEMI JOIN {wanted} USING (atom_id)"
+        " WHERE encoder_version = ? ORDER BY atom_id",
+        [version],
+    ).to_arrow_reader(8192)
+    folder.mkdir(parents=True, exist_ok=True)
+    ids = []
+    with TemporaryFile(dir=folder) as file:
+        for batch in reader:
+            table = pa.Table.from_batches([batch])
+            ids.append(batch.column("atom_id").to_numpy())
+            file.write(vector_matrix(table["embedding"]).tobytes())
+        file.flush()
+        found = sum(map(len, ids))
+        if scalar(connection, f"SELECT count(*) FROM {wanted}") != found:
+            raise NotReady(_NOT_ENCODED)
+        if not found:
+            yield Atoms(np.zeros(1, dtype=np.int64), np.zeros((1, width), dtype=np.float32))
+            return
+        vectors = np.memmap(file, dtype=np.float32, mode="r").reshape(found, -1)
+        yield Atoms(np.concatenate(ids), vectors)

@@ -1,0 +1,64 @@
+"""Timelines, read from the lake by reference to stored atoms."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from bahe_core.errors import NotReady
+from bahe_lake.connection import quoted
+from bahe_lake.vector_columns import vector_matrix
+from bahe_models.timelines import Int64, Timelines
+from materialize.vectors.stored_atoms import _NOT_ENCODED, Atoms
+
+
+def read_timelines(
+    connection: duckdb.DuckDBPyConnection, atoms: Atoms, users: pa.Array, channels: list[str]
+) -> Timelines:
+    """Timelines of these users, in their order; a user without behaviors has empty ones."""
+    connection.register("wanted_users", pa.table({"user_id": users, "u": np.arange(len(users))}))
+    # The files' statistics know the ends of their user ids, and spare what lies outside.
+    ends = list(pc.min_max(users).as_py().values())
+    offsets, rows, times = [], [], []
+    for channel in channels:
+        table = connection.execute(
+            "SELECT w.u, t.atom_id, epoch_us(t.event_timestamp) AS time_us"
+            " FROM user_timeline t JOIN wanted_users w USING (user_id)"
+            f" WHERE t.channel = {quoted(channel)} AND t.user_id BETWEEN ? AND ? ORDER BY w.u, t.position",
+            ends,
+        ).to_arrow_table()
+        counts = np.bincount(table["u"].to_numpy(), minlength=len(users))
+        offsets.append(np.concatenate([[0], np.cumsum(counts)]).astype(np.int64))
+        rows.append(atoms.rows(table["atom_id"]))
+        times.append(table["time_us"].to_numpy())
+    connection.unregister("wanted_users")
+    return Timelines(tuple(channels), tuple(offsets), tuple(rows), tuple(times))
+
+
+def read_user(
+    connection: duckdb.DuckDBPyConnection, version: str, user_id: str | int, channels: Sequence[str]
+) -> tuple[list[np.ndarray], list[Int64], list[Int64]]:
+    """One user's timelines: per channel the atoms' vectors [L, width], times in microseconds and ids [L].
+
+    A user without behaviors has empty ones. Raises NotReady when an atom has no vector.
+    """
+    vectors, times, ids = [], [], []
+    for channel in channels:
+        table = connection.execute(
+            "SELECT t.atom_id, a.embedding, epoch_us(t.event_timestamp) AS time_us FROM user_timeline t"
+            " LEFT JOIN atomic_behavior_embedding a ON a.atom_id = t.atom_id AND a.encoder_version = ?"
+            " WHERE t.user_id = ? AND t.channel = ? ORDER BY t.position",
+            [version, user_id, channel],
+        ).to_arrow_table()
+        if table["embedding"].null_count:
+            raise NotReady(_NOT_ENCODED)
+        vectors.append(
+            vector_matrix(table["embedding"]) if table.num_rows else np.empty((0, 0), dtype=np.float32)
+        )
+        times.append(table["time_us"].to_numpy())
+        ids.append(table["atom_id"].to_numpy())
+    return vectors, times, ids

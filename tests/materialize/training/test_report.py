@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bahe_core.home import Home
+from bahe_models import Impressions, evaluate
+from bahe_models.metrics import probability
+from bahe_models.training_loop import Epoch
+from materialize.training import tracking
+from materialize.training.report import shown, shown_auc, shown_interval, write_report
+from materialize.training.train import EVALUATED, _rows, _Scored
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A report in which BAHE beats the floor, equals the ID-only network, and meets nobody cold."""
+    rng = np.random.default_rng(0)
+    user, truth = rng.integers(60, size=1500), rng.normal(size=1500)
+    split = Impressions(
+        user_N=user,
+        item_N=user,
+        length_NC=rng.integers(1, 9, (1500, 2)),
+        time_us_N=np.arange(1500),
+        clicked_N=(rng.random(1500) < probability(truth)).astype(np.float32),
+        columns={},
+    )
+    logits = {"floor": rng.normal(size=1500), "id_only": truth, "bahe": truth}
+    evaluations = {name: evaluate(split, logits) for name in EVALUATED}
+    results = _rows({model: _Scored(logits, 1.0, 100.0) for model in logits}, evaluations)
+    path = tmp_path_factory.mktemp("report") / "training.html"
+    history = [Epoch(1, 0.69, 0.6, 1.0), Epoch(2, 0.68, 0.7, 1.0)]
+    write_report(path, "a <shop>", "bahe-1", results, {"id_only": history, "bahe": history}, evaluations)
+    return path.read_text()
+
+
+def test_differences_are_told_in_words(report: str) -> None:
+    sentences = report.split("<ul>")[1].split("</ul>")[0]
+    assert "0.0000 above that of the ID-only network, but" in sentences
+    assert sentences.count("do not tell the two apart") == 2
+    assert sentences.count("so it is more than chance") == 2
+
+
+def test_the_page_has_its_parts(report: str) -> None:
+    assert "a &lt;shop&gt;" in report
+    assert report.count("<svg") == 2
+    assert report.count("perfectly calibrated") >= 2
+    assert "<tr><td>0 (cold)</td><td>0</td><td>n/a" in report
+    segments = report.split('class="segments"')[1].split("</table>")[0]
+    assert segments.count("<tr>") == 1 + 4
+
+
+def test_metrics_as_text() -> None:
+    assert shown(None) == shown(float("nan")) == "n/a"
+    assert shown_interval(0.7481, 0.7739) == "[0.748, 0.774]"
+    assert shown_interval(None, None) == ""
+    assert shown_auc({"auc": 0.76161}) == "0.7616"  # recorded before there were intervals
+
+
+def test_mlflow_gets_every_defined_metric(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import mlflow
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    home = Home.at(tmp_path)
+    home.tracking.mkdir(parents=True, exist_ok=True)
+    row = {"model": "floor", "split": "test", "auc": 0.7, "gauc": None, "ece": 0.02, "bahe_gain_low": -0.01}
+    with tracking.run(home, "mlflow", "small", "bahe-1") as log:
+        log.results([{**row, "train_seconds": 2.5, "peak_memory_mb": 100.0}])
+    (run,) = mlflow.search_runs(experiment_names=["small"], output_format="list")
+    assert run.data.metrics == {
+        "test_auc_floor": 0.7,
+        "test_ece_floor": 0.02,
+        "test_bahe_gain_low_floor": -0.01,
+        "train_seconds_floor": 2.5,
+    }

@@ -1,0 +1,162 @@
+"""A service that takes behaviors in: answers know them at once, and until the log does."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from fastapi.testclient import TestClient
+from typer.testing import CliRunner
+
+from bahe import cli
+from bahe_core.home import Home
+from serving.api import create_app
+from serving.live import LiveLookup
+from serving.lookup import OnlineLookup
+from tests.support.logs import small_log, write_dataset
+
+LATER = "2024-06-01T12:00:00Z"
+
+
+def call(*arguments: object, home: Home) -> None:
+    result = CliRunner().invoke(
+        cli.app, [str(arguments[0]), "--home", str(home.root), *map(str, arguments[1:])]
+    )
+    assert result.exit_code == 0, (arguments, result.output, result.exception)
+
+
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> tuple[Home, Path]:
+    """A home whose model reads merged channels and time gaps, and its dataset.yaml."""
+    folder = tmp_path_factory.mktemp("live")
+    model = {
+        "deep_width": 8,
+        "profile_width": 8,
+        "head_width": 16,
+        "channels": "merged",
+        "time_gaps": True,
+    }
+    dataset = write_dataset(folder / "log", small_log(), tiny_backbone, model=model)
+    home = Home.at(folder / "home")
+    call("run", dataset, "--tracker", "none", home=home)
+    return home, dataset
+
+
+def behavior(**changes: object) -> dict[str, Any]:
+    text = small_log()["items"]["text"][3]
+    return {
+        "user_id": "u1",
+        "channel": "liked",
+        "text": f"liked {text}",
+        "event_timestamp": LATER,
+        **changes,
+    }
+
+
+def test_a_behavior_is_in_the_next_answer_and_equals_what_the_log_gives_later(
+    filled: tuple[Home, Path], tmp_path: Path
+) -> None:
+    home = Home.at(tmp_path / "home")
+    shutil.copytree(filled[0].root, home.root)
+    client = TestClient(create_app(home, live=True))
+    request = {"user_id": "u1", "item_ids": [1, 2, 3], "at": "2024-06-02T00:00:00Z"}
+    scores = client.post("/score", json=request).json()
+    stored = client.get("/features", params={"user_id": "u1"}).json()
+    other = client.get("/features", params={"user_id": "u2"}).json()
+
+    sent = [
+        behavior(item_id=7),
+        behavior(
+            channel="disliked", text="  disliked   some\nnew words ", event_timestamp="2024-06-01T13:00"
+        ),
+    ]
+    for number, one in enumerate(sent, start=1):
+        answer = client.post("/behaviors", json=one)
+        assert answer.status_code == 200, answer.text
+        assert answer.json() == {
+            "user_id": "u1",
+            "model_version": stored["model_version"],
+            "behaviors": stored["behaviors"] + number,
+        }
+    live = client.get("/features", params={"user_id": "u1"}).json()
+    assert np.abs(np.subtract(live["embedding"], stored["embedding"])).max() > 0.02
+    assert live["statistics"]["length_disliked"] == stored["statistics"]["length_disliked"] + 1
+    assert client.post("/score", json=request).json()["scores"] != scores["scores"]
+    best = client.get("/recommend", params={"user_id": "u1", "k": 25}).json()
+    assert 7 not in [score["item_id"] for score in best["scores"]]
+    assert client.get("/features", params={"user_id": "u2"}).json() == other
+
+    # The log catches up: what it gives is what the service said, and the service lets go of its own.
+    log = small_log()
+    rows = pd.DataFrame(sent)
+    rows["event_timestamp"] = pd.to_datetime(rows["event_timestamp"], utc=True, format="ISO8601")
+    log["behaviors"] = pd.concat([log["behaviors"], rows], ignore_index=True)
+    dataset = tmp_path / "log" / "dataset.yaml"
+    shutil.copytree(filled[1].parent, dataset.parent)
+    log["behaviors"].to_parquet(dataset.parent / "behaviors.parquet")
+    for arguments in (("ingest", dataset), ("encode",), ("embed",), ("publish",)):
+        call(*arguments, home=home)
+    caught_up = client.get("/features", params={"user_id": "u1"}).json()
+    assert caught_up["behaviors"] == live["behaviors"]
+    np.testing.assert_allclose(caught_up["embedding"], live["embedding"], atol=0.02)
+    np.testing.assert_array_equal(np.float32(caught_up["embedding"]), OnlineLookup(home).user("u1").vector)
+
+    # Another model goes live: no vector of the old one is left in the process.
+    later = behavior(event_timestamp="2024-06-03T00:00:00Z")
+    assert client.post("/behaviors", json=later).json()["behaviors"] == live["behaviors"] + 1
+    dataset.write_text(dataset.read_text().replace("epochs: 2", "epochs: 1"))
+    for arguments in (("ingest", dataset), ("frame",), ("train", "--tracker", "none"), ("embed",)):
+        call(*arguments, home=home)
+    call("publish", home=home)
+    flipped = client.get("/features", params={"user_id": "u1"}).json()
+    assert flipped["model_version"] != live["model_version"]
+    assert flipped["behaviors"] == live["behaviors"]
+    np.testing.assert_array_equal(np.float32(flipped["embedding"]), OnlineLookup(home).user("u1").vector)
+    answer = client.post("/behaviors", json=later).json()
+    assert answer["model_version"] == flipped["model_version"]
+    assert answer["behaviors"] == flipped["behaviors"] + 1
+
+
+def test_what_cannot_be_taken_in_is_refused_in_one_sentence(filled: tuple[Home, Path]) -> None:
+    client = TestClient(create_app(filled[0], live=True))
+    before = client.get("/features", params={"user_id": "u1"}).json()
+    for changes, status, words in (
+        ({"channel": "bought"}, 400, "choose from liked, disliked"),
+        ({"text": " \n "}, 400, "is empty"),
+        ({"event_timestamp": "2023-01-01T00:00:00Z"}, 400, "does not follow the latest of user u1"),
+        ({"user_id": "nobody"}, 404, "nobody is not in the online store"),
+    ):
+        answer = client.post("/behaviors", json=behavior(**changes))
+        assert answer.status_code == status
+        assert words in answer.json()["detail"]
+        assert answer.json()["detail"].count(". ") == 0
+    assert client.post("/behaviors", json=behavior(event_timestamp="soon")).status_code == 422
+    assert client.get("/features", params={"user_id": "u1"}).json() == before
+
+
+def test_the_first_behavior_of_a_cold_user(filled: tuple[Home, Path]) -> None:
+    client = TestClient(create_app(filled[0], live=True))
+    before = client.get("/recommend", params={"user_id": "u_cold", "k": 3}).json()
+    assert before["cold"]
+    assert client.post("/behaviors", json=behavior(user_id="u_cold")).json()["behaviors"] == 1
+    assert not client.get("/recommend", params={"user_id": "u_cold", "k": 3}).json()["cold"]
+
+
+def test_only_so_many_states_are_kept(filled: tuple[Home, Path]) -> None:
+    lookup = LiveLookup(filled[0], states=2)
+    at = pd.Timestamp(LATER).to_pydatetime()
+    stored = {user: OnlineLookup(filled[0]).user(user).behaviors for user in ("u1", "u2", "u3")}
+    for user in ("u1", "u2"):
+        lookup.append(user, "liked", "word1", at)
+    lookup.user("u1")  # used since, so that u2 is the one to go
+    lookup.append("u3", "liked", "word1", at)
+    extra = {user: lookup.user(user).behaviors - count for user, count in stored.items()}
+    assert extra == {"u1": 1, "u2": 0, "u3": 1}
+
+
+def test_a_service_that_is_not_live_takes_no_behaviors(filled: tuple[Home, Path]) -> None:
+    assert TestClient(create_app(filled[0])).post("/behaviors", json=behavior()).status_code == 404
