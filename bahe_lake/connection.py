@@ -46,12 +46,12 @@ _NO_SERVER = (
 )
 
 
-def quoted(text: str) -> str:
+def sql_literal(text: str) -> str:
     """A SQL string literal."""
     return "'" + text.replace("'", "''") + "'"
 
 
-def name(identifier: str) -> str:
+def sql_identifier(identifier: str) -> str:
     """A SQL identifier."""
     return '"' + identifier.replace('"', '""') + '"'
 
@@ -101,11 +101,11 @@ def _attach(connection: duckdb.DuckDBPyConnection, home: Home, *, create: bool, 
     if where.data.startswith("s3://"):
         open_object_storage(connection)
     connection.execute("SET TimeZone = 'UTC'")
-    options = [f"DATA_PATH {quoted(where.data.rstrip('/') + '/')}"]
+    options = [f"DATA_PATH {sql_literal(where.data.rstrip('/') + '/')}"]
     if where.moves:  # to wherever the home was moved or copied
         options.append("OVERRIDE_DATA_PATH true")
     if where.schema is not None:
-        options.append(f"METADATA_SCHEMA {quoted(where.schema)}")
+        options.append(f"METADATA_SCHEMA {sql_literal(where.schema)}")
     if not create:
         options.append("CREATE_IF_NOT_EXISTS false")
     if as_of is not None:
@@ -113,7 +113,7 @@ def _attach(connection: duckdb.DuckDBPyConnection, home: Home, *, create: bool, 
     kind = "postgres" if where.postgres else "sqlite"
     try:
         connection.execute(
-            f"ATTACH {quoted(f'ducklake:{kind}:{where.catalogue}')} AS {LAKE} ({', '.join(options)})"
+            f"ATTACH {sql_literal(f'ducklake:{kind}:{where.catalogue}')} AS {LAKE} ({', '.join(options)})"
         )
     except duckdb.Error as error:
         raise _why_not_attached(error, home, as_of) from None
@@ -257,12 +257,12 @@ def written_since(connection: duckdb.DuckDBPyConnection, table: str, earlier: in
     """
     now = snapshot(connection)
     if earlier == now:
-        return f"(SELECT * FROM {name(table)} WHERE false)"
+        return f"(SELECT * FROM {sql_identifier(table)} WHERE false)"
     if not scalar(
         connection, f"SELECT count(*) FROM {LAKE}.snapshots() WHERE snapshot_id = ?", [earlier + 1]
     ):
         return None
-    return f"ducklake_table_insertions('{LAKE}', 'main', {quoted(table)}, {earlier + 1}, {now})"
+    return f"ducklake_table_insertions('{LAKE}', 'main', {sql_literal(table)}, {earlier + 1}, {now})"
 
 
 def scalar(connection: duckdb.DuckDBPyConnection, query: str, values: list[object] | None = None) -> int:

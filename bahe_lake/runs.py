@@ -11,7 +11,7 @@ from typing import Any
 
 import duckdb
 
-from bahe_lake.connection import columns, quoted, snapshot, tables
+from bahe_lake.connection import columns, snapshot, sql_literal, tables
 
 _COLUMNS = {
     "job": "VARCHAR",
@@ -78,13 +78,13 @@ class Open:
     ) -> str:
         """SQL that records the run as finished."""
         values = {
-            "job": quoted(self.job),
-            "fingerprint": quoted(self.fingerprint),
-            "started": f"TIMESTAMPTZ {quoted(self.started.isoformat())}",
+            "job": sql_literal(self.job),
+            "fingerprint": sql_literal(self.fingerprint),
+            "started": f"TIMESTAMPTZ {sql_literal(self.started.isoformat())}",
             # now() would be when the transaction began, before all that it writes.
             "finished": "uuid_extract_timestamp(uuidv7())",
             "snapshot_read": str(self.snapshot_read),
-            "facts": quoted(json.dumps(facts)),
+            "facts": sql_literal(json.dumps(facts)),
             "rows_read": "NULL" if rows_read is None else str(rows_read),
             "rows_written": "NULL" if rows_written is None else str(rows_written),
         }
@@ -111,7 +111,7 @@ def history(
     """Finished runs, of one job or of all, the newest first."""
     if "runs" not in tables(connection):
         return []
-    where = "" if job is None else f"WHERE job = {quoted(job)}"
+    where = "" if job is None else f"WHERE job = {sql_literal(job)}"
     rows = connection.execute(
         f"SELECT * FROM runs {where} {_NEWEST_FIRST}{'' if limit is None else f' LIMIT {limit}'}"
     )

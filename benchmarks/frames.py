@@ -140,7 +140,7 @@ def _timed(ask: Callable[[Path], Callable[[], object]], root: Path) -> tuple[flo
 
 def write_wide(home: Home, times: int) -> None:
     """A table of vectors, the entity frame, and the same as Parquet for Feast's own store."""
-    from bahe_lake.connection import lake, quoted
+    from bahe_lake.connection import lake, sql_literal
 
     with lake(home.create(), create=True) as connection:
         connection.execute(
@@ -155,7 +155,7 @@ def write_wide(home: Home, times: int) -> None:
             f" FROM range({ENTITY_ROWS}) z(i)"
         )
         for table in ("vectors", "wanted"):
-            path = quoted(str(home.root / f"{table}.parquet"))
+            path = sql_literal(str(home.root / f"{table}.parquet"))
             connection.execute(f"COPY {table} TO {path} (FORMAT parquet)")
 
 

@@ -13,7 +13,7 @@ from bahe_core.errors import GateFailed, NotReady
 from bahe_core.home import Home
 from bahe_core.progress import say
 from bahe_lake import runs
-from bahe_lake.connection import commit, lake, quoted, scalar
+from bahe_lake.connection import commit, lake, scalar, sql_literal
 from materialize.config.dataset import Dataset, home_dataset
 from validation.suites import CLOCK_TOLERANCE
 
@@ -104,7 +104,7 @@ def _scope(
             "item_stats",
         )
         read, bad = last.facts.get("read", {}), last.facts.get("broken", {})
-        counts = [f"({quoted(table)}, {rows}, {bad[table]})" for table, rows in read.items()]
+        counts = [f"({sql_literal(table)}, {rows}, {bad[table]})" for table, rows in read.items()]
         rows_read = ", ".join(counts or ["('nothing', 0, 0)"])
         tables["ingested"] = f"(SELECT * FROM (VALUES {rows_read}) t(table_name, read, broken))"
         return tables, {
@@ -124,7 +124,7 @@ def _scope(
             name: f"(SELECT * FROM {relation} {then})"
             for name, relation in of_lake("impressions", "user_timeline").items()
         }
-        tables["frame"] = f"read_parquet({quoted(str(path))})"
+        tables["frame"] = f"read_parquet({sql_literal(str(path))})"
         rows = scalar(connection, f"SELECT count(*) FROM impressions {then}")
         freshness = about.get("freshness", "event")
         return tables, {"channels": channels, "rows": rows, "freshness": freshness}

@@ -14,7 +14,7 @@ import pandas as pd
 import pyarrow as pa
 
 from bahe_core.errors import BadInput, one_line
-from bahe_lake.connection import columns, name, quoted
+from bahe_lake.connection import columns, sql_identifier, sql_literal
 
 EVENT_TIMESTAMP = "event_timestamp"
 GIVEN = "__given_entities"
@@ -82,9 +82,9 @@ def read_entities(
             raise BadInput(
                 f"entity frame has no column {key}, a join key of {view}; it has {', '.join(found)}."
             )
-    time = f"{name(timestamp)}::TIMESTAMPTZ"
+    time = f"{sql_identifier(timestamp)}::TIMESTAMPTZ"
     needed = [timestamp, *keys]
-    counts = ", ".join(f"count({name(column)})" for column in needed)
+    counts = ", ".join(f"count({sql_identifier(column)})" for column in needed)
     row = connection.execute(
         f"SELECT min({time}), max({time}), count(*), {counts} FROM {source}"
     ).fetchone()
@@ -99,7 +99,7 @@ def read_entities(
     now = datetime.now(UTC)
     return EntityFrame(
         relation=(
-            f"SELECT * REPLACE ({time} AS {name(timestamp)}), row_number() OVER () AS {number}"
+            f"SELECT * REPLACE ({time} AS {sql_identifier(timestamp)}), row_number() OVER () AS {number}"
             f" FROM {source}"
         ),
         given=table,
@@ -126,7 +126,7 @@ def _source(given: EntityFrameLike) -> tuple[str, pa.Table | None]:
     if isinstance(given, str) and _QUERY.match(given):
         return f"({given.rstrip().rstrip(';')})", None
     if isinstance(given, str | Path) and str(given).endswith(".parquet"):
-        return f"read_parquet({quoted(str(Path(given).expanduser()))})", None
+        return f"read_parquet({sql_literal(str(Path(given).expanduser()))})", None
     shown = given if isinstance(given, str | Path) else f"a {type(given).__name__}"
     raise BadInput(
         f"entity frame: {shown} is neither a pandas frame, an Arrow table, a path that ends in .parquet nor"

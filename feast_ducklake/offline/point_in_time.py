@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import timedelta
 
-from bahe_lake.connection import name, quoted
+from bahe_lake.connection import sql_identifier, sql_literal
 from feast_ducklake.offline.entities import EntityFrame
 from feast_ducklake.offline.views import View
 
@@ -33,7 +33,7 @@ class Shard:
 
     def holds(self, column: str) -> str:
         """The condition that a row with this column's value belongs to the shard."""
-        return f"hash({name(column)}::VARCHAR) % {self.count} = {self.index}"
+        return f"hash({sql_identifier(column)}::VARCHAR) % {self.count} = {self.index}"
 
 
 def point_in_time_query(
@@ -51,21 +51,21 @@ def point_in_time_query(
     `strict` leaves out what happened at that very moment;
     `known_by_then` also what was computed only after it.
     """
-    moment = f"e.{name(frame.timestamp)}"
-    selected = [f"e.{name(column)}" for column in frame.columns]
+    moment = f"e.{sql_identifier(frame.timestamp)}"
+    selected = [f"e.{sql_identifier(column)}" for column in frame.columns]
     joins, lookups = [], []
     for index, view in enumerate(views):
         v = f"v{index}"
         late = view.table is not None and view.wide
         ranked = _ranked(frame, view, strict=strict, known_by_then=known_by_then, late=late, shard=shard)
-        on = [f"e.{name(key)} = {v}.k{i}" for i, key in enumerate(view.keys)]
+        on = [f"e.{sql_identifier(key)} = {v}.k{i}" for i, key in enumerate(view.keys)]
         on.append(_before(moment, f"{v}.since", view, strict=strict, known_by_then=known_by_then))
         joins.append(f"ASOF LEFT JOIN ({ranked}) {v} ON {' AND '.join(on)}")
         values = v
         if late:
             # Sorting numbers instead of lists, and fetching the lists of the rows that were found.
             values = f"w{index}"
-            lists = ", ".join(f"{name(c)} AS f{i}" for i, c in enumerate(view.features.values()))
+            lists = ", ".join(f"{sql_identifier(c)} AS f{i}" for i, c in enumerate(view.features.values()))
             lookups.append(
                 f"LEFT JOIN (SELECT rowid AS id, {lists} FROM {view.relation}) {values}"
                 f" ON {values}.id = {v}.id"
@@ -75,7 +75,7 @@ def point_in_time_query(
             if view.ttl:
                 value = f"CASE WHEN {moment} - {_ttl(view)} <= {v}.time THEN {value} END"
             shown = f"{view.name}__{feature}" if full_feature_names else feature
-            selected.append(f"{value} AS {name(shown)}")
+            selected.append(f"{value} AS {sql_identifier(shown)}")
     entities = frame.relation
     if shard is not None:
         entities = f"FROM ({entities}) WHERE {shard.holds(shard.key)}"
@@ -90,21 +90,21 @@ def _ranked(
     frame: EntityFrame, view: View, *, strict: bool, known_by_then: bool, late: bool, shard: Shard | None
 ) -> str:
     """A view's rows with the keys as k0, k1 …, the sort key as `since`, and the values as f0, f1 …"""
-    time = f"{name(view.time)}::TIMESTAMPTZ"
-    created = f"{name(view.created)}::TIMESTAMPTZ" if view.created else None
+    time = f"{sql_identifier(view.time)}::TIMESTAMPTZ"
+    created = f"{sql_identifier(view.created)}::TIMESTAMPTZ" if view.created else None
     key = [time, f"coalesce({created}, '-infinity')" if created else None, view.tie]
     order = f"ROW({', '.join(part for part in key if part)})"
-    selected = [f"{name(column)} AS k{i}" for i, column in enumerate(view.keys.values())]
+    selected = [f"{sql_identifier(column)} AS k{i}" for i, column in enumerate(view.keys.values())]
     if late:
         selected.append("rowid AS id")
     else:
-        selected += [f"{name(column)} AS f{i}" for i, column in enumerate(view.features.values())]
+        selected += [f"{sql_identifier(column)} AS f{i}" for i, column in enumerate(view.features.values())]
     if view.ttl:
         selected.append(f"{time} AS time")
     # Bounds that hold for every row, by which whole files can be left out.
-    where = [f"{time} <= TIMESTAMPTZ {quoted(frame.latest.isoformat())}"]
+    where = [f"{time} <= TIMESTAMPTZ {sql_literal(frame.latest.isoformat())}"]
     if view.ttl:
-        where.append(f"{time} >= TIMESTAMPTZ {quoted(frame.earliest.isoformat())} - {_ttl(view)}")
+        where.append(f"{time} >= TIMESTAMPTZ {sql_literal(frame.earliest.isoformat())} - {_ttl(view)}")
     if shard is not None and shard.key in view.keys:
         where.append(shard.holds(view.keys[shard.key]))
     cut_off = known_by_then and created is not None
@@ -117,7 +117,7 @@ def _ranked(
     query = f"SELECT {', '.join(selected)} FROM {view.relation} WHERE {' AND '.join(where)}"
     keys = ", ".join(f"k{i}" for i in range(len(view.keys)))
     if keys and frame.rows <= FEW_ROWS:
-        wanted = " AND ".join(f"e.{name(key)} = r.k{i}" for i, key in enumerate(view.keys))
+        wanted = " AND ".join(f"e.{sql_identifier(key)} = r.k{i}" for i, key in enumerate(view.keys))
         query = f"SELECT * FROM ({query}) r SEMI JOIN {_ENTITIES} e ON {wanted}"
     if cut_off:
         # A row can be seen from `since` on, unless a later one was visible by then: such a row never is.

@@ -20,7 +20,7 @@ from feast.type_map import pa_to_feast_value_type
 from feast.value_type import ValueType
 
 from bahe_core.errors import BadInput
-from bahe_lake.connection import LAKE, name, quoted
+from bahe_lake.connection import LAKE, sql_identifier, sql_literal
 from feast_ducklake.offline.entities import EVENT_TIMESTAMP
 from feast_ducklake.offline.lakes import open_lake
 from feast_ducklake.offline.views import source_columns
@@ -133,7 +133,7 @@ class DuckLakeSource(DataSource):
 
     def get_table_query_string(self) -> str:
         """What stands after FROM."""
-        return f"({self.query})" if self.table is None else f"{LAKE}.main.{name(self.table)}"
+        return f"({self.query})" if self.table is None else f"{LAKE}.main.{sql_identifier(self.table)}"
 
     @property
     def source_type(self) -> DataSourceProto.SourceType.ValueType:
@@ -159,7 +159,7 @@ def relation_of(source: DataSource, config: RepoConfig) -> str:
     if isinstance(source, DuckLakeSource):
         return source.get_table_query_string()
     if isinstance(source, FileSource) and "://" not in source.path:
-        return f"read_parquet({quoted(str(local_path(source.path, config)))})"
+        return f"read_parquet({sql_literal(str(local_path(source.path, config)))})"
     raise BadInput(
         f"data source {source.name} is a {type(source).__name__}; the lake answers for a DuckLakeSource or"
         " local Parquet files."

@@ -22,7 +22,7 @@ from feast.repo_config import FeastConfigBaseModel, RepoConfig
 from feast.utils import compute_non_entity_date_range
 
 from bahe_core.errors import BadInput
-from bahe_lake.connection import name, quoted, snapshot, tables, written_since
+from bahe_lake.connection import snapshot, sql_identifier, sql_literal, tables, written_since
 from feast_ducklake.offline.entities import EVENT_TIMESTAMP, EntityFrame, EntityFrameLike, read_entities
 from feast_ducklake.offline.lakes import open_lake, open_lake_to_write
 from feast_ducklake.offline.point_in_time import point_in_time_query
@@ -235,15 +235,15 @@ def _pull(
     latest_of: list[str] | None = None,
 ) -> DuckLakeRetrievalJob:
     """Rows of a source in a time range; of each key in `latest_of` only the latest one."""
-    time, created = name(timestamp_field), created_timestamp_column or None
+    time, created = sql_identifier(timestamp_field), created_timestamp_column or None
     columns = list(dict.fromkeys([*wanted, timestamp_field, *([created] if created else [])]))
     relation = relation_of(source, config)
     bounds = [
-        f"{time} {sign} TIMESTAMPTZ {quoted(_utc(moment).isoformat())}"
+        f"{time} {sign} TIMESTAMPTZ {sql_literal(_utc(moment).isoformat())}"
         for sign, moment in ((">=", start_date), ("<=", end_date))
         if moment is not None
     ]
-    select = f"SELECT {', '.join(map(name, columns))} FROM {relation}"
+    select = f"SELECT {', '.join(map(sql_identifier, columns))} FROM {relation}"
     with open_lake(config) as connection:
         since = config.offline_store.changed_since
         if latest_of and since is not None:
@@ -253,8 +253,8 @@ def _pull(
         number = snapshot(connection)
         source_columns(connection, source.name or relation, relation, columns)
         if latest_of is not None:
-            order = [f"{time} DESC", *([f"{name(created)} DESC NULLS LAST"] if created else [])]
-            keys = ", ".join(map(name, latest_of)) or "1"
+            order = [f"{time} DESC", *([f"{sql_identifier(created)} DESC NULLS LAST"] if created else [])]
+            keys = ", ".join(map(sql_identifier, latest_of)) or "1"
             numbered = getattr(source, "table", None) in tables(connection)
             if numbered:
                 order.append("rowid DESC")
@@ -275,7 +275,7 @@ def _changed(
     written = written_since(connection, next(iter(read)), since) if len(read) == 1 else None
     if written is None:
         return []
-    listed = ", ".join(map(name, keys))
+    listed = ", ".join(map(sql_identifier, keys))
     return [f"({listed}) IN (SELECT ({listed}) FROM {written})"]
 
 
@@ -290,14 +290,14 @@ def _instants(views: list[View], start: datetime, end: datetime) -> str:
             )
     parts = []
     for view in views:
-        keys = "".join(f"{name(view.keys[key])} AS {name(key)}, " for key in first.keys)
-        time = f"{name(view.time)}::TIMESTAMPTZ"
-        bounds = [f"TIMESTAMPTZ {quoted(_utc(moment).isoformat())}" for moment in (start, end)]
+        keys = "".join(f"{sql_identifier(view.keys[key])} AS {sql_identifier(key)}, " for key in first.keys)
+        time = f"{sql_identifier(view.time)}::TIMESTAMPTZ"
+        bounds = [f"TIMESTAMPTZ {sql_literal(_utc(moment).isoformat())}" for moment in (start, end)]
         parts.append(
             f"SELECT {keys}{time} AS {EVENT_TIMESTAMP} FROM {view.relation}"
             f" WHERE {time} BETWEEN {' AND '.join(bounds)}"
         )
-    order = ", ".join([EVENT_TIMESTAMP, *map(name, first.keys)])
+    order = ", ".join([EVENT_TIMESTAMP, *map(sql_identifier, first.keys)])
     return f"SELECT DISTINCT * FROM ({' UNION ALL '.join(parts)}) ORDER BY {order}"
 
 

@@ -12,7 +12,7 @@ from feast.feature_view import DUMMY_ENTITY_ID, FeatureView
 from feast.infra.offline_stores import offline_utils
 
 from bahe_core.errors import BadInput, one_line
-from bahe_lake.connection import LAKE, columns, name, tables
+from bahe_lake.connection import LAKE, columns, sql_identifier, tables
 
 if TYPE_CHECKING:
     from feast.data_source import DataSource
@@ -49,7 +49,7 @@ class View:
         writing, of a query that of the values."""
         if self.table is not None:
             return "rowid"
-        values = ", ".join(name(column) for column in self.features.values())
+        values = ", ".join(sql_identifier(column) for column in self.features.values())
         return f"(hash({values}) >> 1)::BIGINT"
 
     @property

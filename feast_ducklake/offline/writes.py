@@ -8,7 +8,7 @@ import duckdb
 import pyarrow as pa
 
 from bahe_core.errors import BadInput, one_line
-from bahe_lake.connection import columns, commit, name, quoted, tables
+from bahe_lake.connection import columns, commit, sql_identifier, sql_literal, tables
 
 
 def append(connection: duckdb.DuckDBPyConnection, table: str, rows: pa.Table) -> None:
@@ -16,7 +16,7 @@ def append(connection: duckdb.DuckDBPyConnection, table: str, rows: pa.Table) ->
 
     Raises BadInput when the columns are not the table's, or a value does not fit its column.
     """
-    wanted = columns(connection, name(table))
+    wanted = columns(connection, sql_identifier(table))
     if set(rows.column_names) != set(wanted):
         missing = ", ".join(sorted(set(wanted) - set(rows.column_names))) or "nothing"
         unknown = ", ".join(sorted(set(rows.column_names) - set(wanted))) or "nothing"
@@ -25,7 +25,7 @@ def append(connection: duckdb.DuckDBPyConnection, table: str, rows: pa.Table) ->
         )
     connection.register("pushed", rows)
     try:
-        commit(connection, [f"INSERT INTO {name(table)} BY NAME FROM pushed"])
+        commit(connection, [f"INSERT INTO {sql_identifier(table)} BY NAME FROM pushed"])
     except duckdb.ConversionException as error:
         raise BadInput(f"rows for table {table} do not fit its types ({one_line(error)}).") from None
     finally:
@@ -37,10 +37,12 @@ def append_logs(
 ) -> None:
     """Add logs (a table, or a folder of Parquet files) to a table, created at first with this schema."""
     if isinstance(logs, Path):
-        logs = connection.execute(f"FROM read_parquet({quoted(f'{logs}/**/*.parquet')})").to_arrow_table()
+        logs = connection.execute(
+            f"FROM read_parquet({sql_literal(f'{logs}/**/*.parquet')})"
+        ).to_arrow_table()
     if table not in tables(connection):
         connection.register("empty", schema.empty_table())
-        commit(connection, [f"CREATE TABLE IF NOT EXISTS {name(table)} AS FROM empty"])
+        commit(connection, [f"CREATE TABLE IF NOT EXISTS {sql_identifier(table)} AS FROM empty"])
         connection.unregister("empty")
     append(connection, table, logs)
 
@@ -50,5 +52,5 @@ def replace_table(connection: duckdb.DuckDBPyConnection, table: str, rows: pa.Re
     connection.register("streamed", rows)
     connection.execute("CREATE OR REPLACE TEMP TABLE kept AS FROM streamed")
     connection.unregister("streamed")
-    commit(connection, [f"CREATE OR REPLACE TABLE {name(table)} AS FROM temp.kept"])
+    commit(connection, [f"CREATE OR REPLACE TABLE {sql_identifier(table)} AS FROM temp.kept"])
     connection.execute("DROP TABLE temp.kept")

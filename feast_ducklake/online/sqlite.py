@@ -23,7 +23,7 @@ from feast.infra.online_stores.helpers import compute_table_id, extract_text_and
 from feast.protos.feast.types.Value_pb2 import Value
 from feast.repo_config import FeastConfigBaseModel, RepoConfig
 
-from bahe_lake.connection import name
+from bahe_lake.connection import sql_identifier
 from feast_ducklake.online.wire_rows import NO_TIME, Found, Request, WireRows
 from feast_ducklake.online.wire_store import WireOnlineStore
 
@@ -183,7 +183,7 @@ def _inode(path: str) -> int | None:
 
 
 def _table(config: RepoConfig, view: FeatureView) -> str:
-    return name(
+    return sql_identifier(
         compute_table_id(config.project, view, config.registry.enable_online_feature_view_versioning)
     )
 

@@ -22,7 +22,7 @@ from bahe_core.errors import BadInput, NotReady
 from bahe_core.home import Home
 from bahe_core.progress import progress
 from bahe_lake import runs
-from bahe_lake.connection import commit, lake, quoted
+from bahe_lake.connection import commit, lake, sql_literal
 from bahe_lake.freshness import moment
 from feature_repo.store import open_store
 from materialize.config.dataset import Split, context_column, home_dataset
@@ -155,7 +155,7 @@ def _entities(
         row = found.fetchone()
         assert row is not None
         cuts = row[0]
-    validation, test = (f"TIMESTAMPTZ {quoted(cut.isoformat())}" for cut in cuts)
+    validation, test = (f"TIMESTAMPTZ {sql_literal(cut.isoformat())}" for cut in cuts)
     return (
         "SELECT impression_id, user_id, item_id,"
         f" {moment(freshness, 'i.event_timestamp')} AS event_timestamp,"

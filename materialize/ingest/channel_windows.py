@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from bahe_lake.connection import name, quoted
+from bahe_lake.connection import sql_identifier, sql_literal
 
 ENTITIES = ("user", "item")
 
@@ -22,8 +22,8 @@ def statements(channels: Sequence[str], days: Sequence[int]) -> list[str]:
 
 def _so_far(entity: str, channels: Sequence[str]) -> str:
     counts = ", ".join(
-        f"(sum(count(*) FILTER (channel = {quoted(c)})) OVER past)::BIGINT AS"
-        f" {name(f'{entity}_behaviors_{c}')}"
+        f"(sum(count(*) FILTER (channel = {sql_literal(c)})) OVER past)::BIGINT AS"
+        f" {sql_identifier(f'{entity}_behaviors_{c}')}"
         for c in channels
     )
     return (
@@ -38,8 +38,8 @@ def _window(entity: str, channels: Sequence[str], days: int) -> str:
     that the row before a moment is right for that moment: it counts from exactly so many days before the
     moment, up to but without it."""
     counts = ", ".join(
-        f"(sum(count(*) FILTER (came AND channel = {quoted(c)})) OVER recent)::BIGINT AS"
-        f" {name(f'{entity}_behaviors_{c}_{days}d')}"
+        f"(sum(count(*) FILTER (came AND channel = {sql_literal(c)})) OVER recent)::BIGINT AS"
+        f" {sql_identifier(f'{entity}_behaviors_{c}_{days}d')}"
         for c in channels
     )
     columns, known = f"{entity}_id, channel", f"FROM behaviors WHERE {entity}_id IS NOT NULL"

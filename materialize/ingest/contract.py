@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 
 from bahe_core.errors import BadInput
-from bahe_lake.connection import name, quoted
+from bahe_lake.connection import sql_identifier, sql_literal
 from materialize.config.dataset import ClickRule, Table, context_column
 
 REQUIRED = {
@@ -49,7 +49,11 @@ class Rule:
         """SQL of the reason with the value in its place."""
         before, found, after = self.reason.partition("{}")
         value = f"coalesce(({self.value})::VARCHAR, 'None')"
-        return f"{quoted(before)} || {value} || {quoted(after)}" if found else quoted(self.reason)
+        return (
+            f"{sql_literal(before)} || {value} || {sql_literal(after)}"
+            if found
+            else sql_literal(self.reason)
+        )
 
 
 @dataclass
@@ -68,7 +72,9 @@ class Projection:
     def query(self, relation: str, more: str = "") -> str:
         """SQL of the table's rows and the reasons' columns."""
         both = self.columns | self.extra
-        listed = ", ".join(f"{expression} AS {name(column)}" for column, expression in both.items())
+        listed = ", ".join(
+            f"{expression} AS {sql_identifier(column)}" for column, expression in both.items()
+        )
         return f"(SELECT {listed}{more} FROM {relation} AS _row_of_source)"
 
 
@@ -106,7 +112,7 @@ def project(
     required = {_source_column(mapping.get(target, target)): target for target in REQUIRED[table]}
     for target in dict.fromkeys((*REQUIRED[table], *mapping, *context)):
         if target == "channel" and section.channel is not None:
-            made.columns[target] = quoted(section.channel)
+            made.columns[target] = sql_literal(section.channel)
             continue
         rule = mapping.get(target, target)
         column = _source_column(rule)
@@ -126,7 +132,7 @@ def project(
             )
         used.add(column)
         if target in context:
-            made.columns[stored] = category(what, column, name(column), found[column])
+            made.columns[stored] = category(what, column, sql_identifier(column), found[column])
         elif target in IDS:
             wanted = held.get(target) if csv else None
             _take_id(made, table, what, target, column, found[column], wanted)
@@ -141,14 +147,14 @@ def project(
             if column == "item_id":
                 _take_optional(made, column, column, kind, {"item_id": item_type} if item_type else {})
         elif column in IDS:
-            made.columns[column] = _id(name(column), kind)
+            made.columns[column] = _id(sql_identifier(column), kind)
         else:
             _take_optional(made, column, column, kind, held)
     if table == "behaviors":
         made.columns.setdefault("item_id", f"NULL::{item_type or 'BIGINT'}")
     raw_time = mapping.get("event_timestamp", "event_timestamp")
     assert isinstance(raw_time, str)
-    made.extra["_time"] = f"{name(raw_time)}::VARCHAR"
+    made.extra["_time"] = f"{sql_identifier(raw_time)}::VARCHAR"
     made.rules += _rules(table, channels, latest)
     return made
 
@@ -192,7 +198,7 @@ def _rules(table: str, channels: Sequence[str], latest: datetime) -> list[Rule]:
                 ),
                 Rule(
                     name=FUTURE,
-                    breaks=f"event_timestamp > TIMESTAMPTZ {quoted(latest.isoformat())}",
+                    breaks=f"event_timestamp > TIMESTAMPTZ {sql_literal(latest.isoformat())}",
                     value="_time",
                     reason="event_timestamp {} lies in the future; correct the clock, or set"
                     " `timestamp_unit`",
@@ -220,7 +226,7 @@ def _rules(table: str, channels: Sequence[str], latest: datetime) -> list[Rule]:
                 Rule(name=f"no {column}", breaks=f"{column} IS NULL{blank}", reason=f"{column} is missing")
             )
     if table == "behaviors":
-        listed = ", ".join(quoted(channel) for channel in channels)
+        listed = ", ".join(sql_literal(channel) for channel in channels)
         rules.append(
             Rule(
                 name="unknown channel",
@@ -237,7 +243,7 @@ def _source_column(rule: str | ClickRule) -> str:
 
 
 def _expression(table: str, target: str, rule: str | ClickRule, kind: str, section: Table) -> str:
-    column = name(_source_column(rule))
+    column = sql_identifier(_source_column(rule))
     if isinstance(rule, ClickRule):
         if target != "clicked":
             raise BadInput(f"{table}.columns.{target}: `at_least` is for `clicked` only.")
@@ -273,10 +279,10 @@ def _take_id(
     made.types[target] = id_type(kind)
     if wanted == "BIGINT" and made.types[target] == "VARCHAR":
         made.types[target] = wanted
-        made.columns[target] = f"TRY_CAST({name(column)} AS BIGINT)"
-        _note_wrong_type(made, target, name(column), wanted)
+        made.columns[target] = f"TRY_CAST({sql_identifier(column)} AS BIGINT)"
+        _note_wrong_type(made, target, sql_identifier(column), wanted)
     else:
-        made.columns[target] = _id(name(column), kind)
+        made.columns[target] = _id(sql_identifier(column), kind)
 
 
 def _take_optional(
@@ -285,9 +291,9 @@ def _take_optional(
     """A column that a log may have, as the type that the lake holds it in."""
     wanted = held.get(target)
     if wanted is None or wanted == kind:
-        made.columns[target] = name(column)
+        made.columns[target] = sql_identifier(column)
         return
-    value = name(column)
+    value = sql_identifier(column)
     if kind.startswith(_FRACTIONS):
         value = f"CASE WHEN NOT isnan({value}::DOUBLE) THEN {value} END"  # integers with gaps
     made.columns[target] = f"TRY_CAST({value} AS {wanted})"
@@ -301,8 +307,8 @@ def _note_wrong_type(made: Projection, target: str, raw: str, wanted: str) -> No
     made.rules.append(
         Rule(
             name=f"no {wanted.lower()} in {target}",
-            breaks=f"{name(target)} IS NULL AND {name(f'_raw_{target}')} IS NOT NULL",
-            value=name(f"_raw_{target}"),
+            breaks=f"{sql_identifier(target)} IS NULL AND {sql_identifier(f'_raw_{target}')} IS NOT NULL",
+            value=sql_identifier(f"_raw_{target}"),
             reason=f"{target} {{}} is not {wanted}, as the lake has it",
         )
     )

@@ -24,7 +24,7 @@ from datetime import datetime
 import duckdb
 
 from bahe_core.progress import progress
-from bahe_lake.connection import columns, name, quoted, scalar
+from bahe_lake.connection import columns, scalar, sql_identifier, sql_literal
 from materialize.ingest import channel_windows
 
 VERSION = 4
@@ -89,7 +89,7 @@ def ranges(connection: duckdb.DuckDBPyConnection, relation: str, key: str) -> li
             bounds = [bound for (bound,) in found if bound is not None]
             if bounds:
                 break
-    shown = [str(b) if isinstance(b, int) else quoted(str(b)) for b in bounds]
+    shown = [str(b) if isinstance(b, int) else sql_literal(str(b)) for b in bounds]
     predicates = []
     for low, high in zip([None, *shown], [*shown, None], strict=True):
         sides = [
@@ -102,7 +102,7 @@ def ranges(connection: duckdb.DuckDBPyConnection, relation: str, key: str) -> li
 
 def _create(connection: duckdb.DuckDBPyConnection, channels: Sequence[str]) -> None:
     user = columns(connection, "behaviors")["user_id"]
-    lengths = ", ".join(f"{name('length_' + channel)} BIGINT" for channel in channels)
+    lengths = ", ".join(f"{sql_identifier('length_' + channel)} BIGINT" for channel in channels)
     layouts = {
         "user_timeline": (
             f"user_id {user}, channel VARCHAR, position BIGINT, atom_id BIGINT, event_timestamp TIMESTAMPTZ"
@@ -133,10 +133,12 @@ def _replace(
     """Make the table's rows of the fresh rows' keys, none of them before `since`, equal to these."""
     values = [c for c in columns(connection, fresh) if c not in key]
     old = f"SELECT * FROM {table} WHERE event_timestamp >= {since}"
-    same_key = " AND ".join(f"t.{name(c)} = f.{name(c)}" for c in key)
+    same_key = " AND ".join(f"t.{sql_identifier(c)} = f.{sql_identifier(c)}" for c in key)
     added = fresh
     if scalar(connection, f"SELECT count(*) FROM ({old} LIMIT 1)"):
-        differ = " OR ".join(f"t.{name(c)} IS DISTINCT FROM f.{name(c)}" for c in values)
+        differ = " OR ".join(
+            f"t.{sql_identifier(c)} IS DISTINCT FROM f.{sql_identifier(c)}" for c in values
+        )
         if scalar(
             connection, f"SELECT count(*) FROM ({old}) t JOIN {fresh} f ON {same_key} WHERE {differ}"
         ):
@@ -169,7 +171,7 @@ def _timelines(connection: duckdb.DuckDBPyConnection, channels: Sequence[str]) -
 def _part_of_timelines(
     connection: duckdb.DuckDBPyConnection, channels: Sequence[str], part: str, events: str, oldest: str
 ) -> None:
-    counts = {c: name(f"length_{c}") for c in channels}
+    counts = {c: sql_identifier(f"length_{c}") for c in channels}
     known = scalar(connection, "SELECT count(*) FROM (SELECT 1 FROM timeline_length LIMIT 1)")
     part = part.replace("user_id", "b.user_id")
     fresh = (
@@ -192,7 +194,7 @@ def _part_of_timelines(
             f" WHERE b.event_timestamp < c.since AND {part} GROUP BY b.user_id)"
         )
     running = ", ".join(
-        f"coalesce(base.{length}, 0) + count(*) FILTER (fresh AND channel = {quoted(c)})"
+        f"coalesce(base.{length}, 0) + count(*) FILTER (fresh AND channel = {sql_literal(c)})"
         f" OVER (past ROWS UNBOUNDED PRECEDING) AS {length}"
         for c, length in counts.items()
     )
@@ -206,7 +208,7 @@ def _part_of_timelines(
         " WINDOW past AS (PARTITION BY e.user_id ORDER BY event_timestamp, channel, atom_id)"
         ") WHERE fresh"
     )
-    position = " ".join(f"WHEN {quoted(c)} THEN {length}" for c, length in counts.items())
+    position = " ".join(f"WHEN {sql_literal(c)} THEN {length}" for c, length in counts.items())
     _replace(
         connection,
         "user_timeline",
@@ -317,4 +319,4 @@ def _moment(connection: duckdb.DuckDBPyConnection, query: str) -> str:
     if row[1]:
         return _ALWAYS
     assert isinstance(row[0], datetime)
-    return f"TIMESTAMPTZ {quoted(row[0].isoformat())}"
+    return f"TIMESTAMPTZ {sql_literal(row[0].isoformat())}"

@@ -20,7 +20,7 @@ from bahe_core.errors import BadInput
 from bahe_core.home import Home
 from bahe_core.progress import progress
 from bahe_lake import runs
-from bahe_lake.connection import columns, lake, name, quoted, scalar, tables, transact
+from bahe_lake.connection import columns, lake, scalar, sql_identifier, sql_literal, tables, transact
 from materialize.config.dataset import Dataset, Table, context_column, load_dataset, save_dataset
 from materialize.ingest import derive, quarantine, sources
 from materialize.ingest.reading import KEYS, TABLES, Read, check_clicks, read_new
@@ -57,7 +57,7 @@ def ingest(home: Home, dataset_path: Path) -> Ingested:
     with home.exclusive():
         check_same_dataset(home, dataset, dataset_path)
         with lake(home, create=True) as connection:
-            connection.execute(f"SET file_search_path = {quoted(str(folder))}")
+            connection.execute(f"SET file_search_path = {sql_literal(str(folder))}")
             found = sources.find_sources(connection, _sections(dataset), folder)
             last = runs.last(connection, JOB)
             _check_same_lake(home, dataset, last)
@@ -214,7 +214,7 @@ def _make_room(connection: duckdb.DuckDBPyConnection, table: str, like: str) -> 
     held = columns(connection, table)
     new = {c: kind for c, kind in columns(connection, like).items() if c not in held}
     for column, kind in new.items():
-        connection.execute(f"ALTER TABLE {table} ADD COLUMN {name(column)} {kind}")
+        connection.execute(f"ALTER TABLE {table} ADD COLUMN {sql_identifier(column)} {kind}")
     return bool(new)
 
 
@@ -222,7 +222,7 @@ def _fill_context(connection: duckdb.DuckDBPyConnection, context: Sequence[str])
     """Impressions that the lake already has get the context that it lacks of them."""
     filled = 0
     there = columns(connection, "raw_impressions")
-    for column in (name(context_column(c)) for c in context if context_column(c) in there):
+    for column in (sql_identifier(context_column(c)) for c in context if context_column(c) in there):
         source = "raw_impressions n WHERE i.impression_id = n.impression_id"
         lacking = f"i.{column} IS NULL AND n.{column} IS NOT NULL"
         count = scalar(connection, f"SELECT count(*) FROM impressions i, {source} AND {lacking}")
@@ -276,7 +276,7 @@ def _add_behaviors(connection: duckdb.DuckDBPyConnection, item_type: str) -> boo
             ).fetchone()
             assert bounds is not None
             if bounds[0] is not None:
-                low, high = (quoted(moment.isoformat()) for moment in bounds)
+                low, high = (sql_literal(moment.isoformat()) for moment in bounds)
                 # Bounds by which whole files can be left out.
                 old = (
                     f"SELECT {key} FROM behaviors WHERE event_timestamp BETWEEN {low} AND {high} AND {part}"

@@ -16,7 +16,7 @@ import duckdb
 
 from bahe_core.errors import BadInput
 from bahe_core.home import Home
-from bahe_lake.connection import lake, name, quoted, tables
+from bahe_lake.connection import lake, sql_identifier, sql_literal, tables
 from materialize.ingest.contract import FUTURE, UNKNOWN_ITEM, Projection, Rule, broken
 from materialize.ingest.sources import FILE, File, Source
 
@@ -58,7 +58,7 @@ def hold(
     bad = broken(rules)
     broken_files = list(files)
     if len(files) > 1:
-        query = projection.query(rows_of(None), f", {name(FILE)} AS _file")
+        query = projection.query(rows_of(None), f", {sql_identifier(FILE)} AS _file")
         found = connection.execute(f"SELECT DISTINCT _file FROM {query} WHERE {bad}").fetchall()
         paths = {path for (path,) in found}
         broken_files = [file for file in files if file.path in paths]
@@ -67,13 +67,13 @@ def hold(
         cases = {
             what: "CASE " + " ".join(f"WHEN {rule.breaks} THEN {sql(rule)}" for rule in rules) + " END"
             for what, sql in (
-                ("rule", lambda rule: quoted(rule.name)),
+                ("rule", lambda rule: sql_literal(rule.name)),
                 ("reason", lambda rule: rule.sentence),
                 ("value", lambda rule: f"({rule.value})::VARCHAR"),
             )
         }
         selected = (
-            f"SELECT {quoted(projection.table)}, {quoted(file.path)}, _row, {cases['rule']},"
+            f"SELECT {sql_literal(projection.table)}, {sql_literal(file.path)}, _row, {cases['rule']},"
             f" {cases['reason']}, {cases['value']}, to_json(_whole)::VARCHAR, NULL, NULL"
             f" FROM {query} WHERE {bad}"
         )
@@ -96,14 +96,14 @@ def statements(read: Sequence[tuple[Source, Sequence[File]]], run: str) -> list[
     """SQL that makes `quarantine` hold what is held of these files, and nothing else of them."""
     made = []
     for source, files in read:
-        paths = ", ".join(quoted(file.path) for file in files)
+        paths = ", ".join(sql_literal(file.path) for file in files)
         made.append(
-            f"DELETE FROM quarantine WHERE table_name = {quoted(source.table)} AND source IN ({paths})"
+            f"DELETE FROM quarantine WHERE table_name = {sql_literal(source.table)} AND source IN ({paths})"
             f" AND ({_KEY}) NOT IN (SELECT ({_KEY}) FROM held)"
         )
     made.append(
         "INSERT INTO quarantine SELECT * REPLACE (now() AS quarantined_at,"
-        f" {quoted(run)} AS run) FROM held ANTI JOIN quarantine USING ({_KEY})"
+        f" {sql_literal(run)} AS run) FROM held ANTI JOIN quarantine USING ({_KEY})"
     )
     return made
 
@@ -118,12 +118,12 @@ def released(
     if "quarantine" not in tables(connection):
         return set()
     conditions = [
-        f"rule = {quoted(FUTURE)} AND TRY_CAST(value AS TIMESTAMPTZ) <="
-        f" TIMESTAMPTZ {quoted(latest.isoformat())}"
+        f"rule = {sql_literal(FUTURE)} AND TRY_CAST(value AS TIMESTAMPTZ) <="
+        f" TIMESTAMPTZ {sql_literal(latest.isoformat())}"
     ]
     if new_items and table == "impressions":
         conditions.append(
-            f"rule = {quoted(UNKNOWN_ITEM)} AND value IN (SELECT item_id::VARCHAR FROM raw_items)"
+            f"rule = {sql_literal(UNKNOWN_ITEM)} AND value IN (SELECT item_id::VARCHAR FROM raw_items)"
         )
     rows = connection.execute(
         f"SELECT DISTINCT source FROM quarantine WHERE table_name = ? AND ({' OR '.join(conditions)})",
@@ -149,7 +149,7 @@ def quarantined(home: Home, *, table: str | None = None, examples: int = 1) -> l
     with lake(home) as connection:
         if "quarantine" not in tables(connection):
             return []
-        where = f"WHERE table_name = {quoted(table)}" if table is not None else ""
+        where = f"WHERE table_name = {sql_literal(table)}" if table is not None else ""
         groups = connection.execute(
             "SELECT table_name, rule, count(*), min(quarantined_at) FROM quarantine"
             f" {where} GROUP BY ALL ORDER BY table_name, count(*) DESC, rule"

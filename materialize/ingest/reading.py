@@ -14,7 +14,7 @@ import duckdb
 from bahe_core.errors import BadInput
 from bahe_core.home import Home
 from bahe_core.progress import say
-from bahe_lake.connection import columns, damaged_files_named, name, quoted, scalar, tables
+from bahe_lake.connection import columns, damaged_files_named, scalar, sql_identifier, sql_literal, tables
 from materialize.config.dataset import Dataset
 from materialize.ingest import quarantine, sources
 from materialize.ingest.atoms import ATOM_ID, NORMAL_TEXT
@@ -177,12 +177,12 @@ def _read(
     if table == "behaviors":
         _read_behaviors(connection, query, projection, dataset.channels)
     else:
-        given = [name(column) for column in projection.columns if column != "text"]
+        given = [sql_identifier(column) for column in projection.columns if column != "text"]
         given.append(f"({broken(projection.rules)}) AS _bad")
         made = "*"
         if table == "items":
             given.append(f"{NORMAL_TEXT.format(text='text')} AS text")
-            made += f", {ATOM_ID.format(channel=quoted('item'), text='text')} AS atom_id"
+            made += f", {ATOM_ID.format(channel=sql_literal('item'), text='text')} AS atom_id"
         connection.execute(
             f"CREATE OR REPLACE TEMP TABLE raw_{table} AS"
             f" SELECT {made} FROM (SELECT {', '.join(given)} FROM {query})"
@@ -217,7 +217,7 @@ def _read_behaviors(
     connection: duckdb.DuckDBPyConnection, query: str, projection: Projection, channels: Sequence[str]
 ) -> None:
     """The source twice: first its distinct texts, which are few and alone become atoms, then its rows."""
-    listed = ", ".join(quoted(channel) for channel in channels)
+    listed = ", ".join(sql_literal(channel) for channel in channels)
     connection.execute(
         "CREATE OR REPLACE TEMP TABLE raw_texts AS"
         f" SELECT *, {ATOM_ID.format(channel='channel', text='normal')} AS atom_id FROM ("
@@ -245,7 +245,9 @@ def _rules_of_many(connection: duckdb.DuckDBPyConnection, table: str, *, new_ite
             KEYS[table],
             [c for c in columns(connection, f"raw_{table}") if c.startswith("context_")],
         )
-        same = ", ".join([*SAME.get(table, key), *(map(name, context) if table == "impressions" else ())])
+        same = ", ".join(
+            [*SAME.get(table, key), *(map(sql_identifier, context) if table == "impressions" else ())]
+        )
         connection.execute(
             f"CREATE OR REPLACE TEMP TABLE repeated_{table} AS SELECT {', '.join(key)},"
             f" min(hash({same})) <> max(hash({same})) AS clashes"

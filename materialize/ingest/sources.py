@@ -20,7 +20,7 @@ from uuid import uuid4
 import duckdb
 
 from bahe_core.errors import BadInput, one_line
-from bahe_lake.connection import name, quoted, tables
+from bahe_lake.connection import sql_identifier, sql_literal, tables
 from bahe_lake.extensions import open_object_storage
 from materialize.config.dataset import ImpressionTable, Table
 
@@ -97,10 +97,10 @@ def remember(source: Source, files: Sequence[File]) -> list[str]:
     """SQL that remembers these files as read."""
     if not files:
         return []
-    table = quoted(source.table)
-    paths = ", ".join(quoted(file.path) for file in files)
+    table = sql_literal(source.table)
+    paths = ", ".join(sql_literal(file.path) for file in files)
     rows = ", ".join(
-        f"({table}, {quoted(f.path)}, {f.size}, {f.modified_us}, {quoted(source.spec)}, now())"
+        f"({table}, {sql_literal(f.path)}, {f.size}, {f.modified_us}, {sql_literal(source.spec)}, now())"
         for f in files
     )
     return [
@@ -117,10 +117,10 @@ def relation(source: Source, files: Sequence[File], text_columns: Sequence[str] 
     """
     if source.section.sql is not None:
         return f"query_{source.table}"
-    listed = "[" + ", ".join(quoted(file.path) for file in files) + "]"
+    listed = "[" + ", ".join(sql_literal(file.path) for file in files) + "]"
     if not source.csv:
         return f"read_parquet({listed}, union_by_name = true, filename = '{FILE}')"
-    types = ", ".join(f"{quoted(column)}: 'VARCHAR'" for column in text_columns)
+    types = ", ".join(f"{sql_literal(column)}: 'VARCHAR'" for column in text_columns)
     more = f", types = {{{types}}}" if types else ""
     return f"read_csv({listed}, union_by_name = true, header = true, filename = '{FILE}'{more})"
 
@@ -230,4 +230,5 @@ def of_file(source: Source, file: File, files: Sequence[File], text_columns: Seq
     whole = relation(source, files, text_columns)
     if source.section.sql is not None:
         return f"(SELECT * FROM {whole})"
-    return f"(SELECT * EXCLUDE ({name(FILE)}) FROM {whole} WHERE {name(FILE)} = {quoted(file.path)})"
+    column = sql_identifier(FILE)
+    return f"(SELECT * EXCLUDE ({column}) FROM {whole} WHERE {column} = {sql_literal(file.path)})"

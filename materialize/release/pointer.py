@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import duckdb
 
 from bahe_core.errors import BaheError
-from bahe_lake.connection import commit, quoted, tables
+from bahe_lake.connection import commit, sql_literal, tables
 
 if TYPE_CHECKING:
     from feast import FeatureStore
@@ -83,12 +83,12 @@ def flip(
             f"the online store names {said.model_version if said else 'no model'} as live after {version}"
             " was written; something else writes to it, so give this home a store of its own."
         )
-    stamp = f"TIMESTAMPTZ {quoted(now.isoformat())}"
+    stamp = f"TIMESTAMPTZ {sql_literal(now.isoformat())}"
     commit(
         connection,
         [
             "INSERT INTO publications (deployment, live_model_version, event_timestamp, created_timestamp)"
-            f" VALUES ({quoted(DEPLOYMENT)}, {quoted(version)}, {stamp}, {stamp})",
+            f" VALUES ({sql_literal(DEPLOYMENT)}, {sql_literal(version)}, {stamp}, {stamp})",
             *statements,
         ],
     )

@@ -24,7 +24,7 @@ from filelock import FileLock
 
 from bahe_core.errors import BadInput, NotReady
 from bahe_core.home import Home
-from bahe_lake.connection import lake, quoted, scalar
+from bahe_lake.connection import lake, scalar, sql_literal
 from bahe_lake.vector_columns import vector_matrix
 from bahe_models.timelines import Int64
 from materialize.config.dataset import home_dataset
@@ -143,7 +143,7 @@ def _write_timelines(home: Home, frame: Frame, folder: Path, channels: tuple[str
             f"{frame.path} does not say which snapshot it is of; pull it again by `bahe frame`."
         ) from None
     with lake(home, as_of=snapshot) as then:
-        wanted = ", ".join(map(quoted, channels))
+        wanted = ", ".join(map(sql_literal, channels))
         timelines = f"(SELECT * FROM user_timeline WHERE channel IN ({wanted}))"
         ids = then.execute(
             f"SELECT atom_id FROM (SELECT atom_id FROM {timelines} UNION SELECT atom_id FROM items)"
@@ -164,7 +164,7 @@ def _write_timelines(home: Home, frame: Frame, folder: Path, channels: tuple[str
             atom_rows,
         )
         columns = ", ".join(
-            f"coalesce(max(start) FILTER (channel = {quoted(channel)}), 0)::BIGINT AS c{i}"
+            f"coalesce(max(start) FILTER (channel = {sql_literal(channel)}), 0)::BIGINT AS c{i}"
             for i, channel in enumerate(channels)
         )
         then.execute(
@@ -172,7 +172,7 @@ def _write_timelines(home: Home, frame: Frame, folder: Path, channels: tuple[str
             " sum(count(*)) OVER (ORDER BY user_id, channel) - count(*) AS start"
             f" FROM {timelines} GROUP BY user_id, channel) GROUP BY user_id"
         )
-        path = quoted(str(frame.path))
+        path = sql_literal(str(frame.path))
         names = [f"c{i}" for i in range(len(channels))]
         rows = scalar(then, f"SELECT count(*) FROM read_parquet({path})")
         _stream(

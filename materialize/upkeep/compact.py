@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from bahe_core.errors import BadInput
 from bahe_core.home import Home
 from bahe_core.progress import progress
-from bahe_lake.connection import LAKE, lake, quoted, scalar
+from bahe_lake.connection import LAKE, lake, scalar, sql_literal
 
 GRACE = timedelta(days=1)
 """How long a file that is no longer needed stays for the readers that began before."""
@@ -96,7 +96,7 @@ def _forget(connection: duckdb.DuckDBPyConnection, age: timedelta, needed: set[i
 
 
 def _interval(length: timedelta) -> str:
-    return f"INTERVAL {quoted(f'{round(length.total_seconds())} seconds')}"
+    return f"INTERVAL {sql_literal(f'{round(length.total_seconds())} seconds')}"
 
 
 def _files(connection: duckdb.DuckDBPyConnection) -> int:

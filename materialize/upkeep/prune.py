@@ -21,7 +21,7 @@ import duckdb
 from bahe_core.errors import BadInput
 from bahe_core.home import Home
 from bahe_lake import runs
-from bahe_lake.connection import commit, lake, quoted, scalar
+from bahe_lake.connection import commit, lake, scalar, sql_literal
 from bahe_models.backbone import load_backbone
 from bahe_models.encoder import encoder_version
 from feature_repo.store import open_store
@@ -200,7 +200,7 @@ def _checkpoints(connection: duckdb.DuckDBPyConnection, home: Home) -> list[Path
 
 
 def _among(column: str, values: Sequence[str]) -> str:
-    return f"{column} IN ({', '.join(map(quoted, values))})" if values else "false"
+    return f"{column} IN ({', '.join(map(sql_literal, values))})" if values else "false"
 
 
 def _forget_online(

@@ -26,7 +26,7 @@ from bahe_core.home import Home
 from bahe_core.machine import device
 from bahe_core.progress import progress
 from bahe_lake import runs
-from bahe_lake.connection import LAKE, commit, connect, lake, quoted, scalar, snapshot
+from bahe_lake.connection import LAKE, commit, connect, lake, scalar, snapshot, sql_literal
 from bahe_lake.vector_columns import vector_column
 from bahe_models.artifact import Artifact, load, require_servable
 from bahe_models.timelines import Timelines
@@ -90,7 +90,7 @@ def embed(
         before = last.facts if last is not None and last.fingerprint == version else {}
         now = snapshot(connection)
         stored = scalar(
-            connection, f"SELECT count(*) FROM user_embedding WHERE model_version = {quoted(version)}"
+            connection, f"SELECT count(*) FROM user_embedding WHERE model_version = {sql_literal(version)}"
         )
         followed = (
             before.get("derived") == derive.VERSION
@@ -148,7 +148,7 @@ def _changed_users(
     """Fill `candidates` from the change feed after that snapshot; False when the feed does not reach."""
     if since is None or since > now:
         return False
-    listed = ", ".join(quoted(f"main.{table}") for table in sources)
+    listed = ", ".join(sql_literal(f"main.{table}") for table in sources)
     whole = connection.execute(
         f"SELECT count(*) = $now - $since AND NOT coalesce(bool_or("
         f" list_has_any(coalesce(changes['tables_created'], []), [{listed}])), false)"
@@ -159,7 +159,7 @@ def _changed_users(
     if not whole[0]:
         return False
     feeds = [
-        f"SELECT user_id FROM {LAKE}.table_changes({quoted(table)}, {since + 1}, {now})"
+        f"SELECT user_id FROM {LAKE}.table_changes({sql_literal(table)}, {since + 1}, {now})"
         for table in sources
     ]
     if since == now:
@@ -176,7 +176,7 @@ def _all_users(connection: duckdb.DuckDBPyConnection, sources: list[str], versio
     known = " UNION ALL ".join(f"SELECT user_id FROM {table}" for table in sources)
     connection.execute(
         f"CREATE OR REPLACE TEMP TABLE candidates AS SELECT DISTINCT user_id FROM ({known}"
-        f" UNION ALL SELECT user_id FROM user_embedding WHERE model_version = {quoted(version)})"
+        f" UNION ALL SELECT user_id FROM user_embedding WHERE model_version = {sql_literal(version)})"
     )
 
 
@@ -227,7 +227,7 @@ def _gone(connection: duckdb.DuckDBPyConnection, version: str) -> list[str]:
         "item_embedding": "item_id NOT IN (SELECT item_id FROM items)",
     }
     of_version = {
-        table: f"{table} WHERE model_version = {quoted(version)} AND {r}" for table, r in rows.items()
+        table: f"{table} WHERE model_version = {sql_literal(version)} AND {r}" for table, r in rows.items()
     }
     return [
         f"DELETE FROM {which}"
@@ -381,8 +381,8 @@ def _replace(
 ) -> None:
     """Put the new vectors in place of the same keys' old ones, in one transaction."""
     connection.register("fresh", rows.append_column("embedding", vector_column(vectors)))
-    version = quoted(artifact.model_version)
-    now = quoted(datetime.now(UTC).isoformat())
+    version = sql_literal(artifact.model_version)
+    now = sql_literal(datetime.now(UTC).isoformat())
     commit(
         connection,
         [

@@ -22,7 +22,7 @@ from bahe_core.errors import BadInput
 from bahe_core.home import Home
 from bahe_core.progress import progress, say
 from bahe_lake import runs
-from bahe_lake.connection import LAKE, commit, lake, quoted, scalar
+from bahe_lake.connection import LAKE, commit, lake, scalar, sql_literal
 from bahe_lake.vector_columns import vector_column
 from bahe_models.backbone import BackboneConfig, load_backbone
 from bahe_models.encoder import EncoderConfig, encoder_version
@@ -254,8 +254,8 @@ def _store(connection: duckdb.DuckDBPyConnection, parts: Sequence[Encodings], ve
     commit(
         connection,
         [
-            f"INSERT INTO {TABLE} BY NAME SELECT *, {quoted(version)} AS encoder_version,"
-            f" TIMESTAMPTZ {quoted(now)} AS created_timestamp FROM encoded ORDER BY atom_id"
+            f"INSERT INTO {TABLE} BY NAME SELECT *, {sql_literal(version)} AS encoder_version,"
+            f" TIMESTAMPTZ {sql_literal(now)} AS created_timestamp FROM encoded ORDER BY atom_id"
         ],
     )
     connection.unregister("encoded")
@@ -270,7 +270,8 @@ def _set_parquet_options(connection: duckdb.DuckDBPyConnection) -> None:
     commit(
         connection,
         [
-            f"CALL {LAKE}.set_option({quoted(option)}, {quoted(value)}, table_name => {quoted(TABLE)})"
+            f"CALL {LAKE}.set_option({sql_literal(option)}, {sql_literal(value)},"
+            f" table_name => {sql_literal(TABLE)})"
             for option, value in wanted.items()
         ],
     )

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bahe_core.errors import NotReady
-from bahe_lake.connection import quoted
+from bahe_lake.connection import sql_literal
 from bahe_lake.vector_columns import vector_matrix
 from bahe_models.timelines import Int64, Timelines
 from materialize.vectors.stored_atoms import _NOT_ENCODED, Atoms
@@ -28,7 +28,8 @@ def read_timelines(
         table = connection.execute(
             "SELECT w.u, t.atom_id, epoch_us(t.event_timestamp) AS time_us"
             " FROM user_timeline t JOIN wanted_users w USING (user_id)"
-            f" WHERE t.channel = {quoted(channel)} AND t.user_id BETWEEN ? AND ? ORDER BY w.u, t.position",
+            f" WHERE t.channel = {sql_literal(channel)} AND t.user_id BETWEEN ? AND ?"
+            " ORDER BY w.u, t.position",
             ends,
         ).to_arrow_table()
         counts = np.bincount(table["u"].to_numpy(), minlength=len(users))

@@ -10,7 +10,7 @@ import pyarrow as pa
 from feast import FeatureStore, RepoConfig
 
 from bahe_core.home import Home
-from bahe_lake.connection import commit, lake, name
+from bahe_lake.connection import commit, lake, sql_identifier
 
 START = pd.Timestamp("2024-01-01", tz="UTC")
 
@@ -28,7 +28,7 @@ def write_tables(home: Home, tables: dict[str, pd.DataFrame | pa.Table]) -> None
             if isinstance(rows, pd.DataFrame):
                 rows = pa.Table.from_pandas(rows, preserve_index=False)
             connection.register("rows", rows)
-            commit(connection, [f"CREATE OR REPLACE TABLE {name(table)} AS FROM rows"])
+            commit(connection, [f"CREATE OR REPLACE TABLE {sql_identifier(table)} AS FROM rows"])
             connection.unregister("rows")
 
 

@@ -25,7 +25,7 @@ Contents = dict[str, tuple[list[tuple[object, ...]], np.ndarray]]
 
 def contents(home: Home) -> Contents:
     """Every table of the lake in an order of its own: rows without stamps and vectors, and the vectors."""
-    from bahe_lake.connection import columns, lake, name, tables
+    from bahe_lake.connection import columns, lake, sql_identifier, tables
 
     found: Contents = {}
     with lake(home) as connection:
@@ -35,8 +35,8 @@ def contents(home: Home) -> Contents:
             # Keys are among the rows, which put the vectors into an order.
             vector = "embedding" if "embedding" in known else "[]::FLOAT[]"
             rows = connection.execute(
-                f"SELECT {', '.join(name(c) for c in shown)}, {vector} FROM {table}"
-                f" ORDER BY {', '.join(name(c) for c in shown)}"
+                f"SELECT {', '.join(sql_identifier(c) for c in shown)}, {vector} FROM {table}"
+                f" ORDER BY {', '.join(sql_identifier(c) for c in shown)}"
             ).fetchall()
             found[table] = ([row[:-1] for row in rows], np.array([row[-1] for row in rows], dtype=float))
     return found

@@ -122,13 +122,13 @@ def _ticks(times: pd.Series[Any]) -> npt.NDArray[np.int64]:
 
 def write_tables(home: Home, tables: dict[str, pd.DataFrame]) -> None:
     """Make these the lake's tables of those names."""
-    from bahe_lake.connection import commit, lake, name
+    from bahe_lake.connection import commit, lake, sql_identifier
 
     home.create()
     with lake(home, create=True) as connection:
         for table, rows in tables.items():
             connection.register("rows", pa.Table.from_pandas(rows, preserve_index=False))
-            commit(connection, [f"CREATE OR REPLACE TABLE {name(table)} AS FROM rows"])
+            commit(connection, [f"CREATE OR REPLACE TABLE {sql_identifier(table)} AS FROM rows"])
             connection.unregister("rows")
 
 
