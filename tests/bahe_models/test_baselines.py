@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.models.test_training import toy_data
 
 from bahe_models import (
     BackboneConfig,
@@ -19,6 +18,7 @@ from bahe_models import (
 )
 from bahe_models.baselines import LongText, TokenTimelines, token_timelines, train_din
 from bahe_models.target import recent_behaviors
+from tests.support.toy import toy_data
 
 
 def test_recent_behaviors_are_the_latest_of_the_prefix() -> None:

@@ -24,7 +24,7 @@ import sys, torch
 from pathlib import Path
 from bahe_models import Checkpoint, train
 from bahe_models.distributed import processes
-from bahe_models.loop import seeded
+from bahe_models.training_loop import seeded
 from bahe_models.sharding import gathered, shard
 from tests.support.toy import CPU, toy_batches, toy_config, toy_data
 

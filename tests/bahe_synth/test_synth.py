@@ -94,7 +94,7 @@ def test_a_killed_run_is_finished_by_the_next(log: Path, tmp_path: Path) -> None
     child = """
 import os, signal, sys
 from pathlib import Path
-from materialize import synth
+from bahe_synth import log as synth
 calls, replace = 0, Path.replace
 def counting(self, target):
     global calls

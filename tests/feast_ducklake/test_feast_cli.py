@@ -8,9 +8,9 @@ from pathlib import Path
 import yaml
 from click.testing import CliRunner
 from feast.cli.cli import cli
-from tests.materialize.test_offline_store import tables
 
 from bahe_core.home import Home
+from tests.feast_ducklake.test_offline_store import tables
 from tests.support.feast_lake import write_tables
 
 DEFINITIONS = """

@@ -135,7 +135,7 @@ def test_bahe_train_runs_under_torchrun(
     home = copy_of(ready, tmp_path)
     done = child(
         *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
-        *("bahe.py", "train", "--tracker", "none", "--home", home.root, *more),
+        *("-m", "bahe", "train", "--tracker", "none", "--home", home.root, *more),
     )
     assert done.returncode == 0, done.stderr
     assert versions(home) == versions(undisturbed[0])

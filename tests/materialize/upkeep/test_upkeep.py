@@ -26,7 +26,7 @@ CHILD = """
 import os, signal, sys
 from pathlib import Path
 from bahe_core.home import Home
-from materialize import upkeep
+from materialize.upkeep import compact as upkeep
 from datetime import timedelta
 upkeep.GRACE = timedelta(0)
 lake = upkeep.lake
