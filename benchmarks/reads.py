@@ -75,7 +75,7 @@ def raw_redis(feast: FeatureStore) -> Read:
 def _keys(users: Users) -> list[bytes]:
     from feast.value_type import ValueType
 
-    from feast_ducklake.online.wire import entity_keys
+    from feast_ducklake.online.encoding import entity_keys
 
     return entity_keys({"user_id": pa.array(users)}, {"user_id": ValueType.INT64})
 

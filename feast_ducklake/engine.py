@@ -26,9 +26,9 @@ from feast.utils import _convert_arrow_to_proto, _get_column_names, _validate_ve
 from bahe_core.errors import BadInput
 from bahe_core.progress import progress
 from bahe_core.read_ahead import read_ahead
-from feast_ducklake.online.wire import Int64, entity_keys, value_bytes
-from feast_ducklake.online.wire_rows import NO_TIME, WireRows
-from feast_ducklake.online.wire_store import WireOnlineStore
+from feast_ducklake.online.encoding import Int64, entity_keys, value_bytes
+from feast_ducklake.online.rows import NO_TIME, EncodedRows
+from feast_ducklake.online.store import GuardedOnlineStore
 
 ROWS_PER_BATCH = 10_000
 """Unless `materialization.online_write_batch_size` says otherwise."""
@@ -87,8 +87,8 @@ class ArrowEngine(LocalComputeEngine):
                 advance(batch.num_rows)
 
     def _write(self, view: FeatureView, batch: pa.RecordBatch) -> None:
-        if isinstance(self.online_store, WireOnlineStore):
-            self.online_store.write_rows(self.repo_config, view, _wire_rows(view, batch))
+        if isinstance(self.online_store, GuardedOnlineStore):
+            self.online_store.write_rows(self.repo_config, view, _encoded_rows(view, batch))
             return
         rows = _convert_arrow_to_proto(batch, view, _join_key_types(view))
         self.online_store.online_write_batch(self.repo_config, view, rows, None)
@@ -133,7 +133,7 @@ def _join_key_types(view: FeatureView) -> dict[str, Any]:
     return {column.name: column.dtype.to_value_type() for column in view.entity_columns}
 
 
-def _wire_rows(view: FeatureView, batch: pa.RecordBatch) -> WireRows:
+def _encoded_rows(view: FeatureView, batch: pa.RecordBatch) -> EncodedRows:
     types, source = _join_key_types(view), view.batch_source
     event_us = _microseconds(view, batch, source.timestamp_field)
     if (event_us == NO_TIME).any():
@@ -142,7 +142,7 @@ def _wire_rows(view: FeatureView, batch: pa.RecordBatch) -> WireRows:
             " give each row its event time."
         )
     created = source.created_timestamp_column
-    return WireRows(
+    return EncodedRows(
         keys=entity_keys({key: batch.column(key) for key in types}, types),
         values={
             field.name: value_bytes(batch.column(field.name), field.dtype.to_value_type())

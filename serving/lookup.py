@@ -18,8 +18,8 @@ from bahe_core.home import Home
 from bahe_models.artifact import Artifact, load
 from bahe_models.context import Value, hash_context, refuse_unknown
 from bahe_models.features import needed_columns
+from feast_ducklake.online.rows import Vectors
 from feast_ducklake.online.vectors import VectorReader
-from feast_ducklake.online.wire_rows import Vectors
 from feature_repo.store import online_errors, open_store
 from materialize.release.pointer import DEPLOYMENT
 

@@ -24,9 +24,9 @@ from feast.infra.online_stores.helpers import _mmh3, compute_versioned_name
 from feast.repo_config import FeastConfigBaseModel, RepoConfig
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from feast_ducklake.online.wire import varint_fields
-from feast_ducklake.online.wire_rows import NO_TIME, Found, Request, WireRows
-from feast_ducklake.online.wire_store import WireOnlineStore
+from feast_ducklake.online.encoding import varint_fields
+from feast_ducklake.online.rows import NO_TIME, EncodedRows, Request, StoredValues
+from feast_ducklake.online.store import GuardedOnlineStore
 
 _ROWS_PER_CALL = 256
 """The server answers nobody else while it runs one call of the script."""
@@ -92,7 +92,7 @@ class GuardedRedisOnlineStoreConfig(FeastConfigBaseModel):
     """Redis forgets an entity that was not written for so long; 0 is never."""
 
 
-class GuardedRedisOnlineStore(WireOnlineStore):
+class GuardedRedisOnlineStore(GuardedOnlineStore):
     """Online store in one Redis server; a script in the server compares event times and writes."""
 
     def __init__(self) -> None:
@@ -101,7 +101,7 @@ class GuardedRedisOnlineStore(WireOnlineStore):
         self._async_client: redis.asyncio.Redis | None = None
         self._process = 0
 
-    def write_rows(self, config: RepoConfig, view: FeatureView, rows: WireRows) -> None:
+    def write_rows(self, config: RepoConfig, view: FeatureView, rows: EncodedRows) -> None:
         """Each row at once or not at all; another client never sees half of one."""
         project, fields = config.project.encode(), _fields(config, view, list(rows.values))
         keys = [key + project for key in rows.keys]
@@ -123,31 +123,33 @@ class GuardedRedisOnlineStore(WireOnlineStore):
         _delete(client, config, view, [key + project for key in keys])
         client.set(_version_key(config, view), uuid.uuid4().hex)
 
-    def scan(self, config: RepoConfig, view: FeatureView, feature: str) -> tuple[list[bytes], Found]:
+    def scan(self, config: RepoConfig, view: FeatureView, feature: str) -> tuple[list[bytes], StoredValues]:
         """Keys of all entities of a view, and what is stored of one feature."""
         client, project = self._connected(config), config.project.encode()
         keys = [key[: -len(project)] for key in _entities(client, config, view)]
-        (found,) = self.read_stored(config, [Request(view, keys, [feature])])
-        return keys, found
+        (stored,) = self.read_stored(config, [Request(view, keys, [feature])])
+        return keys, stored
 
     def version(self, config: RepoConfig, view: FeatureView) -> str | None:
         """Another one after each write to the view; none when nothing is stored."""
         stored: Any = self._connected(config).get(_version_key(config, view))
         return None if stored is None else bytes(stored).decode()
 
-    def read_stored(self, config: RepoConfig, requests: Sequence[Request]) -> list[Found]:
+    def read_stored(self, config: RepoConfig, requests: Sequence[Request]) -> list[StoredValues]:
         """What is stored for each request, whatever its age, in one round trip."""
         with self._connected(config).pipeline(transaction=False) as pipe:
             _ask(pipe, config, requests)
-            return _found(requests, pipe.execute())
+            return _stored_values(requests, pipe.execute())
 
-    async def read_stored_async(self, config: RepoConfig, requests: Sequence[Request]) -> list[Found]:
+    async def read_stored_async(
+        self, config: RepoConfig, requests: Sequence[Request]
+    ) -> list[StoredValues]:
         """`read_stored` on Redis's own asynchronous client."""
         if self._async_client is None:
             self._async_client = redis.asyncio.Redis.from_url(_settings(config).url)
         async with self._async_client.pipeline(transaction=False) as pipe:
             _ask(pipe, config, requests)
-            return _found(requests, await pipe.execute())
+            return _stored_values(requests, await pipe.execute())
 
     async def close(self) -> None:
         """Close the asynchronous connections."""
@@ -209,7 +211,7 @@ def _delete(client: redis.Redis, config: RepoConfig, view: FeatureView, keys: Se
         pipe.execute()
 
 
-def _times(rows: WireRows) -> list[bytes]:
+def _times(rows: EncodedRows) -> list[bytes]:
     """Event times as Feast stores them, and created times in a field that other readers pass over."""
     seconds, microseconds = np.divmod(rows.event_us, 1_000_000)
     fields = [varint_fields(seconds, 1), varint_fields(microseconds * 1000, 2)]
@@ -227,16 +229,18 @@ def _ask(pipe: Any, config: RepoConfig, requests: Sequence[Request]) -> None:
             pipe.execute_command("HMGET", key + project, *fields)
 
 
-def _found(requests: Sequence[Request], answers: list[list[bytes | None]]) -> list[Found]:
+def _stored_values(requests: Sequence[Request], answers: list[list[bytes | None]]) -> list[StoredValues]:
     rows = iter(answers)
-    return [_one_found(request.features, list(islice(rows, len(request.keys)))) for request in requests]
+    return [
+        _stored_values_of(request.features, list(islice(rows, len(request.keys)))) for request in requests
+    ]
 
 
-def _one_found(features: Sequence[str], rows: list[list[bytes | None]]) -> Found:
+def _stored_values_of(features: Sequence[str], rows: list[list[bytes | None]]) -> StoredValues:
     columns = [list(column) for column in zip(*rows, strict=True)] or [[] for _ in [*features, "time"]]
     *values, times = columns
     event_us = [NO_TIME if time is None else _event_us(time) for time in times]
-    return Found(dict(zip(features, values, strict=True)), np.array(event_us, dtype=np.int64))
+    return StoredValues(dict(zip(features, values, strict=True)), np.array(event_us, dtype=np.int64))
 
 
 def _event_us(stored: bytes) -> int:

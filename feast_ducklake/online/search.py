@@ -13,7 +13,7 @@ from feast import FeatureView, Field
 
 from bahe_core.errors import BadInput
 from bahe_core.machine import threads
-from feast_ducklake.online.wire_rows import NO_TIME, Found, Vectors, as_vectors, within_ttl
+from feast_ducklake.online.rows import NO_TIME, StoredValues, Vectors, as_vectors, within_ttl
 
 EXACT_UP_TO = 20_000
 """Vectors; more are searched approximately (HNSW), which takes longer to build and less to search."""
@@ -50,7 +50,7 @@ class VectorSearch:
         metric: str | None,
         *,
         version: str | None,
-        scan: Callable[[str], tuple[list[bytes], Found]],
+        scan: Callable[[str], tuple[list[bytes], StoredValues]],
     ) -> dict[bytes, float]:
         """Entity keys and distances of the nearest vectors that have not outlived their ttl.
 
@@ -90,9 +90,14 @@ def _vector_field(view: FeatureView) -> Field:
 
 
 def _build(
-    view: FeatureView, field: Field, metric: str, version: str, keys: list[bytes], found: Found
+    view: FeatureView,
+    field: Field,
+    metric: str,
+    version: str,
+    keys: list[bytes],
+    stored_values: StoredValues,
 ) -> _Index:
-    stored = as_vectors(view, field.name, found)
+    stored = as_vectors(view, field.name, stored_values)
     there = np.flatnonzero(stored.found_N)
     vectors_ND = stored.vectors_ND[there]
     stored = Vectors(vectors_ND, stored.found_N[there], stored.event_us_N[there])
@@ -111,7 +116,7 @@ def _search(
     from usearch.index import search
 
     name, distance = _METRICS[metric]
-    fresh_N = within_ttl(view, Found({}, index.stored.event_us_N)).event_us != NO_TIME
+    fresh_N = within_ttl(view, StoredValues({}, index.stored.event_us_N)).event_us != NO_TIME
     count = top_k
     while True:
         count = min(count, len(index.keys))

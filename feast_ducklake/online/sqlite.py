@@ -24,8 +24,8 @@ from feast.protos.feast.types.Value_pb2 import Value
 from feast.repo_config import FeastConfigBaseModel, RepoConfig
 
 from bahe_lake.connection import sql_identifier
-from feast_ducklake.online.wire_rows import NO_TIME, Found, Request, WireRows
-from feast_ducklake.online.wire_store import WireOnlineStore
+from feast_ducklake.online.rows import NO_TIME, EncodedRows, Request, StoredValues
+from feast_ducklake.online.store import GuardedOnlineStore
 
 _KEYS_PER_QUERY = 10_000
 """SQLite takes at most 32,766 values in a query."""
@@ -61,14 +61,14 @@ class GuardedSqliteOnlineStoreConfig(FeastConfigBaseModel):
     """How long a writer waits for another to finish."""
 
 
-class GuardedSqliteOnlineStore(WireOnlineStore):
+class GuardedSqliteOnlineStore(GuardedOnlineStore):
     """Online store in one SQLite file in WAL mode: readers never wait, writers wait for each other."""
 
     def __init__(self) -> None:
         super().__init__()
         self._local = threading.local()
 
-    def write_rows(self, config: RepoConfig, view: FeatureView, rows: WireRows) -> None:
+    def write_rows(self, config: RepoConfig, view: FeatureView, rows: EncodedRows) -> None:
         """One transaction: all rows or none. What is stored already is not written again."""
         table = _table(config, view)
         events, created = rows.times()
@@ -98,7 +98,7 @@ class GuardedSqliteOnlineStore(WireOnlineStore):
             )
             _touch(connection, table)
 
-    def scan(self, config: RepoConfig, view: FeatureView, feature: str) -> tuple[list[bytes], Found]:
+    def scan(self, config: RepoConfig, view: FeatureView, feature: str) -> tuple[list[bytes], StoredValues]:
         """Keys of all entities of a view, and what is stored of one feature."""
         table = _table(config, view)
         rows = _rows(
@@ -108,7 +108,7 @@ class GuardedSqliteOnlineStore(WireOnlineStore):
             [feature],
         )
         event_us = np.array([row[2] for row in rows], dtype=np.int64)
-        return [row[0] for row in rows], Found({feature: [row[1] for row in rows]}, event_us)
+        return [row[0] for row in rows], StoredValues({feature: [row[1] for row in rows]}, event_us)
 
     def version(self, config: RepoConfig, view: FeatureView) -> str | None:
         """Another one after each write to the view; none when nothing is stored."""
@@ -117,7 +117,7 @@ class GuardedSqliteOnlineStore(WireOnlineStore):
         rows = _rows(self._connection(config), table, query, [table])
         return str(rows[0][0]) if rows else None
 
-    def read_stored(self, config: RepoConfig, requests: Sequence[Request]) -> list[Found]:
+    def read_stored(self, config: RepoConfig, requests: Sequence[Request]) -> list[StoredValues]:
         """What is stored for each request, whatever its age; a view never written to holds nothing."""
         connection = self._connection(config)
         return [_read(connection, _table(config, request.view), request) for request in requests]
@@ -280,7 +280,7 @@ def _rows(
     return connection.execute(query, values).fetchall()
 
 
-def _read(connection: sqlite3.Connection, table: str, request: Request) -> Found:
+def _read(connection: sqlite3.Connection, table: str, request: Request) -> StoredValues:
     keys, features = request.keys, request.features
     values: dict[str, dict[bytes, bytes]] = {feature: {} for feature in features}
     times: dict[bytes, int] = {}
@@ -295,7 +295,7 @@ def _read(connection: sqlite3.Connection, table: str, request: Request) -> Found
             values[feature][key] = value
             if event_us > times.get(key, NO_TIME):
                 times[key] = event_us
-    return Found(
+    return StoredValues(
         {feature: [values[feature].get(key) for key in keys] for feature in features},
         np.array([times.get(key, NO_TIME) for key in keys], dtype=np.int64),
     )

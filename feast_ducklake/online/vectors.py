@@ -12,9 +12,9 @@ from feast.infra.key_encoding_utils import deserialize_entity_key
 from feast.value_type import ValueType
 
 from bahe_core.errors import BadInput
-from feast_ducklake.online.wire import entity_keys
-from feast_ducklake.online.wire_rows import NO_TIME, Found, Vectors, as_vectors, microseconds, within_ttl
-from feast_ducklake.online.wire_store import WireOnlineStore
+from feast_ducklake.online.encoding import entity_keys
+from feast_ducklake.online.rows import NO_TIME, StoredValues, Vectors, as_vectors, microseconds, within_ttl
+from feast_ducklake.online.store import GuardedOnlineStore
 
 if TYPE_CHECKING:
     from feast import FeatureStore, FeatureView
@@ -27,14 +27,14 @@ def view_keys(view: FeatureView, keys: Mapping[str, Sequence[Any] | npt.NDArray[
 
     Raises BadInput when a join key is missing.
     """
-    return _wire_keys(view.name, _key_types(view), keys)
+    return _encoded_keys(view.name, _key_types(view), keys)
 
 
 def _key_types(view: FeatureView) -> dict[str, ValueType]:
     return {column.name: column.dtype.to_value_type() for column in view.entity_columns}
 
 
-def _wire_keys(
+def _encoded_keys(
     view: str, types: Mapping[str, ValueType], keys: Mapping[str, Sequence[Any] | npt.NDArray[Any]]
 ) -> list[bytes]:
     for name in types:
@@ -62,10 +62,10 @@ class VectorReader:
         On our stores no number becomes a Python object on the way; on others each does.
         Raises BadInput when a join key is missing, or the stored vectors differ in length.
         """
-        wire_keys = _wire_keys(self._view.name, self._key_types, keys)
-        if isinstance(self._online, WireOnlineStore):
-            return self._online.read_vectors(self._config, self._view, wire_keys, self._feature)
-        return self._by_feast(wire_keys)
+        encoded_keys = _encoded_keys(self._view.name, self._key_types, keys)
+        if isinstance(self._online, GuardedOnlineStore):
+            return self._online.read_vectors(self._config, self._view, encoded_keys, self._feature)
+        return self._by_feast(encoded_keys)
 
     def _by_feast(self, keys: Sequence[bytes]) -> Vectors:
         entities = [deserialize_entity_key(key) for key in keys]
@@ -73,5 +73,5 @@ class VectorReader:
         stored = [(values or {}).get(self._feature) for _, values in answers]
         values = [None if value is None else value.SerializeToString() for value in stored]
         events = [NO_TIME if moment is None else microseconds(moment) for moment, _ in answers]
-        found = Found({self._feature: values}, np.array(events, dtype=np.int64))
-        return as_vectors(self._view, self._feature, within_ttl(self._view, found))
+        stored_values = StoredValues({self._feature: values}, np.array(events, dtype=np.int64))
+        return as_vectors(self._view, self._feature, within_ttl(self._view, stored_values))

@@ -207,14 +207,14 @@ def _forget_online(
     connection: duckdb.DuckDBPyConnection, home: Home, dropped: Sequence[str], *, dry_run: bool
 ) -> int:
     """Remove the dropped models' vectors from the online store; how many there were in the lake."""
+    from feast_ducklake.online.store import GuardedOnlineStore
     from feast_ducklake.online.vectors import view_keys
-    from feast_ducklake.online.wire_store import WireOnlineStore
 
     if not dropped or not home.registry.is_file():
         return 0
     store = open_store(home)
     online = store.provider.online_store
-    if not isinstance(online, WireOnlineStore):
+    if not isinstance(online, GuardedOnlineStore):
         return 0
     count = 0
     for table, key in (("user_embedding", "user_id"), ("item_embedding", "item_id")):

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from feast import FeatureView
 
 from bahe_core.errors import BadInput
-from feast_ducklake.online.wire import Int64, read_floats
+from feast_ducklake.online.encoding import Int64, read_floats
 
 NO_TIME = int(np.iinfo(np.int64).min)
 """Stands for a missing time among microseconds since 1970."""
@@ -23,7 +23,7 @@ MICROSECOND = timedelta(microseconds=1)
 
 
 @dataclass(frozen=True, kw_only=True)
-class WireRows:
+class EncodedRows:
     """Rows of one view, ready to be stored."""
 
     keys: list[bytes]
@@ -51,7 +51,7 @@ class Request(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Found:
+class StoredValues:
     """What is stored for a request, in its order."""
 
     values: dict[str, list[bytes | None]]
@@ -65,10 +65,10 @@ class Vectors:
     """Embeddings of some entities."""
 
     vectors_ND: npt.NDArray[np.float32]
-    """Zero where nothing is found."""
+    """Zero where nothing is stored."""
     found_N: npt.NDArray[np.bool_]
     event_us_N: Int64
-    """Microseconds since 1970; NO_TIME where nothing is found."""
+    """Microseconds since 1970; NO_TIME where nothing is stored."""
 
 
 def microseconds(moment: datetime) -> int:
@@ -77,30 +77,30 @@ def microseconds(moment: datetime) -> int:
     return (aware - EPOCH) // MICROSECOND
 
 
-def within_ttl(view: FeatureView, found: Found) -> Found:
+def within_ttl(view: FeatureView, stored: StoredValues) -> StoredValues:
     """What has outlived the view's ttl counts as not stored; a ttl of zero is forever."""
     if not view.ttl:
-        return found
+        return stored
     oldest = time.time_ns() // 1000 - view.ttl // MICROSECOND
-    return Found(found.values, np.where(found.event_us < oldest, NO_TIME, found.event_us))
+    return StoredValues(stored.values, np.where(stored.event_us < oldest, NO_TIME, stored.event_us))
 
 
-def as_vectors(view: FeatureView, feature: str, found: Found) -> Vectors:
-    """One array of what was found. Raises BadInput when the vectors differ in length."""
+def as_vectors(view: FeatureView, feature: str, stored: StoredValues) -> Vectors:
+    """One array of what is stored. Raises BadInput when the vectors differ in length."""
     field = next((field for field in view.features if field.name == feature), None)
     if field is None:
         names = ", ".join(field.name for field in view.features)
         raise BadInput(f"view {view.name} has no feature {feature}; it has {names}.")
-    values = found.values[feature]
+    values = stored.values[feature]
     # What follows this, and numpy's own tests, would cost a single read half its time.
-    if all(values) and NO_TIME not in found.event_us.tolist():
+    if all(values) and NO_TIME not in stored.event_us.tolist():
         vectors_ND = read_floats(cast("list[bytes]", values), field.dtype.to_value_type())
-        return Vectors(vectors_ND, np.ones(len(values), dtype=np.bool_), found.event_us)
+        return Vectors(vectors_ND, np.ones(len(values), dtype=np.bool_), stored.event_us)
     # A stored null is empty.
-    stored_N = (found.event_us != NO_TIME) & np.fromiter(map(bool, values), dtype=np.bool_)
+    stored_N = (stored.event_us != NO_TIME) & np.fromiter(map(bool, values), dtype=np.bool_)
     there = [value for value, stored in zip(values, stored_N.tolist(), strict=True) if stored and value]
     vectors_FD = read_floats(there, field.dtype.to_value_type())
-    event_us_N = np.where(stored_N, found.event_us, NO_TIME)
+    event_us_N = np.where(stored_N, stored.event_us, NO_TIME)
     if len(there) == len(values):
         return Vectors(vectors_FD, stored_N, event_us_N)
     width = vectors_FD.shape[1] if there else field.vector_length

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bahe_core.errors import BadInput
-from feast_ducklake.online.wire import entity_keys, read_floats, value_bytes
+from feast_ducklake.online.encoding import entity_keys, read_floats, value_bytes
 
 EXACT = 2**53
 FLOAT32 = st.floats(width=32)

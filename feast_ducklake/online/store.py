@@ -26,40 +26,40 @@ from feast.protos.feast.types.Value_pb2 import Value
 from feast.repo_config import RepoConfig
 
 from bahe_core.errors import BadInput
-from feast_ducklake.online.search import VectorSearch
-from feast_ducklake.online.wire_rows import (
+from feast_ducklake.online.rows import (
     EPOCH,
     MICROSECOND,
     NO_TIME,
-    Found,
+    EncodedRows,
     Request,
+    StoredValues,
     Vectors,
-    WireRows,
     as_vectors,
     microseconds,
     within_ttl,
 )
+from feast_ducklake.online.search import VectorSearch
 
 FeastRow = tuple[EntityKey, dict[str, Value], datetime, datetime | None]
 FeastAnswer = tuple[datetime | None, dict[str, Value] | None]
 
 
-class WireOnlineStore(OnlineStore):
+class GuardedOnlineStore(OnlineStore):
     """Feast's online store interface over `write_rows` and `read_stored`."""
 
     def __init__(self) -> None:
         self._search = VectorSearch()
 
     @abstractmethod
-    def write_rows(self, config: RepoConfig, view: FeatureView, rows: WireRows) -> None:
+    def write_rows(self, config: RepoConfig, view: FeatureView, rows: EncodedRows) -> None:
         """Store rows under the guard."""
 
     @abstractmethod
-    def read_stored(self, config: RepoConfig, requests: Sequence[Request]) -> list[Found]:
+    def read_stored(self, config: RepoConfig, requests: Sequence[Request]) -> list[StoredValues]:
         """What is stored for each request, whatever its age, in one round trip."""
 
     @abstractmethod
-    def scan(self, config: RepoConfig, view: FeatureView, feature: str) -> tuple[list[bytes], Found]:
+    def scan(self, config: RepoConfig, view: FeatureView, feature: str) -> tuple[list[bytes], StoredValues]:
         """Keys of all entities of a view, and what is stored of one feature."""
 
     @abstractmethod
@@ -70,19 +70,21 @@ class WireOnlineStore(OnlineStore):
     def version(self, config: RepoConfig, view: FeatureView) -> str | None:
         """Another one after each write to the view; none when nothing is stored."""
 
-    async def read_stored_async(self, config: RepoConfig, requests: Sequence[Request]) -> list[Found]:
+    async def read_stored_async(
+        self, config: RepoConfig, requests: Sequence[Request]
+    ) -> list[StoredValues]:
         """`read_stored` without blocking the event loop."""
         return await asyncio.to_thread(self.read_stored, config, requests)
 
     def read_vectors(
         self, config: RepoConfig, view: FeatureView, keys: Sequence[bytes], feature: str
     ) -> Vectors:
-        """A feature that is a list of floats, as one array; keys as `wire.entity_keys` makes them.
+        """A feature that is a list of floats, as one array; keys as `encoding.entity_keys` makes them.
 
         Raises BadInput when the stored vectors differ in length.
         """
-        (found,) = self.read_stored(config, [Request(view, keys, [feature])])
-        return as_vectors(view, feature, within_ttl(view, found))
+        (stored,) = self.read_stored(config, [Request(view, keys, [feature])])
+        return as_vectors(view, feature, within_ttl(view, stored))
 
     @property
     def async_supported(self) -> SupportedAsyncMethods:
@@ -101,7 +103,7 @@ class WireOnlineStore(OnlineStore):
         for row in data:
             alike[tuple(row[1])].append(row)
         for features, rows in alike.items():
-            self.write_rows(config, table, _wire_rows(features, rows))
+            self.write_rows(config, table, _encoded_rows(features, rows))
         if progress is not None:
             progress(len(data))
 
@@ -124,8 +126,8 @@ class WireOnlineStore(OnlineStore):
     ) -> list[FeastAnswer]:
         """Feast's way to read: event time and values of each entity, or nothing and nothing."""
         request = _request(table, entity_keys, requested_features)
-        (found,) = self.read_stored(config, [request])
-        return _answers(within_ttl(table, found))
+        (stored,) = self.read_stored(config, [request])
+        return _answers(within_ttl(table, stored))
 
     async def online_read_async(
         self,
@@ -136,8 +138,8 @@ class WireOnlineStore(OnlineStore):
     ) -> list[FeastAnswer]:
         """`online_read` without blocking the event loop."""
         request = _request(table, entity_keys, requested_features)
-        (found,) = await self.read_stored_async(config, [request])
-        return _answers(within_ttl(table, found))
+        (stored,) = await self.read_stored_async(config, [request])
+        return _answers(within_ttl(table, stored))
 
     def retrieve_online_documents_v2(
         self,
@@ -166,10 +168,10 @@ class WireOnlineStore(OnlineStore):
             scan=lambda feature: self.scan(config, table, feature),
         )
         request = Request(table, list(nearest), requested_features or [])
-        (found,) = self.read_stored(config, [request])
+        (stored,) = self.read_stored(config, [request])
         answers: list[tuple[datetime | None, EntityKey, dict[str, Value]]] = [
             (event, deserialize_entity_key(key), {**(values or {}), "distance": Value(float_val=distance)})
-            for (key, distance), (event, values) in zip(nearest.items(), _answers(found), strict=True)
+            for (key, distance), (event, values) in zip(nearest.items(), _answers(stored), strict=True)
         ]
         # Not by distance: FeatureStore.retrieve_online_documents_v2 pairs the i-th answer with the i-th
         # entity in the order of entities.
@@ -187,12 +189,12 @@ class WireOnlineStore(OnlineStore):
     ) -> None:
         """All views of one `get_online_features` in one round trip."""
         requests, places = _requests(grouped_refs, join_key_values, entity_name_to_join_key_map)
-        for request, (rows, count), found in zip(
+        for request, (rows, count), stored in zip(
             requests, places, self.read_stored(config, requests), strict=True
         ):
             utils._populate_response_from_feature_data(
                 list(request.features),
-                _answers(within_ttl(request.view, found)),
+                _answers(within_ttl(request.view, stored)),
                 rows,
                 online_features_response,
                 full_feature_names,
@@ -213,12 +215,12 @@ class WireOnlineStore(OnlineStore):
     ) -> None:
         """All views of one `get_online_features_async` in one round trip."""
         requests, places = _requests(grouped_refs, join_key_values, entity_name_to_join_key_map)
-        for request, (rows, count), found in zip(
+        for request, (rows, count), stored in zip(
             requests, places, await self.read_stored_async(config, requests), strict=True
         ):
             utils._populate_response_from_feature_data(
                 list(request.features),
-                _answers(within_ttl(request.view, found)),
+                _answers(within_ttl(request.view, stored)),
                 rows,
                 online_features_response,
                 full_feature_names,
@@ -232,9 +234,9 @@ def _key_value(value: Value) -> Any:
     return getattr(value, str(value.WhichOneof("val")))
 
 
-def _wire_rows(features: Sequence[str], rows: Sequence[FeastRow]) -> WireRows:
+def _encoded_rows(features: Sequence[str], rows: Sequence[FeastRow]) -> EncodedRows:
     created = [NO_TIME if row[3] is None else microseconds(row[3]) for row in rows]
-    return WireRows(
+    return EncodedRows(
         keys=[serialize_entity_key(row[0], entity_key_serialization_version=3) for row in rows],
         values={feature: [row[1][feature].SerializeToString() for row in rows] for feature in features},
         event_us=np.array([microseconds(row[2]) for row in rows], dtype=np.int64),
@@ -262,10 +264,10 @@ def _requests(
     return requests, places
 
 
-def _answers(found: Found) -> list[FeastAnswer]:
-    features = list(found.values)
+def _answers(stored: StoredValues) -> list[FeastAnswer]:
+    features = list(stored.values)
     answers: list[FeastAnswer] = []
-    for event_us, *row in zip(found.event_us.tolist(), *found.values.values(), strict=True):
+    for event_us, *row in zip(stored.event_us.tolist(), *stored.values.values(), strict=True):
         if event_us == NO_TIME:
             answers.append((None, None))
             continue
