@@ -1,1 +1,1 @@
-"""From long logs of what people do, in words, to click predictions with a language model."""
+"""The Python interface: open a home and run its jobs; what a run and a night decide."""

@@ -1,1 +1,1 @@
-"""The lake: where it lies, connections and transactions, what jobs remember of themselves, extensions."""
+"""The lake: connections and transactions, what jobs remember of themselves, DuckDB's extensions."""

@@ -6,6 +6,7 @@ cannot drift apart. Shape letters: N impressions, F features.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -57,7 +58,10 @@ class DenseFeatures:
     ) -> DenseFeatures:
         """Learn the standardisation from the training rows."""
         raw = _raw(columns, lengths_NC, now_us, click_rate)
-        mean, deviation = np.nanmean(raw, axis=0), np.nanstd(raw, axis=0)
+        with warnings.catch_warnings():
+            # A column without one value in the training rows has neither; what follows puts 0 and 1 there.
+            warnings.simplefilter("ignore", RuntimeWarning)
+            mean, deviation = np.nanmean(raw, axis=0), np.nanstd(raw, axis=0)
         return cls(
             channels=tuple(channels),
             click_rate=click_rate,

@@ -1,1 +1,1 @@
-"""Every figure the README quotes, one command each: `python -m benchmarks.NAME [--quick] [--json PATH]`."""
+"""Every figure that is quoted, one command each: `python -m benchmarks.NAME [--quick] [--json PATH]`."""

@@ -1,4 +1,4 @@
-"""Feast plug-ins: an offline store over DuckLake, guarded online stores, an Arrow engine, a registry file.
+"""Feast plug-ins for any project: offline store over DuckLake, guarded online stores, engine, registry.
 
 feature_store.yaml names them by class path, as `type: feast_ducklake.DuckLakeOfflineStore`.
 """

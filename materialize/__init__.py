@@ -1,1 +1,1 @@
-"""What is computed, and when: the jobs from raw log to published vectors, and the Feast plug-ins."""
+"""The jobs, a folder each, in the order in which data flows through them."""

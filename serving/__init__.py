@@ -1,1 +1,1 @@
-"""The online side: looking features up and scoring, from the online store and a model artifact."""
+"""What a running service answers: features, scores and recommendations, in Python and over HTTP."""

@@ -1,4 +1,4 @@
-"""What must hold: Great Expectations gates that guard every hand-over between jobs.
+"""What must hold: the checks of every hand-over between jobs, run by Great Expectations.
 
 `run_gate` checks tables and writes Data Docs; `require` stops the job if the gate refused.
 """

@@ -1,1 +1,1 @@
-"""Point-in-time training frames, by reference."""
+"""Training frames: every impression with what was known strictly before it."""

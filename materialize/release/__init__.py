@@ -1,1 +1,1 @@
-"""What answers online: the quality gate, publishing, the pointer."""
+"""What answers online: the quality gate, publishing, the pointer and its rollback."""

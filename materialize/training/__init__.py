@@ -1,1 +1,1 @@
-"""From frame and lake to a trained, measured model."""
+"""From a frame to a trained, measured and reported model; frames as tensors for other models."""

@@ -1,1 +1,1 @@
-"""What keeps a home small: merging the lake's files, dropping what nobody needs."""
+"""What keeps a home small: merging the lake's files, dropping models and vectors nobody needs."""

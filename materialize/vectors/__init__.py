@@ -1,1 +1,1 @@
-"""Atoms to vectors by the frozen layers; users and items to vectors by a trained model."""
+"""Texts to vectors by the frozen layers; users and items to vectors by a trained model."""
