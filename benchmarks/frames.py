@@ -221,7 +221,7 @@ def read_wanted(root: Path, *, arrow: bool) -> Any:
 
 def ask_ours(root: Path, *, arrow: bool = False) -> Callable[[], object]:
     """Through our offline store."""
-    from feast_ducklake.offline.store import DuckLakeSource
+    from feast_ducklake.offline.source import DuckLakeSource
 
     kind = "feast_ducklake.DuckLakeOfflineStore"
     source = DuckLakeSource(name="vectors", table="vectors", created_timestamp_column="created")
@@ -260,7 +260,7 @@ def ask_tall(root: Path) -> Callable[[], object]:
     from feast.infra.offline_stores.file_source import SavedDatasetFileStorage
     from feast.types import Float64, Int64
 
-    from feast_ducklake.offline.store import DuckLakeSource
+    from feast_ducklake.offline.source import DuckLakeSource
 
     kind = "feast_ducklake.DuckLakeOfflineStore"
     store = repository(root, {"type": kind, "home": str(root)})

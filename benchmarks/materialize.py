@@ -83,7 +83,7 @@ def opened(home: Home, store: str, contender: str, folder: Path) -> Iterator[Fea
     from feast import Entity, FeatureStore, FeatureView, Field, RepoConfig, ValueType
     from feast.types import Array, Float32
 
-    from feast_ducklake.offline.store import DuckLakeSource
+    from feast_ducklake.offline.source import DuckLakeSource
 
     online, engine = CONTENDERS[store][contender]
     folder.mkdir(parents=True)

@@ -9,7 +9,7 @@ import importlib
 import sys
 from typing import Any
 
-_HOMES = {
+_MODULES = {
     "ArrowEngine": "engine",
     "ArrowEngineConfig": "engine",
     "AtomicRegistryStore": "registry",
@@ -22,16 +22,19 @@ _HOMES = {
     "GuardedSqliteOnlineStore": "online.sqlite",
     "GuardedSqliteOnlineStoreConfig": "online.sqlite",
     "SavedDatasetDuckLakeStorage": "offline.source",
+    "StrictProvider": "provider",
     "VectorReader": "online.vectors",
+    "open_lake": "offline.lakes",
 }
-__all__ = sorted(_HOMES)
+__all__ = sorted(_MODULES)
 
-# Registries name the data source by its class path; those written before 0.2 have this one.
-sys.modules.setdefault("materialize.feast_offline", sys.modules[__name__])
+# Registries and feature_store.yaml files written by version 0.1 name the classes by these modules.
+for _name in ("feast_engine", "feast_offline", "feast_redis", "feast_registry", "feast_sqlite"):
+    sys.modules.setdefault(f"materialize.{_name}", sys.modules[__name__])
 
 
 def __getattr__(name: str) -> Any:
     """Imported when asked for: a process that reads online needs neither DuckDB nor the engine."""
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

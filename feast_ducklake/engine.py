@@ -26,6 +26,7 @@ from feast.utils import _convert_arrow_to_proto, _get_column_names, _validate_ve
 from bahe_core.errors import BadInput
 from bahe_core.progress import progress
 from bahe_core.read_ahead import read_ahead
+from feast_ducklake.conversion import arrow_type, converted_table
 from feast_ducklake.online.encoding import Int64, entity_keys, value_bytes
 from feast_ducklake.online.rows import NO_TIME, EncodedRows
 from feast_ducklake.online.store import GuardedOnlineStore
@@ -37,7 +38,10 @@ ROWS_PER_BATCH = 10_000
 class ArrowEngineConfig(FeastConfigBaseModel):
     """The `batch_engine` section of feature_store.yaml."""
 
-    type: Literal["feast_ducklake.ArrowEngine"] = "feast_ducklake.ArrowEngine"
+    type: Literal[
+        "feast_ducklake.ArrowEngine",
+        "materialize.feast_engine.ArrowEngine",  # as version 0.1 wrote it
+    ] = "feast_ducklake.ArrowEngine"
 
 
 class ArrowEngine(LocalComputeEngine):
@@ -126,7 +130,15 @@ def _as_view(view: FeatureView, batch: pa.RecordBatch) -> pa.RecordBatch:
             f"view {view.name}: its source has no column {missing[0]}; it has"
             f" {', '.join(batch.schema.names)}."
         )
-    return batch
+    types = {name: arrow_type(kind) for name, kind in _value_types(view).items()}
+    exact = {name: kind for name, kind in types.items() if kind is not None}
+    table = converted_table(pa.Table.from_batches([batch]), exact, f"view {view.name}")
+    return table.combine_chunks().to_batches()[0] if table.num_rows else batch
+
+
+def _value_types(view: FeatureView) -> dict[str, Any]:
+    """Types of the join keys and features."""
+    return {field.name: field.dtype.to_value_type() for field in [*view.entity_columns, *view.features]}
 
 
 def _join_key_types(view: FeatureView) -> dict[str, Any]:

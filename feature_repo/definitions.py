@@ -13,7 +13,7 @@ from datetime import timedelta
 from feast import Entity, FeatureService, FeatureView, Field, ValueType
 from feast.types import Array, Float32, Float64, Int64, String
 
-from feast_ducklake.offline.store import DuckLakeSource
+from feast_ducklake.offline.source import DuckLakeSource
 
 FOREVER = timedelta(0)
 

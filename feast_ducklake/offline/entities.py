@@ -7,14 +7,16 @@ import warnings
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import duckdb
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 
 from bahe_core.errors import BadInput, one_line
 from bahe_lake.connection import columns, sql_identifier, sql_literal
+from feast_ducklake.conversion import arrow_table
 
 EVENT_TIMESTAMP = "event_timestamp"
 GIVEN = "__given_entities"
@@ -22,6 +24,8 @@ GIVEN = "__given_entities"
 
 EntityFrameLike: TypeAlias = pd.DataFrame | pa.Table | Path | str
 """A pandas frame, an Arrow table, the path of a Parquet file, or an SQL query over the lake."""
+
+Dtype: TypeAlias = np.dtype[Any] | pd.api.extensions.ExtensionDtype
 
 _QUERY = re.compile(r"\s*(select|with|from|values|table|\()", re.IGNORECASE)
 _UTC_NAMES = {"UTC", "Etc/UTC", "+00:00", "Z"}
@@ -35,6 +39,8 @@ class EntityFrame:
     """A SELECT of all columns, the timestamps in UTC, and of the row's number as `row_number`."""
     given: pa.Table | None
     """What has to be registered as GIVEN for the relation to be there."""
+    dtypes: dict[str, Dtype]
+    """Of the columns of a pandas frame, the timestamp left out, since that becomes UTC."""
     columns: dict[str, str]
     """Names of its columns in their order, with DuckDB's types."""
     timestamp: str
@@ -103,6 +109,7 @@ def read_entities(
             f" FROM {source}"
         ),
         given=table,
+        dtypes=_dtypes(given, timestamp),
         columns=found,
         timestamp=timestamp,
         row_number=number,
@@ -115,12 +122,7 @@ def read_entities(
 def _source(given: EntityFrameLike) -> tuple[str, pa.Table | None]:
     """What stands after FROM, and the table that it reads when the frame lies in memory."""
     if isinstance(given, pd.DataFrame):
-        try:
-            return GIVEN, pa.Table.from_pandas(given, preserve_index=False)
-        except (pa.ArrowException, ValueError) as error:
-            raise BadInput(
-                f"entity frame cannot be read ({one_line(error)}); give each column one type and one name."
-            ) from None
+        return GIVEN, arrow_table(given, "entity frame")
     if isinstance(given, pa.Table):
         return GIVEN, given
     if isinstance(given, str) and _QUERY.match(given):
@@ -161,3 +163,9 @@ def _warn_of_zone(column: str, kind: str, table: pa.Table | None) -> None:
             message = f"entity frame: {column} is in {zone} and is converted to UTC."
     if message is not None:
         warnings.warn(message, UserWarning, stacklevel=2)
+
+
+def _dtypes(given: EntityFrameLike, timestamp: str) -> dict[str, Dtype]:
+    if not isinstance(given, pd.DataFrame):
+        return {}
+    return {str(column): dtype for column, dtype in given.dtypes.items() if column != timestamp}

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import duckdb
 import pandas as pd
@@ -19,7 +19,7 @@ from feast.infra.offline_stores.offline_store import RetrievalJob, RetrievalMeta
 
 from bahe_core.errors import BadInput
 from bahe_lake.connection import tables
-from feast_ducklake.offline.entities import GIVEN
+from feast_ducklake.offline.entities import GIVEN, Dtype
 from feast_ducklake.offline.lakes import home_of, open_lake, open_lake_to_write
 from feast_ducklake.offline.point_in_time import Shard
 from feast_ducklake.offline.sharding import ShardReader, ShardRunner, merged
@@ -29,7 +29,7 @@ from feast_ducklake.offline.writes import replace_table
 if TYPE_CHECKING:
     from feast.on_demand_feature_view import OnDemandFeatureView
     from feast.repo_config import RepoConfig
-    from feast.saved_dataset import SavedDatasetStorage
+    from feast.saved_dataset import SavedDatasetStorage, ValidationReference
 
 
 BATCH_ROWS = 122_880
@@ -50,6 +50,7 @@ class DuckLakeRetrievalJob(RetrievalJob):
         snapshot: int,
         shard_query: Callable[..., str] | None = None,
         entities: pa.Table | None = None,
+        dtypes: Mapping[str, Dtype] | None = None,
         full_feature_names: bool = False,
         on_demand_feature_views: list[OnDemandFeatureView] | None = None,
         metadata: RetrievalMetadata | None = None,
@@ -61,6 +62,7 @@ class DuckLakeRetrievalJob(RetrievalJob):
         self._query = query
         self._shard_query = shard_query
         self._entities = entities
+        self._dtypes = dtypes or {}
         self._full_feature_names = full_feature_names
         self._on_demand_feature_views = on_demand_feature_views or []
         self._metadata = metadata
@@ -137,8 +139,21 @@ class DuckLakeRetrievalJob(RetrievalJob):
             return connection.execute(self._query).to_arrow_table()
 
     def _to_df_internal(self, timeout: int | None = None) -> pd.DataFrame:
-        frame: pd.DataFrame = self._to_arrow_internal(timeout).to_pandas()
-        return frame
+        return self._frame(self._to_arrow_internal(timeout))
+
+    def to_df(
+        self, validation_reference: ValidationReference | None = None, timeout: int | None = None
+    ) -> pd.DataFrame:
+        """The result as a pandas frame.
+
+        Columns of a pandas entity frame keep their dtypes. Of the others, integers and truth values with
+        nulls get pandas' nullable dtypes (Int64, boolean), since floats would lose digits.
+        """
+        return self._frame(self.to_arrow(validation_reference, timeout))
+
+    def _frame(self, table: pa.Table) -> pd.DataFrame:
+        columns = {name: _series(table.column(name), self._dtypes.get(name)) for name in table.column_names}
+        return pd.DataFrame(columns, copy=False)
 
     def persist(
         self,
@@ -175,6 +190,35 @@ class DuckLakeRetrievalJob(RetrievalJob):
         if path.is_dir():
             shutil.rmtree(path)
         temporary.replace(path)
+
+
+_NULLABLE: dict[pa.DataType, pd.api.extensions.ExtensionDtype] = {
+    pa.int8(): pd.Int8Dtype(),
+    pa.int16(): pd.Int16Dtype(),
+    pa.int32(): pd.Int32Dtype(),
+    pa.int64(): pd.Int64Dtype(),
+    pa.uint8(): pd.UInt8Dtype(),
+    pa.uint16(): pd.UInt16Dtype(),
+    pa.uint32(): pd.UInt32Dtype(),
+    pa.uint64(): pd.UInt64Dtype(),
+    pa.bool_(): pd.BooleanDtype(),
+}
+
+
+def _series(column: pa.ChunkedArray, dtype: Dtype | None) -> pd.Series[Any]:
+    """A column in the dtype that it had when it was given; None: in the one that keeps all digits."""
+    series: pd.Series[Any]
+    if dtype is None:
+        types = _NULLABLE if column.null_count else {}
+        series = column.to_pandas(types_mapper=types.get)
+    elif isinstance(dtype, pd.ArrowDtype):
+        # DuckDB answers in a type of its own, as string for large_string.
+        series = column.cast(dtype.pyarrow_dtype).to_pandas(types_mapper=pd.ArrowDtype)
+    elif isinstance(dtype, pd.api.extensions.ExtensionDtype) and hasattr(dtype, "__from_arrow__"):
+        series = pd.Series(dtype.__from_arrow__(column))
+    else:
+        series = column.to_pandas(integer_object_nulls=True).astype(dtype, copy=False)
+    return series
 
 
 class _TableJob(RetrievalJob):

@@ -1,16 +1,13 @@
-"""Feast offline store over DuckLake. Feast finds these classes by their path in feature_store.yaml and in
-the registry; what they are made of is in `materialize/offline_store/`.
-"""
+"""Feast's offline store interface over DuckLake."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from datetime import UTC, datetime
+from collections.abc import Callable, Iterable
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import duckdb
 import pyarrow as pa
 from feast.data_source import DataSource
 from feast.feature_logging import LoggingConfig, LoggingSource
@@ -20,38 +17,44 @@ from feast.infra.registry.base_registry import BaseRegistry
 from feast.on_demand_feature_view import OnDemandFeatureView
 from feast.repo_config import FeastConfigBaseModel, RepoConfig
 from feast.utils import compute_non_entity_date_range
+from pydantic import Field, model_validator
 
 from bahe_core.errors import BadInput
-from bahe_lake.connection import snapshot, sql_identifier, sql_literal, tables, written_since
+from bahe_core.lake_location import LakeConfig
+from bahe_lake.connection import snapshot, sql_identifier
 from feast_ducklake.offline.entities import EVENT_TIMESTAMP, EntityFrame, EntityFrameLike, read_entities
 from feast_ducklake.offline.lakes import open_lake, open_lake_to_write
 from feast_ducklake.offline.point_in_time import point_in_time_query
+from feast_ducklake.offline.pull import pull, sql_moment
 from feast_ducklake.offline.retrieval import DuckLakeRetrievalJob
 from feast_ducklake.offline.source import (
     DuckLakeLoggingDestination,
     DuckLakeSource,
-    SavedDatasetDuckLakeStorage,
     relation_of,
 )
 from feast_ducklake.offline.views import View, check_key_types, requested_views, source_columns
 from feast_ducklake.offline.writes import append, append_logs
 
-__all__ = [
-    "DuckLakeLoggingDestination",
-    "DuckLakeOfflineStore",
-    "DuckLakeOfflineStoreConfig",
-    "DuckLakeRetrievalJob",
-    "DuckLakeSource",
-    "SavedDatasetDuckLakeStorage",
-]
-
 
 class DuckLakeOfflineStoreConfig(FeastConfigBaseModel):
-    """The `offline_store` section of feature_store.yaml."""
+    """The `offline_store` section of feature_store.yaml: `catalogue` and `data`, or a bahe `home`.
 
-    type: Literal["feast_ducklake.DuckLakeOfflineStore"] = "feast_ducklake.DuckLakeOfflineStore"
-    home: str
-    """The home folder; a relative one is relative to feature_store.yaml."""
+    Relative paths are relative to feature_store.yaml.
+    """
+
+    type: Literal[
+        "feast_ducklake.DuckLakeOfflineStore",
+        "materialize.feast_offline.DuckLakeOfflineStore",  # as version 0.1 wrote it
+    ] = "feast_ducklake.DuckLakeOfflineStore"
+    catalogue: str | None = None
+    """The lake's catalogue: an SQLite file, or `postgresql://user@host:port/database` (the password comes
+    from PGPASSWORD or ~/.pgpass)."""
+    postgres_schema: str = Field(default="bahe", alias="schema")
+    """The schema of a catalogue in PostgreSQL; one for each lake."""
+    data: str | None = None
+    """The lake's Parquet files: a folder, or `s3://bucket/prefix`."""
+    home: str | None = None
+    """The home folder of a bahe dataset, which knows where its lake lies."""
     join: Literal["strict", "inclusive"] = "strict"
     """`strict`: a training row sees only values from before its timestamp, which is what makes a log
     of events safe from leakage; `inclusive`: also values at that very instant, as stock Feast does."""
@@ -59,8 +62,18 @@ class DuckLakeOfflineStoreConfig(FeastConfigBaseModel):
     """A snapshot of the lake (`job.snapshot`, or what `bahe frame` prints): everything is read as it was
     then, so an old frame comes back bit for bit. Of an open store: `store.config.offline_store.as_of`."""
     changed_since: int | None = None
-    """A snapshot of the lake: what is materialized are only keys that got rows after it, as far as the lake
-    can tell. For an open store that is known to hold everything of before: `bahe publish` sets it."""
+    """A snapshot of the lake: only keys that got rows after it are materialized, as far as the lake can
+    tell. For a store that is known to hold everything older: `bahe publish` sets it."""
+
+    @model_validator(mode="after")
+    def _names_one_lake(self) -> DuckLakeOfflineStoreConfig:
+        if (self.home is None) == (self.catalogue is None) or (self.data is None) != (
+            self.catalogue is None
+        ):
+            raise ValueError("offline_store: give `catalogue` and `data`, or the `home` of a bahe dataset")
+        if self.catalogue is not None and "://" in self.catalogue:
+            LakeConfig(catalogue=self.catalogue, schema=self.postgres_schema, data=self.data)
+        return self
 
 
 class DuckLakeOfflineStore(OfflineStore):
@@ -83,7 +96,7 @@ class DuckLakeOfflineStore(OfflineStore):
 
         Of rows of one instant the one computed last counts, and of those the one written last.
         """
-        return _pull(
+        return pull(
             config,
             data_source,
             [*join_key_columns, *feature_name_columns],
@@ -106,7 +119,7 @@ class DuckLakeOfflineStore(OfflineStore):
         end_date: datetime | None = None,
     ) -> DuckLakeRetrievalJob:
         """Every row with an event time in [start_date, end_date]."""
-        return _pull(
+        return pull(
             config,
             data_source,
             [*join_key_columns, *feature_name_columns],
@@ -170,6 +183,7 @@ class DuckLakeOfflineStore(OfflineStore):
             shard_query=query,
             snapshot=number,
             entities=frame.given,
+            dtypes=frame.dtypes,
             full_feature_names=full_feature_names,
             on_demand_feature_views=on_demand,
             metadata=RetrievalMetadata(
@@ -224,61 +238,6 @@ class DuckLakeOfflineStore(OfflineStore):
             append_logs(connection, destination.table, data, source.get_schema(registry))
 
 
-def _pull(
-    config: RepoConfig,
-    source: DataSource,
-    wanted: list[str],
-    timestamp_field: str,
-    created_timestamp_column: str | None,
-    start_date: datetime | None,
-    end_date: datetime | None,
-    latest_of: list[str] | None = None,
-) -> DuckLakeRetrievalJob:
-    """Rows of a source in a time range; of each key in `latest_of` only the latest one."""
-    time, created = sql_identifier(timestamp_field), created_timestamp_column or None
-    columns = list(dict.fromkeys([*wanted, timestamp_field, *([created] if created else [])]))
-    relation = relation_of(source, config)
-    bounds = [
-        f"{time} {sign} TIMESTAMPTZ {sql_literal(_utc(moment).isoformat())}"
-        for sign, moment in ((">=", start_date), ("<=", end_date))
-        if moment is not None
-    ]
-    select = f"SELECT {', '.join(map(sql_identifier, columns))} FROM {relation}"
-    with open_lake(config) as connection:
-        since = config.offline_store.changed_since
-        if latest_of and since is not None:
-            bounds += _changed(connection, relation, latest_of, since)
-        where = f" WHERE {' AND '.join(bounds)}" if bounds else ""
-        query = select + where
-        number = snapshot(connection)
-        source_columns(connection, source.name or relation, relation, columns)
-        if latest_of is not None:
-            order = [f"{time} DESC", *([f"{sql_identifier(created)} DESC NULLS LAST"] if created else [])]
-            keys = ", ".join(map(sql_identifier, latest_of)) or "1"
-            numbered = getattr(source, "table", None) in tables(connection)
-            if numbered:
-                order.append("rowid DESC")
-            first = f" QUALIFY row_number() OVER (PARTITION BY {keys} ORDER BY {', '.join(order)}) = 1"
-            if numbered:  # so that keys and times are sorted, but not the features
-                bounds.append(f"rowid IN (SELECT rowid FROM {relation}{where}{first})")
-                query = f"{select} WHERE {' AND '.join(bounds)}"
-            else:
-                query += first
-    return DuckLakeRetrievalJob(config=config, query=query, snapshot=number)
-
-
-def _changed(
-    connection: duckdb.DuckDBPyConnection, relation: str, keys: list[str], since: int
-) -> list[str]:
-    """The condition that a key got rows after the snapshot; none when that cannot be told."""
-    read = connection.get_table_names(f"SELECT * FROM {relation}")
-    written = written_since(connection, next(iter(read)), since) if len(read) == 1 else None
-    if written is None:
-        return []
-    listed = ", ".join(map(sql_identifier, keys))
-    return [f"({listed}) IN (SELECT ({listed}) FROM {written})"]
-
-
 def _instants(views: list[View], start: datetime, end: datetime) -> str:
     """Every key with every instant of the range at which one of the views got a value. Raises BadInput."""
     first, *others = views
@@ -288,17 +247,19 @@ def _instants(views: list[View], start: datetime, end: datetime) -> str:
                 f"without an entity frame, all views must have the same join keys: {first.name} has"
                 f" {', '.join(first.keys)}, {other.name} has {', '.join(other.keys)}."
             )
-    parts = []
-    for view in views:
-        keys = "".join(f"{sql_identifier(view.keys[key])} AS {sql_identifier(key)}, " for key in first.keys)
-        time = f"{sql_identifier(view.time)}::TIMESTAMPTZ"
-        bounds = [f"TIMESTAMPTZ {sql_literal(_utc(moment).isoformat())}" for moment in (start, end)]
-        parts.append(
-            f"SELECT {keys}{time} AS {EVENT_TIMESTAMP} FROM {view.relation}"
-            f" WHERE {time} BETWEEN {' AND '.join(bounds)}"
-        )
+    keys_and_times = " UNION ALL ".join(_keys_and_times(view, first.keys, start, end) for view in views)
     order = ", ".join([EVENT_TIMESTAMP, *map(sql_identifier, first.keys)])
-    return f"SELECT DISTINCT * FROM ({' UNION ALL '.join(parts)}) ORDER BY {order}"
+    return f"SELECT DISTINCT * FROM ({keys_and_times}) ORDER BY {order}"
+
+
+def _keys_and_times(view: View, keys: Iterable[str], start: datetime, end: datetime) -> str:
+    named_keys = [f"{sql_identifier(view.keys[key])} AS {sql_identifier(key)}" for key in keys]
+    time = f"{sql_identifier(view.time)}::TIMESTAMPTZ"
+    return f"""
+        SELECT {", ".join([*named_keys, f"{time} AS {EVENT_TIMESTAMP}"])}
+        FROM {view.relation}
+        WHERE {time} BETWEEN {sql_moment(start)} AND {sql_moment(end)}
+    """
 
 
 def _check_names(frame: EntityFrame, views: list[View], full_feature_names: bool) -> None:
@@ -311,7 +272,3 @@ def _check_names(frame: EntityFrame, views: list[View], full_feature_names: bool
                     f"entity frame: column {shown} has the name of a feature of {view.name}; rename it, or"
                     " ask for full_feature_names."
                 )
-
-
-def _utc(moment: datetime) -> datetime:
-    return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)

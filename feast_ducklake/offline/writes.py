@@ -8,7 +8,8 @@ import duckdb
 import pyarrow as pa
 
 from bahe_core.errors import BadInput, one_line
-from bahe_lake.connection import columns, commit, sql_identifier, sql_literal, tables
+from bahe_lake.connection import commit, sql_identifier, sql_literal, tables
+from feast_ducklake.conversion import converted_table
 
 
 def append(connection: duckdb.DuckDBPyConnection, table: str, rows: pa.Table) -> None:
@@ -16,18 +17,23 @@ def append(connection: duckdb.DuckDBPyConnection, table: str, rows: pa.Table) ->
 
     Raises BadInput when the columns are not the table's, or a value does not fit its column.
     """
-    wanted = columns(connection, sql_identifier(table))
-    if set(rows.column_names) != set(wanted):
-        missing = ", ".join(sorted(set(wanted) - set(rows.column_names))) or "nothing"
-        unknown = ", ".join(sorted(set(rows.column_names) - set(wanted))) or "nothing"
+    what = f"rows for table {table}"
+    schema = connection.execute(f"SELECT * FROM {sql_identifier(table)} LIMIT 0").to_arrow_table().schema
+    missing, unknown = (
+        set(schema.names) - set(rows.column_names),
+        set(rows.column_names) - set(schema.names),
+    )
+    if missing or unknown:
         raise BadInput(
-            f"rows for table {table} have other columns than it: missing {missing}, unknown {unknown}."
+            f"{what} have other columns than it: missing {', '.join(sorted(missing)) or 'nothing'}, unknown"
+            f" {', '.join(sorted(unknown)) or 'nothing'}."
         )
+    rows = converted_table(rows, {field.name: field.type for field in schema}, what)
     connection.register("pushed", rows)
     try:
         commit(connection, [f"INSERT INTO {sql_identifier(table)} BY NAME FROM pushed"])
     except duckdb.ConversionException as error:
-        raise BadInput(f"rows for table {table} do not fit its types ({one_line(error)}).") from None
+        raise BadInput(f"{what} do not fit its types ({one_line(error)}).") from None
     finally:
         connection.unregister("pushed")
 

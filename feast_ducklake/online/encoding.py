@@ -24,6 +24,7 @@ from feast.type_map import python_values_to_proto_values
 from feast.value_type import ValueType
 
 from bahe_core.errors import BadInput
+from feast_ducklake.conversion import ELEMENTS
 
 Bytes = npt.NDArray[np.uint8]
 Int64 = npt.NDArray[np.int64]
@@ -44,14 +45,6 @@ _ARROW_TYPES: dict[ValueType, set[pa.DataType]] = {
     ValueType.INT64: _INTEGERS,
     ValueType.BOOL: {pa.bool_()},
     ValueType.STRING: _STRINGS,
-}
-_ELEMENTS = {
-    ValueType.FLOAT_LIST: ValueType.FLOAT,
-    ValueType.DOUBLE_LIST: ValueType.DOUBLE,
-    ValueType.INT32_LIST: ValueType.INT32,
-    ValueType.INT64_LIST: ValueType.INT64,
-    ValueType.BOOL_LIST: ValueType.BOOL,
-    ValueType.STRING_LIST: ValueType.STRING,
 }
 _KEY_TYPES: dict[ValueType, int] = {
     ValueType.STRING: WireType.STRING,
@@ -79,7 +72,7 @@ def value_bytes(column: pa.Array | pa.ChunkedArray, value_type: ValueType) -> li
         return [value for chunk in column.chunks for value in value_bytes(chunk, value_type)]
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
-    element = _ELEMENTS.get(value_type)
+    element = ELEMENTS.get(value_type)
     if element is not None and _is_list(column.type) and column.type.value_type in _ARROW_TYPES[element]:
         return _list_bytes(column, value_type, element)
     if column.type in _ARROW_TYPES.get(value_type, ()):

@@ -85,7 +85,10 @@ return written
 class GuardedRedisOnlineStoreConfig(FeastConfigBaseModel):
     """The `online_store` section of feature_store.yaml."""
 
-    type: Literal["feast_ducklake.GuardedRedisOnlineStore"] = "feast_ducklake.GuardedRedisOnlineStore"
+    type: Literal[
+        "feast_ducklake.GuardedRedisOnlineStore",
+        "materialize.feast_redis.GuardedRedisOnlineStore",  # as version 0.1 wrote it
+    ] = "feast_ducklake.GuardedRedisOnlineStore"
     url: str = "redis://127.0.0.1:6379/0"
     """As redis-py reads it: redis://, rediss:// (TLS) or unix://, with user and password if needed."""
     key_ttl_seconds: int = 0

@@ -54,7 +54,10 @@ def _exact(kind: str) -> str:
 class GuardedSqliteOnlineStoreConfig(FeastConfigBaseModel):
     """The `online_store` section of feature_store.yaml."""
 
-    type: Literal["feast_ducklake.GuardedSqliteOnlineStore"] = "feast_ducklake.GuardedSqliteOnlineStore"
+    type: Literal[
+        "feast_ducklake.GuardedSqliteOnlineStore",
+        "materialize.feast_sqlite.GuardedSqliteOnlineStore",  # as version 0.1 wrote it
+    ] = "feast_ducklake.GuardedSqliteOnlineStore"
     path: str
     """The database file; a relative one is relative to feature_store.yaml."""
     busy_seconds: float = 60.0

@@ -12,20 +12,23 @@ from __future__ import annotations
 import asyncio
 from abc import abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
 import numpy as np
-from feast import FeatureView, utils
+from feast import FeatureService, FeatureView, utils
 from feast.infra.key_encoding_utils import deserialize_entity_key, serialize_entity_key
 from feast.infra.online_stores.online_store import OnlineStore
+from feast.infra.registry.base_registry import BaseRegistry
 from feast.infra.supported_async_methods import SupportedAsyncMethods
+from feast.online_response import OnlineResponse
 from feast.protos.feast.types.EntityKey_pb2 import EntityKey
 from feast.protos.feast.types.Value_pb2 import Value
 from feast.repo_config import RepoConfig
 
 from bahe_core.errors import BadInput
+from feast_ducklake.online.lookup import checked_entities
 from feast_ducklake.online.rows import (
     EPOCH,
     MICROSECOND,
@@ -140,6 +143,50 @@ class GuardedOnlineStore(OnlineStore):
         request = _request(table, entity_keys, requested_features)
         (stored,) = await self.read_stored_async(config, [request])
         return _answers(within_ttl(table, stored))
+
+    def get_online_features(
+        self,
+        config: RepoConfig,
+        features: list[str] | FeatureService,
+        entity_rows: Sequence[Mapping[str, Any]] | Mapping[str, Any],
+        registry: BaseRegistry,
+        project: str,
+        full_feature_names: bool = False,
+        include_feature_view_version_metadata: bool = False,
+    ) -> OnlineResponse:
+        """The features' values of each entity. Raises BadInput as `checked_entities` does."""
+        entities = checked_entities(registry, project, features, entity_rows, full_feature_names)
+        return super().get_online_features(
+            config,
+            features,
+            entities,
+            registry,
+            project,
+            full_feature_names,
+            include_feature_view_version_metadata,
+        )
+
+    async def get_online_features_async(
+        self,
+        config: RepoConfig,
+        features: list[str] | FeatureService,
+        entity_rows: Sequence[Mapping[str, Any]] | Mapping[str, Any],
+        registry: BaseRegistry,
+        project: str,
+        full_feature_names: bool = False,
+        include_feature_view_version_metadata: bool = False,
+    ) -> OnlineResponse:
+        """`get_online_features` without blocking the event loop."""
+        entities = checked_entities(registry, project, features, entity_rows, full_feature_names)
+        return await super().get_online_features_async(
+            config,
+            features,
+            entities,
+            registry,
+            project,
+            full_feature_names,
+            include_feature_view_version_metadata,
+        )
 
     def retrieve_online_documents_v2(
         self,

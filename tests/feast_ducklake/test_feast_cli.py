@@ -17,7 +17,7 @@ DEFINITIONS = """
 from datetime import timedelta
 from feast import Entity, FeatureView, Field, ValueType
 from feast.types import Int64
-from feast_ducklake.offline.store import DuckLakeSource
+from feast_ducklake.offline.source import DuckLakeSource
 
 user = Entity(name="user", join_keys=["user_id"], value_type=ValueType.STRING)
 clicks = FeatureView(

@@ -26,7 +26,7 @@ from feast.types import Float32, Float64, Int32, Int64
 from feast.value_type import ValueType
 
 from bahe_core.home import Home
-from feast_ducklake.offline.store import DuckLakeSource
+from feast_ducklake.offline.source import DuckLakeSource
 from tests.support.feast_lake import repository, write_tables
 
 END = datetime(2024, 3, 1, tzinfo=UTC)

@@ -29,7 +29,7 @@ from feast.types import Array, Bool, Float32, Float64, Int64, String, UnixTimest
 from bahe_core.errors import BadInput
 from bahe_core.home import Home
 from bahe_lake.connection import lake
-from feast_ducklake.offline.store import DuckLakeSource
+from feast_ducklake.offline.source import DuckLakeSource
 from feast_ducklake.online.vectors import VectorReader, view_keys
 from feature_repo.store import TEMPLATE
 from tests.support.services import require_service

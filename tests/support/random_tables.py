@@ -32,7 +32,7 @@ def definitions() -> list[object]:
     from feast.types import Array, Int64
     from feast.value_type import ValueType
 
-    from feast_ducklake.offline.store import DuckLakeSource
+    from feast_ducklake.offline.source import DuckLakeSource
 
     entities = {
         key: Entity(name=key.removesuffix("_id"), join_keys=[key], value_type=ValueType.INT64)
