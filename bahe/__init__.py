@@ -1,1 +1,108 @@
-"""The Python interface: open a home and run its jobs; what a run and a night decide."""
+"""The Python interface: open a home and run its jobs; what a run and a night decide.
+
+`bahe.open(home)` gives a project whose methods are the jobs:
+
+    project = bahe.open(".my-shop")
+    project.run("dataset.yaml")
+    project.recommend(4711, k=10)
+"""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+from bahe.project import Project, open
+from bahe_core.errors import (
+    BadInput,
+    BaheError,
+    Busy,
+    Damaged,
+    GateFailed,
+    NotReady,
+    NotServable,
+    NotWritable,
+    UnknownEntity,
+    Unreachable,
+)
+
+if TYPE_CHECKING:
+    from bahe.daily import Day
+    from bahe.run import PipelineRun
+    from bahe.status import Status
+    from bahe_lake.runs import Run
+    from materialize.executors import ExecutorConfig
+    from materialize.frames.frame import Frame
+    from materialize.ingest.ingest import Ingested
+    from materialize.ingest.quarantine import Held
+    from materialize.release.publish import Published
+    from materialize.training.train import TrainingOutcome
+    from materialize.upkeep.compact import Compacted
+    from materialize.upkeep.prune import Pruned
+    from materialize.vectors.embed import Embedded
+    from materialize.vectors.encode import Encoded
+    from serving.lookup import Answer, UserFeatures
+
+try:
+    __version__ = version("bahe")
+except PackageNotFoundError:  # a checkout that is not installed
+    __version__ = "0+unknown"
+
+_RESULTS = {
+    "Answer": "serving.lookup",
+    "Compacted": "materialize.upkeep.compact",
+    "Day": "bahe.daily",
+    "Embedded": "materialize.vectors.embed",
+    "Encoded": "materialize.vectors.encode",
+    "ExecutorConfig": "materialize.executors",
+    "Frame": "materialize.frames.frame",
+    "Held": "materialize.ingest.quarantine",
+    "Ingested": "materialize.ingest.ingest",
+    "PipelineRun": "bahe.run",
+    "Pruned": "materialize.upkeep.prune",
+    "Published": "materialize.release.publish",
+    "Run": "bahe_lake.runs",
+    "Status": "bahe.status",
+    "TrainingOutcome": "materialize.training.train",
+    "UserFeatures": "serving.lookup",
+}
+"""What the jobs return, imported when asked for: `import bahe` loads neither torch nor DuckDB nor Feast."""
+
+__all__ = [
+    "Answer",
+    "BadInput",
+    "BaheError",
+    "Busy",
+    "Compacted",
+    "Damaged",
+    "Day",
+    "Embedded",
+    "Encoded",
+    "ExecutorConfig",
+    "Frame",
+    "GateFailed",
+    "Held",
+    "Ingested",
+    "NotReady",
+    "NotServable",
+    "NotWritable",
+    "PipelineRun",
+    "Project",
+    "Pruned",
+    "Published",
+    "Run",
+    "Status",
+    "TrainingOutcome",
+    "UnknownEntity",
+    "Unreachable",
+    "UserFeatures",
+    "__version__",
+    "open",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _RESULTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_RESULTS[name]), name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
 
 import duckdb
@@ -17,7 +18,7 @@ from bahe_lake import runs
 from bahe_lake.connection import connect, damaged_files_named
 from materialize import gate as gates
 from materialize.ingest.ingest import is_current
-from materialize.release import pointer, staleness
+from materialize.release import lag, pointer
 from materialize.release.quality import JOB as QUALITY
 
 
@@ -46,6 +47,28 @@ class Status:
     def next(self) -> str | None:
         """The command to run next; None when everything is up to date."""
         return next((f.next for f in self.findings if f.stale and f.next), None)
+
+    def as_json(self) -> str:
+        """The status as one JSON object."""
+        return json.dumps(
+            {
+                "home": self.home,
+                "live": self.live,
+                "busy": self.busy,
+                "next": self.next,
+                "findings": [vars(finding) for finding in self.findings],
+            }
+        )
+
+    def _repr_html_(self) -> str:
+        """A row for each part, and what to run next, as Jupyter asks for it."""
+        rows = "".join(
+            f"<tr><td>{escape(part.part)}</td><td>{'stale' if part.stale else 'ok'}</td>"
+            f"<td>{escape(part.says)}</td></tr>"
+            for part in self.findings
+        )
+        advice = f"next: {escape(self.next)}" if self.next else "everything is up to date"
+        return f"<table>{rows}</table><p>{advice}</p>"
 
     def add(self, part: str, problem: str | None, command: str | None = None, *, fine: str) -> None:
         """One more part: its problem and the way out, or what to say where there is none."""
@@ -130,7 +153,7 @@ def _atoms(found: Status, connection: duckdb.DuckDBPyConnection, encoded: runs.R
     if encoded is None:
         problem = "no atom has a vector yet"
     else:
-        missing = staleness.atoms_without_vectors(connection, encoded.facts["encoder_version"])
+        missing = lag.atoms_without_vectors(connection, encoded.facts["encoder_version"])
     if missing:
         problem = f"{missing:,} atoms have no vector"
     version = encoded.facts["encoder_version"] if encoded else ""
@@ -182,8 +205,8 @@ def _vectors(
     version = None
     if embedded is not None:
         version = str(embedded.facts["model_version"])
-        users = staleness.users_behind(connection, version)
-        items = staleness.items_behind(connection, version)
+        users = lag.users_behind(connection, version)
+        items = lag.items_behind(connection, version)
         if users or items:
             problem = f"{users:,} users and {items:,} items have no vector, or one that is behind the log"
             if trained is None or version != trained.fingerprint:
@@ -211,7 +234,7 @@ def _online(
         problem = "nothing is published yet"
     elif _is_lost(home):
         problem = f"the online store {home.online_store} is gone"
-    elif published.fingerprint != staleness.publish_fingerprint(embedded, ingested):
+    elif published.fingerprint != lag.publish_fingerprint(embedded, ingested):
         problem = "the online store is behind the vectors and statistics"
     rolled_back = runs.last(connection, "rollback")
     newer = (
@@ -230,16 +253,3 @@ def _is_lost(home: Home) -> bool:
     except (OSError, yaml.YAMLError):
         return False
     return "path" in settings.get("online_store", {}) and not home.online_store.is_file()
-
-
-def as_json(found: Status) -> str:
-    """The status as one JSON object."""
-    return json.dumps(
-        {
-            "home": found.home,
-            "live": found.live,
-            "busy": found.busy,
-            "next": found.next,
-            "findings": [vars(finding) for finding in found.findings],
-        }
-    )

@@ -45,6 +45,11 @@ def configure_threads() -> int:
     return count
 
 
+def is_first_process() -> bool:
+    """Whether this is torchrun's first process, or the only one: of several, it alone speaks and writes."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def device(name: str | None = None) -> torch.device:
     """The torch device to compute on: the one named, else CUDA, else Apple's MPS, else CPU."""
     import torch

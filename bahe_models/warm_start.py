@@ -19,6 +19,9 @@ _SHAPES = ("head", "deep_width", "profile_width", "head_width", "channels", "beh
 _OF_CONTEXT = ("context_buckets", "context_width")
 
 
+_AFRESH = "train afresh, without --warm-start (a night: --retrain fresh)"
+
+
 def known_items(artifact: Artifact, item_ids: Sequence[str | int]) -> Int64:
     """Which of these items the artifact has an ID embedding for, as positions.
 
@@ -45,7 +48,7 @@ def require_fit(
     if artifact.encoder_version != encoder_version:
         raise BadInput(
             f"{artifact.model_version} reads vectors of {artifact.encoder_version}, and these are of"
-            f" {encoder_version}; train without --warm-start."
+            f" {encoder_version}; {_AFRESH}."
         )
     for what, known, wanted in (
         ("channels", artifact.dense.channels, channels),
@@ -54,19 +57,18 @@ def require_fit(
         if tuple(known) != tuple(wanted):
             raise BadInput(
                 f"{artifact.model_version} knows the {what} {', '.join(known) or 'none'}, not"
-                f" {', '.join(wanted) or 'none'}; train without --warm-start."
+                f" {', '.join(wanted) or 'none'}; {_AFRESH}."
             )
     if artifact.model.config.time_gaps and not config.time_gaps:
         raise BadInput(
-            f"{artifact.model_version} reads time gaps; set model.time_gaps to true, or train without"
-            " --warm-start."
+            f"{artifact.model_version} reads time gaps; set model.time_gaps to true, or {_AFRESH}."
         )
     for name in (*_SHAPES, *(_OF_CONTEXT if context else ())):
         theirs, ours = (getattr(c, name) for c in (artifact.model.config, config))
         if theirs != ours:
             raise BadInput(
-                f"{artifact.model_version} has model.{name} {theirs}, not {ours}; set it back, or train"
-                " without --warm-start."
+                f"{artifact.model_version} has model.{name} {theirs}, not {ours}; set it back, or"
+                f" {_AFRESH}."
             )
 
 

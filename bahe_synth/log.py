@@ -24,6 +24,7 @@ import yaml
 
 from bahe_core.errors import BadInput, Busy
 from bahe_core.progress import progress
+from bahe_core.results import Result
 from bahe_synth import rows as synth_rows
 from bahe_synth.rows import Settings
 from bahe_synth.words import TOPICS
@@ -32,7 +33,7 @@ SETTINGS_FILE = "synth.json"
 
 
 @dataclass(frozen=True)
-class Synthesized:
+class Synthesized(Result):
     """A synthetic log on disk."""
 
     dataset: Path

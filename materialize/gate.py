@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import duckdb
 import pyarrow.parquet as pq
@@ -12,12 +14,37 @@ import pyarrow.parquet as pq
 from bahe_core.errors import GateFailed, NotReady
 from bahe_core.home import Home
 from bahe_core.progress import say
+from bahe_core.results import Result
 from bahe_lake import runs
 from bahe_lake.connection import commit, lake, scalar, sql_literal
 from materialize.config.dataset import Dataset, home_dataset
 from validation.suites import CLOCK_TOLERANCE
 
 ORDER = ("ingest", "encode", "frame", "embed")
+
+Options = ParamSpec("Options")
+Done = TypeVar("Done", bound=Result)
+
+
+def gated(
+    job: str,
+) -> Callable[[Callable[Concatenate[Home, Options], Done]], Callable[Concatenate[Home, Options], Done]]:
+    """Makes a job say what it did and pass its gate, whoever calls it; it then raises GateFailed, too."""
+
+    def decorate(
+        run: Callable[Concatenate[Home, Options], Done],
+    ) -> Callable[Concatenate[Home, Options], Done]:
+        @wraps(run)
+        def passing(home: Home, /, *args: Options.args, **options: Options.kwargs) -> Done:
+            done = run(home, *args, **options)
+            for line in done.summary:
+                say(f"  {line}")
+            gate(home, job)
+            return done
+
+        return passing
+
+    return decorate
 
 
 def gate(home: Home, job: str) -> None:

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from bahe_core.errors import BadInput, NotReady, UnknownEntity
 from bahe_core.home import Home
+from bahe_core.results import Result
 from bahe_models.artifact import Artifact, load
 from bahe_models.context import Value, hash_context, refuse_unknown
 from bahe_models.features import needed_columns
@@ -28,7 +29,7 @@ VECTOR = "embedding"
 
 
 @dataclass(frozen=True)
-class UserFeatures:
+class UserFeatures(Result):
     """What the online store holds of one user under the live model."""
 
     user_id: Identifier
@@ -51,7 +52,7 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Answer:
+class Answer(Result):
     """Scores of one user, best first."""
 
     user_id: Identifier

@@ -1,5 +1,7 @@
-"""The command line: commands parse, call and print."""
+"""The command line: commands parse, call the project and print."""
 
-from bahe.cli.commands import app, main
+# Imported in the order in which `bahe --help` lists the commands.
+from bahe.cli import log, jobs, pipeline, state, upkeep, online  # noqa: I001
+from bahe.cli.program import app, main
 
-__all__ = ["app", "main"]
+__all__ = ["app", "jobs", "log", "main", "online", "pipeline", "state", "upkeep"]

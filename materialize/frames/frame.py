@@ -21,13 +21,14 @@ import pyarrow.parquet as pq
 from bahe_core.errors import BadInput, NotReady
 from bahe_core.home import Home
 from bahe_core.progress import progress
+from bahe_core.results import Result
 from bahe_lake import runs
 from bahe_lake.connection import commit, lake, sql_literal
 from bahe_lake.freshness import moment
 from feature_repo.store import open_store
 from materialize.config.dataset import Split, context_column, home_dataset
 from materialize.executors import LOCAL, ExecutorConfig, start
-from materialize.gate import require_gates
+from materialize.gate import gated, require_gates
 
 if TYPE_CHECKING:
     from feast import FeatureService, FeatureStore
@@ -41,7 +42,7 @@ KEYS = ("impression_id", "user_id", "item_id", "event_timestamp", "clicked")
 
 
 @dataclass(frozen=True)
-class Frame:
+class Frame(Result):
     """A frame on disk."""
 
     path: Path
@@ -57,7 +58,15 @@ class Frame:
         facts: dict[str, Any] = json.loads(pq.read_schema(self.path).metadata[b"bahe"])
         return facts
 
+    @property
+    def summary(self) -> list[str]:
+        """Its id, snapshot and rows."""
+        rows = ", ".join(f"{count:,} {split}" for split, count in self.rows.items())
+        unchanged = " (unchanged)" if self.skipped else ""
+        return [f"frame {self.frame_id}, snapshot {self.facts['snapshot']}: {rows}{unchanged}"]
 
+
+@gated("frame")
 def frame(
     home: Home,
     *,

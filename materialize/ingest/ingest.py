@@ -19,9 +19,11 @@ import duckdb
 from bahe_core.errors import BadInput
 from bahe_core.home import Home
 from bahe_core.progress import progress
+from bahe_core.results import Result
 from bahe_lake import runs
 from bahe_lake.connection import columns, lake, scalar, sql_identifier, sql_literal, tables, transact
 from materialize.config.dataset import Dataset, Table, context_column, load_dataset, save_dataset
+from materialize.gate import gated
 from materialize.ingest import derive, quarantine, sources
 from materialize.ingest.reading import KEYS, TABLES, Read, check_clicks, read_new
 
@@ -29,7 +31,7 @@ JOB = "ingest"
 
 
 @dataclass(frozen=True)
-class Ingested:
+class Ingested(Result):
     """What a run of `ingest` did."""
 
     skipped: bool
@@ -43,12 +45,28 @@ class Ingested:
     quarantined: dict[str, int]
     """Rows read that were set aside, by table."""
 
+    @property
+    def summary(self) -> list[str]:
+        """What the lake holds now, and what was left out of it."""
 
+        def listed(counts: Mapping[str, int]) -> str:
+            return ", ".join(f"{count:,} {table}" for table, count in counts.items())
+
+        lines = [f"lake holds {listed(self.totals)}" + (" (unchanged)" if self.skipped else "")]
+        if self.duplicates:
+            lines.append(f"left out as duplicates: {listed(self.duplicates)}")
+        if self.quarantined:
+            lines.append(f"set aside: {listed(self.quarantined)}; `bahe quarantine` shows them and why")
+        return lines
+
+
+@gated("ingest")
 def ingest(home: Home, dataset_path: Path) -> Ingested:
     """Read what is new of the dataset into the lake; does nothing when no file has changed.
 
     Raises BadInput on a source that cannot be read, lacks a column, or breaks the contract in more rows
-    than `quarantine.max_share` allows; nothing is written then.
+    than `quarantine.max_share` allows; nothing is written then. Raises GateFailed when what was
+    written does not pass the ingest gate.
     """
     started = datetime.now(UTC)
     dataset = load_dataset(dataset_path)

@@ -16,6 +16,7 @@ import duckdb
 
 from bahe_core.errors import BadInput
 from bahe_core.home import Home
+from bahe_core.results import Result
 from bahe_lake.connection import lake, sql_identifier, sql_literal, tables
 from materialize.ingest.contract import FUTURE, UNKNOWN_ITEM, Projection, Rule, broken
 from materialize.ingest.sources import FILE, File, Source
@@ -133,7 +134,7 @@ def released(
 
 
 @dataclass(frozen=True)
-class Held:
+class Held(Result):
     """Rows of one table that were set aside for one reason."""
 
     table: str

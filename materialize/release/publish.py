@@ -19,12 +19,13 @@ from rich.markup import escape
 from bahe_core.errors import BadInput, BaheError, NotReady
 from bahe_core.home import Home
 from bahe_core.progress import say
+from bahe_core.results import Result
 from bahe_lake import runs
 from bahe_lake.connection import lake
 from bahe_models.artifact import require_servable
 from feature_repo.store import online_errors, open_store
 from materialize.gate import require_gates
-from materialize.release import pointer, staleness
+from materialize.release import lag, pointer
 from materialize.release.quality import require_quality
 
 if TYPE_CHECKING:
@@ -46,13 +47,19 @@ SAMPLE = 25
 
 
 @dataclass(frozen=True)
-class Published:
+class Published(Result):
     """What a run of `publish` did."""
 
     model_version: str
     skipped: bool
     rows: int = 0
     """Rows written online."""
+
+    @property
+    def summary(self) -> list[str]:
+        """What is live."""
+        wrote = f", {self.rows:,} rows written online" if self.rows else ""
+        return [f"live: {self.model_version}{wrote}" + (" (unchanged)" if self.skipped else "")]
 
 
 def publish(home: Home) -> Published:
@@ -78,11 +85,11 @@ def publish(home: Home) -> Published:
         last = runs.last(connection, JOB)
         known = pointer.recorded(connection)
         ours = bool(known) and last is not None and pointer.online(store) == known[0]
-        fingerprint = staleness.publish_fingerprint(embedded, ingested)
+        fingerprint = lag.publish_fingerprint(embedded, ingested)
         if ours and last and last.fingerprint == fingerprint and known[0].model_version == version:
             return Published(version, skipped=True)
-        users = staleness.users_behind(connection, version)
-        items = staleness.items_behind(connection, version)
+        users = lag.users_behind(connection, version)
+        items = lag.items_behind(connection, version)
         if users or items:
             raise NotReady(
                 f"the vectors of {users:,} users and {items:,} items under {version} are behind the log,"

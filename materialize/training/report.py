@@ -70,6 +70,19 @@ def shown_auc(row: Mapping[str, Any]) -> str:
     return f"{shown(row['auc'])} {shown_interval(row.get('auc_low'), row.get('auc_high'))}".strip()
 
 
+def results_table(results: list[dict[str, Any]]) -> str:
+    """The results table as HTML that stands alone, for a notebook."""
+    header = "".join(
+        f"<th>{column}</th>" for column in ("Model", "Split", "AUC", "GAUC", "Log loss", "ECE")
+    )
+    rows = "".join(
+        f"<tr><td>{NAMES[row['model']]}</td><td>{row['split']}</td><td>{shown_auc(row)}</td>"
+        f"<td>{shown(row['gauc'])}</td><td>{shown(row['log_loss'])}</td><td>{shown(row['ece'])}</td></tr>"
+        for row in results
+    )
+    return f"<table><thead><tr>{header}</tr></thead><tbody>{rows}</tbody></table>"
+
+
 def write_report(
     path: Path,
     dataset: str,

@@ -18,6 +18,7 @@ from bahe_core.errors import BadInput, NotReady
 from bahe_core.home import Home
 from bahe_core.machine import PeakMemory, device, threads
 from bahe_core.progress import progress, say
+from bahe_core.results import Result
 from bahe_lake import runs
 from bahe_lake.connection import commit, lake
 from bahe_models import baselines
@@ -53,7 +54,7 @@ from materialize.frames.frame import Frame, latest_frame
 from materialize.gate import require_gates
 from materialize.training import tracking
 from materialize.training.lake_data import read_training_data
-from materialize.training.report import write_report
+from materialize.training.report import results_table, write_report
 from materialize.vectors.encode import recorded_settings, versions
 from materialize.vectors.stored_atoms import current_encoder
 
@@ -62,7 +63,7 @@ EVALUATED = ("validation", "test")
 
 
 @dataclass(frozen=True)
-class TrainingOutcome:
+class TrainingOutcome(Result):
     """What a run of `train` left behind."""
 
     model_version: str
@@ -72,6 +73,15 @@ class TrainingOutcome:
     peak_memory_mb; None where a metric is undefined."""
     report: Path
     skipped: bool
+
+    @property
+    def summary(self) -> list[str]:
+        """The version; the results are a table of their own."""
+        return [self.model_version + (" (unchanged)" if self.skipped else "")]
+
+    def _repr_html_(self) -> str:
+        """The results table, as in the report."""
+        return f"<p>{self.model_version}</p>{results_table(self.results)}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from bahe_core.errors import BadInput
 from bahe_core.home import Home
 from bahe_core.progress import progress
+from bahe_core.results import Result
 from bahe_lake.connection import LAKE, lake, scalar, sql_literal
 
 GRACE = timedelta(days=1)
@@ -32,7 +33,7 @@ DELETED_SHARE = 0.3
 
 
 @dataclass(frozen=True)
-class Compacted:
+class Compacted(Result):
     """What a run of `compact` did."""
 
     files_before: int
@@ -43,6 +44,15 @@ class Compacted:
     """The oldest one that `--as-of` can still name."""
     files_removed: int
     """Files that nothing needed any more."""
+
+    @property
+    def summary(self) -> list[str]:
+        """Files and snapshots, before and after."""
+        return [
+            f"{self.files_before:,} data files became {self.files_after:,};"
+            f" {self.snapshots_forgotten:,} snapshots forgotten, the oldest is {self.oldest_snapshot};"
+            f" {self.files_removed:,} files removed"
+        ]
 
 
 def compact(home: Home, *, keep_days: float) -> Compacted:

@@ -20,6 +20,7 @@ import duckdb
 
 from bahe_core.errors import BadInput
 from bahe_core.home import Home
+from bahe_core.results import Result
 from bahe_lake import runs
 from bahe_lake.connection import commit, lake, scalar, sql_literal
 from bahe_models.backbone import load_backbone
@@ -38,7 +39,7 @@ _KEYS_PER_CALL = 10_000
 
 
 @dataclass(frozen=True)
-class Pruned:
+class Pruned(Result):
     """What a run of `prune` dropped, or would drop."""
 
     models: tuple[str, ...]
@@ -54,6 +55,25 @@ class Pruned:
     """Rows of an online store that cannot forget single rows are not counted, and stay."""
     freed: int
     """Bytes of models and frames; 0 in a dry run. The lake's are freed by `compact`."""
+    dry_run: bool = False
+
+    @property
+    def summary(self) -> list[str]:
+        """What is gone, or would go, by kind."""
+        gone = "would go" if self.dry_run else "gone"
+        kinds = {
+            "models": self.models,
+            "encoder versions": self.encoder_versions,
+            "frames": self.frames,
+            "checkpoints": self.checkpoints,
+        }
+        rows = ", ".join(f"{count:,} of {table}" for table, count in self.rows.items())
+        return [
+            f"models kept: {', '.join(self.kept) or 'none'}",
+            *(f"{kind} {gone}: {', '.join(names) or 'none'}" for kind, names in kinds.items()),
+            f"rows {gone}: {rows}, {self.online_rows:,} online",
+            *([] if self.dry_run else [f"{self.freed / 2**20:,.1f} MiB freed"]),
+        ]
 
 
 def prune(
@@ -94,6 +114,7 @@ def prune(
             rows=rows,
             online_rows=online,
             freed=0,
+            dry_run=dry_run,
         )
         if dry_run:
             return plan

@@ -25,6 +25,7 @@ from bahe_core.errors import NotReady
 from bahe_core.home import Home
 from bahe_core.machine import device
 from bahe_core.progress import progress
+from bahe_core.results import Result
 from bahe_lake import runs
 from bahe_lake.connection import LAKE, commit, connect, lake, scalar, snapshot, sql_literal
 from bahe_lake.vector_columns import vector_column
@@ -32,7 +33,7 @@ from bahe_models.artifact import Artifact, load, require_servable
 from bahe_models.timelines import Timelines
 from materialize.config.dataset import home_dataset
 from materialize.executors import LOCAL, ExecutorConfig, start
-from materialize.gate import require_gates
+from materialize.gate import gated, require_gates
 from materialize.ingest import derive
 from materialize.vectors.stored_atoms import Atoms, stored_atoms
 from materialize.vectors.timelines import read_timelines
@@ -54,7 +55,7 @@ _OWN_COLUMNS = {
 
 
 @dataclass(frozen=True)
-class Embedded:
+class Embedded(Result):
     """What a run of `embed` did."""
 
     model_version: str
@@ -63,7 +64,16 @@ class Embedded:
     users: int
     items: int
 
+    @property
+    def summary(self) -> list[str]:
+        """How many vectors are new."""
+        return [
+            f"{self.model_version}: {self.users_added:,} of {self.users:,} users and"
+            f" {self.items_added:,} of {self.items:,} items embedded"
+        ]
 
+
+@gated("embed")
 def embed(
     home: Home,
     *,

@@ -21,6 +21,7 @@ import pyarrow as pa
 from bahe_core.errors import BadInput
 from bahe_core.home import Home
 from bahe_core.progress import progress, say
+from bahe_core.results import Result
 from bahe_lake import runs
 from bahe_lake.connection import LAKE, commit, lake, scalar, sql_literal
 from bahe_lake.vector_columns import vector_column
@@ -29,7 +30,7 @@ from bahe_models.encoder import EncoderConfig, encoder_version
 from materialize.config.backbone import Settings, encoder_settings
 from materialize.config.dataset import home_dataset
 from materialize.executors import LOCAL, ExecutorConfig, start
-from materialize.gate import gate, require_gates
+from materialize.gate import gate, gated, require_gates
 from materialize.vectors.chunks import (
     ChunkEncoder,
     Encodings,
@@ -50,7 +51,7 @@ _PARQUET = {"parquet_compression": "zstd", "parquet_version": "2"}
 
 
 @dataclass(frozen=True)
-class Encoded:
+class Encoded(Result):
     """What a run of `encode` did."""
 
     encoder_version: str
@@ -63,6 +64,11 @@ class Encoded:
     """Share of the model's work that was for places without a token."""
     model_seconds: float = 0.0
     """Time in the model, summed over processes."""
+
+    @property
+    def summary(self) -> list[str]:
+        """How many atoms got a vector."""
+        return [f"{self.encoder_version}: {self.added:,} atoms encoded, {self.total:,} in all"]
 
 
 @dataclass(frozen=True)
@@ -83,6 +89,7 @@ class VersionProgress:
         return self.encoded == self.atoms
 
 
+@gated("encode")
 def encode(
     home: Home,
     *,

@@ -12,7 +12,7 @@ import typer
 from typer.testing import CliRunner
 
 from bahe import cli
-from bahe.cli import commands
+from bahe.cli import program
 from bahe_core import progress as lines
 from bahe_core.errors import Busy, GateFailed
 from bahe_core.progress import job, progress, say
@@ -90,14 +90,14 @@ def test_progress_without_a_terminal_is_plain_lines(
 def main_of(error: BaseException | None, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     """The code that the process exits with when a command raises."""
     app = typer.Typer(pretty_exceptions_enable=False)
-    app.callback()(commands.options)
+    app.callback()(program.options)
 
     @app.command()
     def work() -> None:
         if error is not None:
             raise error
 
-    monkeypatch.setattr(commands, "app", app)
+    monkeypatch.setattr(program, "app", app)
     monkeypatch.setattr("sys.argv", ["bahe", *arguments, "work"])
     with pytest.raises(SystemExit) as end:
         cli.main()

@@ -19,7 +19,7 @@ from fastapi.testclient import TestClient
 from typer.testing import CliRunner, Result
 
 from bahe import cli
-from bahe.cli import commands
+from bahe.cli import printing
 from bahe_core.errors import BadInput, BaheError, Damaged, GateFailed, NotReady, UnknownEntity
 from bahe_core.home import Home
 from bahe_lake.connection import lake, scalar
@@ -436,7 +436,7 @@ def test_results_are_written_as_json(filled: tuple[Home, Path]) -> None:
 def test_the_results_table_fits_a_narrow_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     metrics = {"auc": 0.7616, "auc_low": 0.748, "auc_high": 0.7741, "train_seconds": 1234.5}
     row = {"model": "id_only", "split": "validation", **metrics, "gauc": None, "peak_memory_mb": 12345}
-    commands._print_results([row])
+    printing.print_results([row])
     printed = capsys.readouterr().out
     assert "0.7616 [0.748, 0.774]" in printed
     assert "n/a" in printed

@@ -1,4 +1,4 @@
-"""What is behind what: questions to the lake that jobs and `bahe status` ask. Imports nothing heavy."""
+"""How far vectors lag behind the log: questions to the lake that jobs and `bahe status` ask."""
 
 from __future__ import annotations
 

@@ -1,0 +1,89 @@
+"""Commands that ask the live model."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+import bahe
+from bahe.cli.options import (
+    AtOption,
+    ContextOption,
+    HomeOption,
+    JsonFlag,
+    UserOption,
+)
+from bahe.cli.printing import print_answer, print_table
+from bahe.cli.program import app
+from bahe_core.progress import say
+
+
+@app.command()
+def lookup(user: UserOption, home: HomeOption = None, as_json: JsonFlag = False) -> None:
+    """Show what the online store holds of a user under the live model."""
+    user_features = bahe.open(home).lookup(user)
+    facts: dict[str, Any] = {
+        "user_id": user_features.user_id,
+        "model_version": user_features.model_version,
+        "cold": user_features.cold,
+        "behaviors": user_features.behaviors,
+        **user_features.statistics,
+    }
+    if as_json:
+        typer.echo(json.dumps({**facts, "embedding": user_features.vector.tolist()}))
+        return
+    start = " ".join(f"{value:+.3f}" for value in user_features.vector[:6])
+    facts["embedding"] = f"[{start} …] ({len(user_features.vector)} numbers)"
+    print_table(("feature", "value"), [(k, "" if v is None else str(v)) for k, v in facts.items()])
+
+
+@app.command()
+def score(
+    user: UserOption,
+    items: Annotated[list[str], typer.Option("--items", help="Item ids, separated by commas.")],
+    home: HomeOption = None,
+    at: AtOption = None,
+    context: ContextOption = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Click probabilities of some items for a user, best first."""
+    from serving.lookup import parsed_context
+
+    candidates = [part.strip() for given in items for part in given.split(",") if part.strip()]
+    answer = bahe.open(home).score(user, candidates, at=at, context=parsed_context(context or ()))
+    print_answer(answer, as_json)
+
+
+@app.command()
+def recommend(
+    user: UserOption,
+    k: Annotated[int, typer.Option("-k", help="How many items.")] = 10,
+    home: HomeOption = None,
+    at: AtOption = None,
+    context: ContextOption = None,
+    include_seen: Annotated[bool, typer.Option(help="Also items the user has acted on before.")] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """The k items that the user will most likely click."""
+    from serving.lookup import parsed_context
+
+    answer = bahe.open(home).recommend(
+        user, k, at=at, include_seen=include_seen, context=parsed_context(context or ())
+    )
+    print_answer(answer, as_json)
+
+
+@app.command()
+def serve(
+    home: HomeOption = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
+    live: Annotated[
+        bool, typer.Option("--live", help="Also take behaviors at /behaviors; loads the language model.")
+    ] = False,
+) -> None:
+    """Serve the live model over HTTP: /health, /features, /score, /recommend, and /docs to try them."""
+    say(f"  http://{host}:{port}/docs")
+    bahe.open(home).serve(host=host, port=port, live=live)

@@ -1,0 +1,63 @@
+"""How answers look on a terminal and in a pipe."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import typer
+
+from bahe_core.progress import say
+
+
+def print_results(results: list[dict[str, Any]]) -> None:
+    """The results table, narrow enough for 80 columns, the width of a pipe.
+
+    Log loss and calibration are in the report.
+    """
+    from materialize.training.report import shown, shown_auc
+
+    names = {"floor": "floor", "id_only": "ID-only", "bahe": "BAHE"}
+    print_table(
+        ("model", "split", "AUC [95 %]", "GAUC", "train s", "peak MiB"),
+        [
+            (
+                names[row["model"]],
+                row["split"],
+                shown_auc(row),
+                shown(row["gauc"]),
+                f"{row['train_seconds']:.1f}",
+                f"{row['peak_memory_mb']:.0f}",
+            )
+            for row in results
+        ],
+    )
+
+
+def print_answer(answer: Any, as_json: bool) -> None:
+    """Items with their click probabilities, best first."""
+    if as_json:
+        scores = [vars(score) for score in answer.scores]
+        typer.echo(json.dumps({**vars(answer), "scores": scores}))
+        return
+    if answer.cold:
+        say(f"  user {answer.user_id} is cold: no history yet, so the empty state answers")
+    print_table(
+        ("item", "click probability", "text"),
+        [(str(s.item_id), f"{s.probability:.4f}", s.text) for s in answer.scores],
+    )
+
+
+def print_table(header: tuple[str, ...], rows: list[tuple[str, ...]], *, plain: bool = False) -> None:
+    """A framed table; a plain one is as wide as its rows, so that grep finds them whole."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    # Where nobody looks at it, a plain table is not folded into 80 columns.
+    console = Console(width=1000 if plain and not sys.stdout.isatty() else None)
+    table = Table(*header, box=None, pad_edge=False) if plain else Table(*header)
+    for row in rows:
+        table.add_row(*map(escape, row))
+    console.print(table)

@@ -1,0 +1,306 @@
+"""A project: the home folder of one dataset, and every job as a method.
+
+The command line calls these methods and prints what they return; a notebook or a scheduler calls the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import date as Date
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from bahe_core.home import Home
+from bahe_core.machine import configure_threads, is_first_process
+from bahe_core.progress import job, say
+from bahe_core.results import Result
+
+if TYPE_CHECKING:
+    from bahe.daily import Day, Retrain
+    from bahe.run import PipelineRun
+    from bahe.status import Status
+    from bahe_lake.runs import Run
+    from bahe_models.context import Value
+    from materialize.executors import ExecutorConfig
+    from materialize.frames.frame import Frame
+    from materialize.ingest.ingest import Ingested
+    from materialize.ingest.quarantine import Held
+    from materialize.release.publish import Published
+    from materialize.training.tracking import Tracker
+    from materialize.training.train import TrainingOutcome
+    from materialize.upkeep.compact import Compacted
+    from materialize.upkeep.prune import Pruned
+    from materialize.vectors.embed import Embedded
+    from materialize.vectors.encode import Encoded
+    from serving.lookup import Answer, Identifier, OnlineLookup, UserFeatures
+
+Done = TypeVar("Done", bound=Result)
+
+
+def open(home: Path | str | None = None) -> Project:
+    """The project in a home folder: the one named, else BAHE_HOME, else `.bahe` here.
+
+    Nothing is created before the first job writes. Heavy libraries are loaded by the jobs that need them.
+    """
+    configure_threads()
+    return Project(Home.at(home))
+
+
+class Project:
+    """Every job on one home. Each does only what is new, so calling it twice costs nothing, passes its own
+    gate, and returns what it did.
+
+    All raise `BaheError`: `BadInput` on wrong data or options (nothing was written), `NotReady` when a job
+    that comes before is missing, `GateFailed`, `Busy` while another process writes to the home.
+    """
+
+    def __init__(self, home: Home) -> None:
+        self.home = home
+
+    def __repr__(self) -> str:
+        return f"bahe.open({str(self.home.root)!r})"
+
+    # ---- from the log to online scores, in this order
+
+    def ingest(self, dataset: Path | str) -> Ingested:
+        """Read what is new of the log that a dataset.yaml describes: atoms, timelines, statistics."""
+        from materialize.ingest.ingest import ingest
+
+        with job("ingest"):
+            return ingest(self.home, Path(dataset))
+
+    def quarantine(self, table: str | None = None, *, examples: int = 1) -> list[Held]:
+        """The rows that `ingest` set aside, grouped by table and reason, with this many examples each."""
+        from materialize.ingest.quarantine import quarantined
+
+        return quarantined(self.home, table=table, examples=examples)
+
+    def encode(
+        self,
+        *,
+        device: str | None = None,
+        processes: int | None = None,
+        compile: bool = False,
+        executor: ExecutorConfig | None = None,
+    ) -> Encoded:
+        """Encode the atoms that have no vector yet with the frozen shallow layers.
+
+        `processes` is one for each visible GPU by default, else one; `compile` fuses operations by
+        torch.compile first; `executor` runs it on a Ray cluster.
+        """
+        from materialize.executors import LOCAL
+        from materialize.vectors.encode import encode
+
+        with job("encode"):
+            return encode(
+                self.home,
+                device_name=device,
+                processes=processes,
+                compile=compile,
+                where=executor or LOCAL,
+            )
+
+    def apply(self) -> str:
+        """Register entities, views and services with Feast; returns how many, in words."""
+        from feature_repo.store import apply
+
+        with job("apply"):
+            registered = apply(self.home)
+            say(f"  registered {registered}")
+        return registered
+
+    def frame(
+        self,
+        *,
+        service: str = "ctr_training",
+        as_of: int | None = None,
+        executor: ExecutorConfig | None = None,
+    ) -> Frame:
+        """Pull the point-in-time training frame and split it by time; `as_of` is a snapshot of the lake."""
+        from materialize.executors import LOCAL
+        from materialize.frames.frame import frame
+
+        with job("frame"):
+            return frame(self.home, service=service, as_of=as_of, where=executor or LOCAL)
+
+    def train(
+        self,
+        *,
+        device: str | None = None,
+        tracker: Tracker = "mlflow",
+        warm_start: str | None = None,
+        shard: bool = False,
+    ) -> TrainingOutcome:
+        """Train BAHE, the ID-only network and the floor on the last frame.
+
+        A killed run goes on where it stopped. `warm_start` is a model_version to start from; `shard`, under
+        torchrun, gives each process a share of the deep layers.
+        """
+        from materialize.training.train import train_models
+
+        with job("train"):
+            done = train_models(
+                self.home, device_name=device, tracker=tracker, warm_start=warm_start, shard=shard
+            )
+            if is_first_process():
+                _say(done, model_version=done.model_version, results=done.results)
+        return done
+
+    def embed(
+        self,
+        *,
+        model_version: str | None = None,
+        device: str | None = None,
+        executor: ExecutorConfig | None = None,
+    ) -> Embedded:
+        """Compute user and item vectors of a model (the last trained one) where they changed."""
+        from materialize.executors import LOCAL
+        from materialize.vectors.embed import embed
+
+        with job("embed"):
+            return embed(
+                self.home, model_version=model_version, device_name=device, where=executor or LOCAL
+            )
+
+    def publish(self) -> Published:
+        """Write what is new to the online store, check it, and make the embedded model the live one."""
+        from materialize.release.publish import publish
+
+        with job("publish"):
+            return _say(publish(self.home))
+
+    def rollback(self, to: str | None = None) -> Published:
+        """Make the version that was live before (or the one named) live again, at once."""
+        from materialize.release.publish import rollback
+
+        with job("publish"):
+            return _say(rollback(self.home, to))
+
+    # ---- all of it
+
+    def run(
+        self, dataset: Path | str, *, device: str | None = None, tracker: Tracker = "mlflow"
+    ) -> PipelineRun:
+        """Every job from the log to online scores.
+
+        Ends after training when the model can only be used offline (`model.head: target`).
+        """
+        from bahe.run import run
+
+        return run(self, Path(dataset), device=device, tracker=tracker)
+
+    def daily(
+        self,
+        dataset: Path | str | None = None,
+        *,
+        date: Date | None = None,
+        retrain: Retrain = "warm",
+        tolerance: float = 0.005,
+        wait: float = 0,
+        device: str | None = None,
+        tracker: Tracker = "mlflow",
+    ) -> Day:
+        """One night: what `run` does, with a quality gate before a new model goes live.
+
+        `dataset` is the last night's when left out, `date` today in UTC. `retrain`: train on from the live
+        model (`warm`), anew (`fresh`), or keep it and refresh its vectors (`never`). `tolerance` is how far
+        the new model's validation AUC may lie below the live one's, `wait` the seconds to wait for another
+        job on this home to end. Killed anywhere, the same call goes on with the step that was not finished.
+        """
+        from bahe.run import daily
+
+        return daily(
+            self,
+            None if dataset is None else Path(dataset),
+            date=date,
+            retrain=retrain,
+            tolerance=tolerance,
+            wait=wait,
+            device=device,
+            tracker=tracker,
+        )
+
+    # ---- what there is, and its upkeep
+
+    def status(self) -> Status:
+        """Which parts of the home are stale, and the command that helps. Loads no model."""
+        from bahe.status import status
+
+        return status(self.home)
+
+    def runs(self, job: str | None = None, limit: int | None = 20) -> list[Run]:
+        """Finished runs, the newest first: of one job (`embed`, `gate embed`), or of all."""
+        from bahe_lake.connection import lake
+        from bahe_lake.runs import history
+
+        with lake(self.home) as connection:
+            return history(connection, job, limit)
+
+    def compact(self, *, keep_days: float = 90) -> Compacted:
+        """Merge the lake's small files and forget snapshots older than this many days."""
+        from materialize.upkeep.compact import compact
+
+        with job("compact"):
+            return _say(compact(self.home, keep_days=keep_days))
+
+    def prune(self, *, keep: int = 3, older_than: float | None = None, dry_run: bool = False) -> Pruned:
+        """Drop all but the newest `keep` models, with their vectors and frames.
+
+        Of these, `older_than` drops what was trained more days ago; `dry_run` only says what would go.
+        """
+        from materialize.upkeep.prune import prune
+
+        with job("prune"):
+            return _say(prune(self.home, keep=keep, older_than=older_than, dry_run=dry_run))
+
+    # ---- online
+
+    def lookup(self, user: Identifier) -> UserFeatures:
+        """What the online store holds of a user under the live model."""
+        return self._online.user(user)
+
+    def score(
+        self,
+        user: Identifier,
+        items: Sequence[Identifier],
+        *,
+        at: datetime | None = None,
+        context: Mapping[str, Value] | None = None,
+    ) -> Answer:
+        """Click probabilities of some items for a user, best first; `at` is the moment asked about."""
+        return self._online.score(user, list(items), at, context=context)
+
+    def recommend(
+        self,
+        user: Identifier,
+        k: int = 10,
+        *,
+        at: datetime | None = None,
+        include_seen: bool = False,
+        context: Mapping[str, Value] | None = None,
+    ) -> Answer:
+        """The k items that the user will most likely click, without those acted on before."""
+        return self._online.recommend(user, k, at, include_seen=include_seen, context=context)
+
+    def serve(self, *, host: str = "127.0.0.1", port: int = 8000, live: bool = False) -> None:
+        """Serve the live model over HTTP until interrupted; `live` also takes behaviors as they happen."""
+        import uvicorn
+
+        from serving.api import create_app
+
+        uvicorn.run(create_app(self.home, live=live), host=host, port=port, log_level="warning")
+
+    @cached_property
+    def _online(self) -> OnlineLookup:
+        from serving.lookup import OnlineLookup
+
+        return OnlineLookup(self.home)
+
+
+def _say(done: Done, **facts: object) -> Done:
+    """Say what a job did; the facts are for machines."""
+    for line in done.summary:
+        say(f"  {line}", **facts)
+    return done
