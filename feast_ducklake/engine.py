@@ -7,7 +7,9 @@ writes) is left to that engine.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
 
 import numpy as np
@@ -28,8 +30,10 @@ from bahe_core.progress import progress
 from bahe_core.read_ahead import read_ahead
 from feast_ducklake.conversion import arrow_type, converted_table
 from feast_ducklake.online.encoding import Int64, entity_keys, value_bytes
-from feast_ducklake.online.rows import NO_TIME, EncodedRows
+from feast_ducklake.online.rows import EPOCH, NO_TIME, EncodedRows
 from feast_ducklake.online.store import GuardedOnlineStore
+
+_EVERY_NIGHT = "`feast materialize --disable-event-timestamp`"
 
 ROWS_PER_BATCH = 10_000
 """Unless `materialization.online_write_batch_size` says otherwise."""
@@ -57,6 +61,7 @@ class ArrowEngine(LocalComputeEngine):
     def _materialize_one(
         self, registry: BaseRegistry, task: MaterializationTask, **kwargs: Any
     ) -> LocalMaterializationJob:
+        _warn_of_the_future(task)
         if not _is_copy(task):
             return super()._materialize_one(registry, task, **kwargs)
         job_id = f"{task.feature_view.name}-{task.start_time}-{task.end_time}"
@@ -68,27 +73,43 @@ class ArrowEngine(LocalComputeEngine):
 
     def _copy(self, registry: BaseRegistry, task: MaterializationTask) -> None:
         view, config = task.feature_view, self.repo_config
+        job = self._latest_rows(registry, task, task.start_time)
+        size = config.materialization_config.online_write_batch_size or ROWS_PER_BATCH
+        if any(field.vector_index and field.vector_length for field in view.features):
+            for batch in _batches(job, size):  # all of them, before the first one is written
+                _validate_vector_field_lengths(_as_view(view, batch), view)
+        rows = 0
+        with progress(f"materializing {view.name}", None) as advance:
+            for batch in read_ahead(_as_view(view, batch) for batch in _batches(job, size)):
+                self._write(view, batch)
+                rows += batch.num_rows
+                advance(batch.num_rows)
+        self._rows += rows
+        if not rows and not view.materialization_intervals:
+            all_rows = self._latest_rows(registry, task, EPOCH)
+            if any(batch.num_rows for batch in _batches(all_rows, size)):
+                _warn(
+                    f"view {view.name}: nothing was materialized, since all its rows are from before"
+                    f" {task.start_time:%Y-%m-%d}; {_EVERY_NIGHT} reads all rows."
+                )
+
+    def _latest_rows(
+        self, registry: BaseRegistry, task: MaterializationTask, start: datetime
+    ) -> RetrievalJob:
+        """The latest row of each key from `start` to the task's end."""
+        view = task.feature_view
         entities = [registry.get_entity(name, task.project) for name in view.entities]
         join_keys, features, timestamp, created = _get_column_names(view, entities)
-        job = self.offline_store.pull_latest_from_table_or_query(
-            config=config,
+        return self.offline_store.pull_latest_from_table_or_query(
+            config=self.repo_config,
             data_source=view.batch_source,
             join_key_columns=join_keys,
             feature_name_columns=features,
             timestamp_field=timestamp,
             created_timestamp_column=created,
-            start_date=task.start_time,
+            start_date=start,
             end_date=task.end_time,
         )
-        size = config.materialization_config.online_write_batch_size or ROWS_PER_BATCH
-        if any(field.vector_index and field.vector_length for field in view.features):
-            for batch in _batches(job, size):  # all of them, before the first one is written
-                _validate_vector_field_lengths(_as_view(view, batch), view)
-        with progress(f"materializing {view.name}", None) as advance:
-            for batch in read_ahead(_as_view(view, batch) for batch in _batches(job, size)):
-                self._write(view, batch)
-                self._rows += batch.num_rows
-                advance(batch.num_rows)
 
     def _write(self, view: FeatureView, batch: pa.RecordBatch) -> None:
         if isinstance(self.online_store, GuardedOnlineStore):
@@ -96,6 +117,25 @@ class ArrowEngine(LocalComputeEngine):
             return
         rows = _convert_arrow_to_proto(batch, view, _join_key_types(view))
         self.online_store.online_write_batch(self.repo_config, view, rows, None)
+
+
+def _warn_of_the_future(task: MaterializationTask) -> None:
+    """`feast materialize-incremental` goes on where a view's last interval ended, whenever that is."""
+    view, now = task.feature_view.name, datetime.now(UTC)
+    if task.start_time > now:
+        _warn(
+            f"view {view} was materialized up to {task.start_time:%Y-%m-%d}, which is in the future, so"
+            f" `feast materialize-incremental` brings nothing online until then; {_EVERY_NIGHT} does."
+        )
+    elif task.end_time > now + timedelta(hours=1):
+        _warn(
+            f"view {view} is materialized up to {task.end_time:%Y-%m-%d}, which is in the future, so `feast"
+            f" materialize-incremental` will bring nothing more online until then; {_EVERY_NIGHT} will."
+        )
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, UserWarning, stacklevel=2)
 
 
 def _is_copy(task: MaterializationTask) -> bool:

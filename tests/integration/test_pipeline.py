@@ -351,7 +351,7 @@ def test_feast_works_as_its_users_expect(filled: tuple[Home, Path], tmp_path: Pa
     views = feast("feature-views", "list", home=home)
     for view in ("user_embedding", "item_embedding", "user_timeline", "user_stats", "item_stats"):
         assert view in views
-    feast("materialize-incremental", "2030-01-01T00:00:00", "-v", "user_stats", home=home)
+    feast("materialize", "--disable-event-timestamp", "-v", "user_stats", home=home)
     from feast import FeatureStore
 
     store = FeatureStore(fs_yaml_file=home.feature_store_yaml)
