@@ -14,7 +14,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from bahe import cli
 from bahe_core.errors import BadInput, Busy
 from bahe_core.home import Home
 from bahe_models.metrics import auc
@@ -26,6 +25,7 @@ from bahe_synth.world import World, zipf_rank
 from materialize.gate import gate
 from materialize.ingest.ingest import ingest
 from tests.support import REPOSITORY
+from tests.support.cli import call
 
 SMALL = {"users": 300, "items": 200, "behaviors": 20_000, "impressions": 20_000, "atoms": 2_000}
 
@@ -305,22 +305,9 @@ def test_a_damaged_day_is_named_and_written_anew(log: Path, tmp_path: Path) -> N
 
 
 def test_the_command(tmp_path: Path) -> None:
-    from typer.testing import CliRunner
-
     options = [word for name, value in SMALL.items() for word in (f"--{name}", str(value))]
-    command = [
-        "synth",
-        str(tmp_path / "log"),
-        *options,
-        "--days",
-        "2",
-        "--channels",
-        "bills, walks",
-        "--json",
-    ]
-    result = CliRunner().invoke(cli.app, command)
-    assert result.exit_code == 0, result.output
-    answer = json.loads(result.stdout)
+    shape = ("--days", 2, "--channels", "bills, walks")
+    answer = json.loads(call("synth", tmp_path / "log", *options, *shape, "--json").stdout)
     assert answer["rows"]["behaviors"] == 20_000
     texts = query(tmp_path / "log", "SELECT DISTINCT channel, split_part(text, ' ', 1) FROM {behaviors}")
     assert sorted(texts) == [("bills", "Paid"), ("walks", "walks:")]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,13 +10,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from typer.testing import CliRunner
 
-from bahe import cli
 from bahe_core.errors import BaheError
 from bahe_core.home import Home
 from bahe_lake.connection import lake
 from bahe_models import Checkpoint, baselines
+from tests.support.cli import attempt, call
+from tests.support.home_contents import copy_of
 from tests.support.logs import small_log, write_dataset
 
 
@@ -28,8 +27,7 @@ def ready(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> Home
     dataset = write_dataset(folder / "log", small_log(rows=400), tiny_backbone)
     home = Home.at(folder / "home")
     for step in (("ingest", dataset), ("encode",), ("apply",), ("frame",)):
-        result = CliRunner().invoke(cli.app, [*map(str, step), "--home", str(home.root)])
-        assert result.exit_code == 0, result.output
+        call(*step, home=home)
     return home
 
 
@@ -122,7 +120,7 @@ def test_bad_input_is_refused_before_any_step(
     case: str, ready: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     damage, words = CASES[case]
-    home = Home(Path(shutil.copytree(ready.root, tmp_path / "home")))
+    home = copy_of(ready, tmp_path)
     monkeypatch.setattr(Home, "checkpoint", lambda self, version: self.root / "run.checkpoint")
     damage(home)
     before = sorted(home.root.rglob("*"))
@@ -131,8 +129,7 @@ def test_bad_input_is_refused_before_any_step(
         raise AssertionError("the first network was trained before the input was refused")
 
     monkeypatch.setattr(baselines, "train_id_only", train_id_only)
-    arguments = ["train", "--tracker", "none", "--home", str(home.root)]
-    result = CliRunner().invoke(cli.app, arguments)
+    result = attempt("train", "--tracker", "none", home=home)
     assert isinstance(result.exception, BaheError), result.exception
     assert result.exception.exit_code == 2
     message = str(result.exception)

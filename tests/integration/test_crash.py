@@ -8,12 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
-from bahe import cli
 from bahe_core.home import Home
 from serving.lookup import OnlineLookup
 from tests.support import REPOSITORY
+from tests.support.cli import call
 from tests.support.home_contents import contents, differences
 from tests.support.logs import small_log, write_dataset
 
@@ -38,19 +37,12 @@ cli.app(arguments)
 """
 
 
-def run(dataset: Path, home: Home) -> None:
-    result = CliRunner().invoke(
-        cli.app, ["run", str(dataset), "--home", str(home.root), "--tracker", "none"]
-    )
-    assert result.exit_code == 0, (result.exception, result.output)
-
-
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> tuple[Home, Path]:
     folder = tmp_path_factory.mktemp("undisturbed")
     dataset = write_dataset(folder / "log", small_log(rows=400), tiny_backbone)
     home = Home.at(folder / "home")
-    run(dataset, home)
+    call("run", dataset, "--tracker", "none", home=home)
     return home, dataset
 
 
@@ -96,7 +88,7 @@ def test_a_killed_run_is_finished_by_the_next(
         check=False,
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
-    run(dataset, home)
+    call("run", dataset, "--tracker", "none", home=home)
     assert differences(contents(home), contents(reference)) == []
     mine, theirs = (OnlineLookup(h).score("u1", list(range(25))) for h in (home, reference))
     assert [(s.item_id, pytest.approx(s.probability, abs=1e-5)) for s in mine.scores] == [

@@ -5,18 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner, Result
 
-from bahe import cli
 from bahe_core.errors import NotServable
 from bahe_core.home import Home
 from bahe_lake.connection import lake, scalar
 from bahe_models import load
+from tests.support.cli import attempt
 from tests.support.logs import small_log, write_dataset
-
-
-def call(*arguments: object, home: Home) -> Result:
-    return CliRunner().invoke(cli.app, [*map(str, arguments), "--home", str(home.root)])
 
 
 def jobs(home: Home) -> list[str]:
@@ -35,7 +30,7 @@ def test_a_target_model_is_trained_and_not_served(tmp_path: Path, tiny_backbone:
         tiny_backbone,
         model={"deep_width": 8, "profile_width": 8, "head_width": 16, "head": "target"},
     )
-    result = call("run", dataset, "--tracker", "none", home=home)
+    result = attempt("run", dataset, "--tracker", "none", home=home)
     assert result.exit_code == 0, result.output
     assert "has the target head" in result.output
     assert "bahe publish" not in result.output
@@ -44,7 +39,7 @@ def test_a_target_model_is_trained_and_not_served(tmp_path: Path, tiny_backbone:
     before = jobs(home)
     assert before[-1] == "train"
     for job in ("embed", "publish"):
-        refused = call(job, home=home)
+        refused = attempt(job, home=home)
         assert isinstance(refused.exception, NotServable)
         assert refused.exception.exit_code == 2
         assert "set model.head to dnn or dcn and train again" in str(refused.exception)
@@ -57,6 +52,6 @@ def test_a_wrong_setting_is_named(field: str, tmp_path: Path, tiny_backbone: Pat
     name, value = field.split(": ")
     model = {name: int(value) if value.isdigit() else value}
     dataset = write_dataset(tmp_path / "log", small_log(rows=100), tiny_backbone, model=model)
-    result = call("run", dataset, home=Home.at(tmp_path / "home"))
+    result = attempt("run", dataset, home=Home.at(tmp_path / "home"))
     assert result.exception is not None
     assert name in str(result.exception)

@@ -14,9 +14,7 @@ import numpy as np
 import psycopg
 import pytest
 import yaml
-from typer.testing import CliRunner
 
-from bahe import cli
 from bahe_core.errors import BadInput, Busy, NotReady, Unreachable
 from bahe_core.home import Home
 from bahe_core.lake_location import LakeConfig
@@ -24,6 +22,7 @@ from bahe_lake.connection import commit, connect, lake, scalar
 from materialize.ingest.ingest import ingest
 from serving.lookup import OnlineLookup
 from tests.support import REPOSITORY
+from tests.support.cli import call
 from tests.support.logs import small_log, write_dataset
 from tests.support.services import POSTGRES
 
@@ -49,11 +48,6 @@ def filled(config: LakeConfig, tmp_path: Path) -> Home:
     with lake(home, create=True) as connection:
         commit(connection, [f"CREATE TABLE {t} AS SELECT range AS x FROM range(1000)" for t in "ab"])
     return home
-
-
-def call(*arguments: str) -> None:
-    result = CliRunner().invoke(cli.app, arguments)
-    assert result.exit_code == 0, (result.exception, result.output)
 
 
 def end_sessions(config: LakeConfig) -> None:
@@ -246,12 +240,12 @@ def test_a_server_that_does_not_answer(
     dataset = write_dataset(
         tmp_path / "log", small_log(rows=50), lake=asdict(replace(config, catalogue=url))
     )
-    for call in (
+    for reach in (
         lambda: ingest(Home.at(tmp_path / "home"), dataset),
         lambda: connect(Home.at(tmp_path / "home")),
     ):
         with pytest.raises(Unreachable, match=words) as error:
-            call()
+            reach()
         assert "\n" not in str(error.value)
         assert "sesame" not in str(error.value)
 

@@ -7,35 +7,29 @@ import sqlite3
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
 import redis
 import yaml
-from typer.testing import CliRunner, Result
+from feast import FeatureView
 
-from bahe import cli
 from bahe_core.errors import BadInput, BaheError, Damaged, NotReady
 from bahe_core.home import Home
 from bahe_lake.connection import lake, written_since
 from bahe_lake.runs import last
+from feast_ducklake.online.sqlite import GuardedSqliteOnlineStore
 from feature_repo.store import TEMPLATE, open_store
 from materialize.release import pointer
-from materialize.release import publish as publishing
 from serving.lookup import OnlineLookup
+from tests.support.cli import call
+from tests.support.home_contents import copy_of
 from tests.support.logs import small_log, write_dataset
 from tests.support.services import require_service
 
 USERS = 31
 ITEMS = 25
-
-
-def call(*arguments: object, home: Home) -> Result:
-    result = CliRunner().invoke(cli.app, [*map(str, arguments), "--home", str(home.root)])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == 0, result.output
-    return result
 
 
 @pytest.fixture(scope="module")
@@ -53,15 +47,11 @@ def filled(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> tup
 def twice(filled: tuple[Home, Path], tmp_path_factory: pytest.TempPathFactory) -> Home:
     """A copy with a second version, published later."""
     folder = tmp_path_factory.mktemp("twice")
-    home = Home(Path(shutil.copytree(filled[0].root, folder / "home")))
+    home = copy_of(filled[0], folder)
     call("train", "--warm-start", OnlineLookup(home).live_version(), "--tracker", "none", home=home)
     call("embed", home=home)
     call("publish", home=home)
     return home
-
-
-def copy_of(home: Home, folder: Path) -> Home:
-    return Home(Path(shutil.copytree(home.root, folder / "home")))
 
 
 def grown(dataset: Path, folder: Path, *, user: str, at: pd.Timestamp, backbone: Path) -> Path:
@@ -181,8 +171,16 @@ def test_what_does_not_read_back_is_not_made_live(
     home = copy_of(twice, tmp_path)
     call("publish", "--rollback", home=home)
     live = OnlineLookup(home).live_version()
-    monkeypatch.setattr(publishing, "_not_reading_back", lambda *_: "user u1")
-    with pytest.raises(BaheError, match="user u1 does not read back"):
+    with sqlite3.connect(home.online_store) as connection:
+        connection.execute("DELETE FROM bahe_user_stats")
+    write = GuardedSqliteOnlineStore.write_rows
+
+    def forgetful(store: Any, config: Any, view: FeatureView, rows: Any) -> None:
+        if view.name != "user_stats":
+            write(store, config, view, rows)
+
+    monkeypatch.setattr(GuardedSqliteOnlineStore, "write_rows", forgetful)
+    with pytest.raises(BaheError, match=r"user u\d+ does not read back"):
         call("publish", home=home)
     assert OnlineLookup(home).live_version() == live
 

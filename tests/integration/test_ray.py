@@ -16,15 +16,15 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from typer.testing import CliRunner
 
-from bahe import cli
 from bahe_core.home import Home
 from bahe_lake.connection import commit, lake
 from feast_ducklake.offline import retrieval
 from feast_ducklake.offline.sharding import ShardReader
 from materialize.vectors import chunks, embed
 from tests.support import REPOSITORY
+from tests.support.cli import call
+from tests.support.home_contents import copy_of
 from tests.support.logs import small_log, write_dataset
 
 pytestmark = pytest.mark.slow
@@ -35,11 +35,6 @@ VECTORS = {
     "user_embedding": "user_id, model_version",
     "item_embedding": "item_id, model_version",
 }
-
-
-def call(job: str, home: Home, *arguments: str) -> None:
-    result = CliRunner().invoke(cli.app, [job, *arguments, "--home", str(home.root)])
-    assert result.exit_code == 0, (result.exception, result.output)
 
 
 def vectors(home: Home, table: str) -> np.ndarray:
@@ -62,18 +57,17 @@ def reference(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chunks, "ATOMS_PER_CHUNK", 8)
         patch.setattr(embed, "USERS_PER_BATCH", 5)
-        call("ingest", home, str(dataset))
+        call("ingest", str(dataset, home=home))
         for job in ("encode", "apply", "frame"):
-            call(job, home)
-        call("train", home, "--tracker", "none")
-        call("embed", home)
+            call(job, home=home)
+        call("train", "--tracker", "none", home=home)
+        call("embed", home=home)
         yield home
 
 
 @pytest.fixture
 def copy(reference: Home, tmp_path: Path, ray_cluster: None) -> Home:
-    shutil.copytree(reference.root, tmp_path / "home")
-    return Home.at(tmp_path / "home")
+    return copy_of(reference, tmp_path)
 
 
 def die_once(marker: Path) -> None:
@@ -107,11 +101,11 @@ def test_encoding_survives_a_killed_actor(
         commit(connection, ["DELETE FROM atomic_behavior_embedding"])
     marker = tmp_path / "killed"
     monkeypatch.setattr(chunks, "_encode_chunk", mortal(chunks._encode_chunk, marker))
-    call("encode", copy, *ON_RAY)
+    call("encode", *ON_RAY, home=copy)
     assert marker.exists(), "no actor was killed"
     table = "atomic_behavior_embedding"
     np.testing.assert_allclose(vectors(copy, table), vectors(reference, table), atol=1e-5)
-    call("encode", copy, *ON_RAY)  # nothing is new
+    call("encode", *ON_RAY, home=copy)  # nothing is new
     assert len(vectors(copy, table)) == len(vectors(reference, table))
 
 
@@ -124,7 +118,7 @@ def test_embedding_survives_a_killed_actor(
         commit(connection, [f"DELETE FROM {rows}" for rows in emptied])
     marker = tmp_path / "killed"
     monkeypatch.setattr(embed, "user_embedder", mortal(embed.user_embedder, marker))
-    call("embed", copy, *ON_RAY)
+    call("embed", *ON_RAY, home=copy)
     assert marker.exists(), "no actor was killed"
     for table in ("user_embedding", "item_embedding"):
         np.testing.assert_allclose(vectors(copy, table), vectors(reference, table), atol=1e-5)
@@ -148,13 +142,13 @@ def test_a_frame_in_shards_is_the_frame(
         with (copy.root / "dataset.yaml").open("a") as file:
             file.write(f"freshness: {freshness}\n")
     shutil.rmtree(copy.frames)
-    call("frame", copy)
+    call("frame", home=copy)
     expected = frame_of(copy)
     if freshness == "event":
         assert expected.equals(frame_of(reference))
     shutil.rmtree(copy.frames)
     monkeypatch.setattr(retrieval, "ShardReader", MortalShardReader)
-    call("frame", copy, *ON_RAY)
+    call("frame", *ON_RAY, home=copy)
     assert (copy.root / "killed").exists(), "no worker was killed"
     assert frame_of(copy).equals(expected)
     assert frame_of(copy)["event_timestamp"].to_pylist() == sorted(expected["event_timestamp"].to_pylist())
@@ -197,7 +191,7 @@ def test_a_killed_driver_loses_one_batch_and_leaves_nothing_running(
     assert 0 < done < len(vectors(reference, table))
     psutil.wait_procs(list(processes_of(str(tmp_path))), timeout=60)
     assert not list(processes_of(str(tmp_path)))
-    call("encode", copy)
+    call("encode", home=copy)
     np.testing.assert_allclose(vectors(copy, table), vectors(reference, table), atol=1e-5)
 
 

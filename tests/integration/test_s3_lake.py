@@ -6,21 +6,15 @@ from pathlib import Path
 
 import pytest
 import yaml
-from typer.testing import CliRunner
 
-from bahe import cli
 from bahe_core.home import Home
 from serving.lookup import OnlineLookup
+from tests.support.cli import call
 from tests.support.home_contents import artifacts, contents, differences
 from tests.support.logs import small_log, write_dataset
 from tests.support.services import POSTGRES
 
 pytestmark = pytest.mark.slow
-
-
-def call(*arguments: str) -> None:
-    result = CliRunner().invoke(cli.app, arguments)
-    assert result.exit_code == 0, (result.exception, result.output)
 
 
 @pytest.mark.parametrize("catalogue", ["sqlite", "postgres"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -11,13 +10,13 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from typer.testing import CliRunner
 
-from bahe import cli
 from bahe_core.errors import BadInput
 from bahe_core.home import Home
 from bahe_models import checkpoint, load
 from tests.support import REPOSITORY
+from tests.support.cli import call
+from tests.support.home_contents import copy_of
 from tests.support.logs import small_log, write_dataset
 
 # A child process that kills itself with SIGKILL where it would write its n-th checkpoint.
@@ -37,13 +36,6 @@ checkpoint._write = counting
 from bahe import cli
 cli.app(arguments)
 """
-
-
-def call(*arguments: str | Path, home: Home) -> None:
-    result = CliRunner().invoke(cli.app, [*map(str, arguments), "--home", str(home.root)])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == 0, result.output
 
 
 def child(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -79,10 +71,6 @@ def undisturbed(ready: Home, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     """A trained home, and how many checkpoints its training wrote."""
     home = copy_of(ready, tmp_path_factory.mktemp("undisturbed"))
     return home, counted_training(home)
-
-
-def copy_of(home: Home, folder: Path) -> Home:
-    return Home(Path(shutil.copytree(home.root, folder / "home")))
 
 
 def counted_training(home: Home, *more: str) -> int:

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
-from typer.testing import CliRunner
 
-from bahe import cli
 from bahe_core.errors import BadInput, BaheError, NotReady
 from bahe_core.home import Home
 from bahe_lake.connection import LAKE, commit, lake, scalar, snapshot, transact
@@ -25,16 +22,11 @@ from materialize.vectors import embed as embedding
 from materialize.vectors.embed import embed
 from materialize.vectors.encode import versions
 from materialize.vectors.stored_atoms import current_encoder
+from tests.support.cli import call
+from tests.support.home_contents import copy_of
 from tests.support.logs import small_log, write_dataset
 
 pytestmark = pytest.mark.slow
-
-
-def run(*arguments: object, home: Home) -> str:
-    command = [str(arguments[0]), "--home", str(home.root), *map(str, arguments[1:])]
-    result = CliRunner().invoke(cli.app, command)
-    assert result.exit_code == 0, (arguments, result.exception, result.output)
-    return result.output
 
 
 @pytest.fixture(scope="module")
@@ -42,15 +34,14 @@ def filled(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> Hom
     folder = tmp_path_factory.mktemp("over_time")
     dataset = write_dataset(folder / "log", small_log(rows=300), tiny_backbone)
     home = Home.at(folder / "home")
-    run("run", dataset, "--tracker", "none", home=home)
+    call("run", dataset, "--tracker", "none", home=home)
     return home
 
 
 @pytest.fixture
 def home(filled: Home, tmp_path: Path) -> Home:
     """A copy that the test may change."""
-    shutil.copytree(filled.root, tmp_path / "home")
-    return Home.at(tmp_path / "home")
+    return copy_of(filled, tmp_path)
 
 
 def user_vectors(home: Home) -> dict[str, np.ndarray]:
@@ -235,11 +226,11 @@ def test_a_new_encoder_is_built_beside_and_used_when_complete(
         assert by_name[old].current
         assert 0 < by_name[new].encoded < by_name[new].atoms
     # Until it is complete, everything goes on with the old one, and prune leaves both alone.
-    run("frame", home=home)
+    call("frame", home=home)
     trained = train.train_models(home, tracker="none")
     config = json.loads((trained.artifact / "config.json").read_text())
     assert config["encoder_version"] == old
-    run("embed", home=home)
+    call("embed", home=home)
     assert prune(home, keep=0, dry_run=True).encoder_versions == ()
 
     # An atom that comes meanwhile gets a vector of both.
@@ -249,7 +240,7 @@ def test_a_new_encoder_is_built_beside_and_used_when_complete(
         " AS event_timestamp, 'liked' AS channel) FROM behaviors WHERE user_id = 'u5' LIMIT 1",
     )
     change_log(home, *arrived)
-    assert f"{old}, which a model in use reads: 1 atoms encoded" in run("encode", home=home)
+    assert f"{old}, which a model in use reads: 1 atoms encoded" in call("encode", home=home).output
     with lake(home) as connection:
         assert current_encoder(connection, home) == new
         assert {v.encoder_version: (v.complete, v.current) for v in versions(connection)} == {
@@ -268,13 +259,13 @@ def test_a_new_encoder_is_built_beside_and_used_when_complete(
 
 
 def test_prune_keeps_what_is_needed_and_drops_the_rest(home: Home) -> None:
-    run("publish", home=home)
+    call("publish", home=home)
     (first,) = (path.name for path in home.models.glob("bahe-*"))
     names = [first]
     for epochs in (1, 3):
         change_dataset(home, training={"epochs": epochs, "impressions_per_step": 200})
         for command in (("train", "--tracker", "none"), ("embed",), ("publish",)):
-            run(*command, home=home)
+            call(*command, home=home)
         names.append(train.train_models(home, tracker="none").model_version)
     (home.models / "bahe-abandoned.checkpoint").write_bytes(b"x")
     os.utime(home.models / "bahe-abandoned.checkpoint", (0, 0))
@@ -306,10 +297,10 @@ def test_prune_keeps_what_is_needed_and_drops_the_rest(home: Home) -> None:
     assert embed(home).users_added == 0
     change_log(home, REPLACED)
     assert embed(home).users_added == 1
-    run("embed", home=home)  # with its gate
-    run("publish", home=home)
+    call("embed", home=home)  # with its gate
+    call("publish", home=home)
     frame = next(home.frames.glob("*/frame.parquet"))
-    run("frame", home=home)
+    call("frame", home=home)
     assert frame.is_file()
 
 

@@ -10,23 +10,16 @@ import numpy as np
 import pandas as pd
 import pytest
 from fastapi.testclient import TestClient
-from typer.testing import CliRunner
 
-from bahe import cli
 from bahe_core.home import Home
 from serving.api import create_app
 from serving.live import LiveLookup
 from serving.lookup import OnlineLookup
+from tests.support.cli import call
+from tests.support.home_contents import copy_of
 from tests.support.logs import small_log, write_dataset
 
 LATER = "2024-06-01T12:00:00Z"
-
-
-def call(*arguments: object, home: Home) -> None:
-    result = CliRunner().invoke(
-        cli.app, [str(arguments[0]), "--home", str(home.root), *map(str, arguments[1:])]
-    )
-    assert result.exit_code == 0, (arguments, result.output, result.exception)
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +53,7 @@ def behavior(**changes: object) -> dict[str, Any]:
 def test_a_behavior_is_in_the_next_answer_and_equals_what_the_log_gives_later(
     filled: tuple[Home, Path], tmp_path: Path
 ) -> None:
-    home = Home.at(tmp_path / "home")
-    shutil.copytree(filled[0].root, home.root)
+    home = copy_of(filled[0], tmp_path)
     client = TestClient(create_app(home, live=True))
     request = {"user_id": "u1", "item_ids": [1, 2, 3], "at": "2024-06-02T00:00:00Z"}
     scores = client.post("/score", json=request).json()

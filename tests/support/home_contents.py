@@ -1,7 +1,9 @@
-"""What a home holds, as two homes can be compared by."""
+"""Homes that a test may change, and what a home holds, as two homes can be compared by."""
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,11 @@ COMPARED = {"runs": ("job",), "publications": ("deployment", "live_model_version
 
 
 Contents = dict[str, tuple[list[tuple[object, ...]], np.ndarray]]
+
+
+def copy_of(home: Home, folder: Path) -> Home:
+    """The home once more, as `home` in the folder."""
+    return Home(Path(shutil.copytree(home.root, folder / "home")))
 
 
 def contents(home: Home) -> Contents:

@@ -14,9 +14,6 @@ from bahe_core.errors import BaheError, GateFailed, NotReady
 from validation import GateResult, require, run_gate
 from validation.measure import measure
 
-# Great Expectations imports sre_constants and sre_parse; on Python 3.11 that warns.
-pytestmark = pytest.mark.filterwarnings("ignore:module 'sre_.*' is deprecated")
-
 TABLES = {
     "behaviors": "lake.main.behaviors",
     "impressions": "lake.main.impressions",

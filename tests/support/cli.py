@@ -1,0 +1,30 @@
+"""The command line, called inside this process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from typer.testing import CliRunner, Result
+
+from bahe import cli
+from bahe_core.home import Home
+
+
+def attempt(*arguments: object, home: Home | Path | None = None) -> Result:
+    """What `bahe ARGUMENTS --home HOME` answers, whether or not it succeeds.
+
+    An error that bahe raises on purpose is the result's `exception`; `main` makes its sentence of it.
+    """
+    words = [str(argument) for argument in arguments]
+    if home is not None:
+        words += ["--home", str(home.root if isinstance(home, Home) else home)]
+    return CliRunner().invoke(cli.app, words)
+
+
+def call(*arguments: object, home: Home | Path | None = None) -> Result:
+    """The same where it has to succeed: raises what the command raised, AssertionError on an exit code."""
+    result = attempt(*arguments, home=home)
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+    return result
