@@ -11,6 +11,12 @@ if TYPE_CHECKING:
     import torch
 
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+_WAITING = {
+    "OMP_WAIT_POLICY": "PASSIVE",  # of every OpenMP runtime, GNU's in torch's wheels included
+    "KMP_BLOCKTIME": "0",  # Intel's and LLVM's, in milliseconds
+    "TOKENIZERS_PARALLELISM": "false",  # a pool of its own beside ours
+}
+"""Threads that wait for work sleep rather than spin, unless the user has said otherwise."""
 
 
 def usable_cores() -> int:
@@ -31,15 +37,19 @@ def memory_limit() -> str | None:
 
 
 def configure_threads() -> int:
-    """Give every numerical library the same thread count; call before importing torch.
+    """Give every numerical library the same thread count, and let idle threads sleep.
 
-    Oversubscribed threads made one training epoch twenty times slower on two cores, because torch
-    and the OpenMP runtimes of other libraries each start one thread per *visible* core.
+    Call before importing torch: its OpenMP runtime reads the environment once, when it is loaded. Processes
+    that are started from here inherit it. Oversubscribed threads made one training epoch twenty times
+    slower on two cores, because torch and the OpenMP runtimes of other libraries each start one thread per
+    *visible* core; threads that spin while they wait made it as slow beside another busy process
+    (`python -m benchmarks.neighbour`).
     """
     count = threads()
     for name in _THREAD_VARIABLES:
         os.environ[name] = str(count)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for name, value in _WAITING.items():
+        os.environ.setdefault(name, value)
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(count)
     return count
