@@ -17,7 +17,8 @@ from bahe_core.errors import BadInput, BaheError, Damaged, NotReady
 from bahe_core.home import Home
 from bahe_core.progress import job, say
 from bahe_lake import runs
-from bahe_lake.connection import commit, lake
+from bahe_lake.connection import lake
+from bahe_lake.transactions import commit
 from materialize.release import pointer
 
 JOB = "daily"
@@ -182,7 +183,7 @@ def _finish(home: Home, day: Day) -> None:
         if last is None or last.fingerprint != day.date:
             facts = {"date": day.date, "retrain": day.retrain, "model_version": day.model_version}
             with runs.record(connection, JOB, day.date) as now:
-                run = runs.Open(JOB, day.date, datetime.fromisoformat(day.started), now.snapshot_read)
+                run = runs.PendingRun(JOB, day.date, datetime.fromisoformat(day.started), now.snapshot_read)
                 commit(connection, [run.statement(facts)])
     day.finished = _now()
     _write(home, day)

@@ -1,1 +1,1 @@
-"""The lake: connections and transactions, what jobs remember of themselves, DuckDB's extensions."""
+"""The lake: connections and transactions, the table of runs, DuckDB's extensions."""

@@ -1,4 +1,4 @@
-"""DuckDB's extensions, and what they need to reach files that are not on this machine's disks."""
+"""DuckDB's extensions, and access to object storage."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from urllib.parse import urlsplit
 import duckdb
 
 from bahe_core.errors import BadInput, one_line
+from bahe_lake.sql import sql_literal
 
 
 def load_extension(connection: duckdb.DuckDBPyConnection, name: str) -> None:
-    """Load from the wheel that carries the extension; without it, from DuckDB's own repository."""
+    """Load an extension from the wheel that carries it or, without that wheel, from DuckDB's repository."""
     package = importlib.util.find_spec(f"duckdb_extension_{name}")
     if package is not None and package.submodule_search_locations:
         root = Path(package.submodule_search_locations[0])
-        found = root / "extensions" / f"v{duckdb.__version__}" / f"{name}.duckdb_extension"
-        if found.is_file():
-            connection.execute(f"LOAD '{found}'")
+        carried = root / "extensions" / f"v{duckdb.__version__}" / f"{name}.duckdb_extension"
+        if carried.is_file():
+            connection.execute(f"LOAD {sql_literal(str(carried))}")
             return
     connection.execute(f"INSTALL {name}")
     connection.execute(f"LOAD {name}")
@@ -28,9 +29,9 @@ def load_extension(connection: duckdb.DuckDBPyConnection, name: str) -> None:
 def open_object_storage(connection: duckdb.DuckDBPyConnection) -> None:
     """Let this connection read `s3://`, `http://` and `https://`, and write to S3.
 
-    Credentials are found as every AWS client finds them (environment, profile, role); none is kept or
-    shown, and public buckets need none. AWS_ENDPOINT_URL names an object store that is not Amazon's.
-    Raises BadInput where DuckDB's extensions for it are missing.
+    Credentials come from where every AWS client looks (environment, profile, role) and are neither stored
+    nor shown; public buckets need none. AWS_ENDPOINT_URL names an object store other than Amazon's.
+    Raises BadInput when DuckDB's extensions for it are missing.
     """
     try:
         for extension in ("httpfs", "aws"):
@@ -43,5 +44,5 @@ def open_object_storage(connection: duckdb.DuckDBPyConnection) -> None:
     endpoint = urlsplit(os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL", ""))
     if endpoint.netloc:
         secure = str(endpoint.scheme == "https").lower()
-        options += [f"ENDPOINT '{endpoint.netloc}'", f"USE_SSL {secure}", "URL_STYLE 'path'"]
+        options += [f"ENDPOINT {sql_literal(endpoint.netloc)}", f"USE_SSL {secure}", "URL_STYLE 'path'"]
     connection.execute(f"CREATE OR REPLACE SECRET object_storage ({', '.join(options)})")

@@ -1,4 +1,4 @@
-"""The table `runs`: what each job read and wrote, so that a job run twice does nothing twice."""
+"""The table `runs`: what each job read and wrote, so that running a job again does nothing."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Any
 
 import duckdb
 
-from bahe_lake.connection import columns, snapshot, sql_literal, tables
+from bahe_lake.catalogue import columns, snapshot, tables
+from bahe_lake.sql import sql_literal
 
 _COLUMNS = {
     "job": "VARCHAR",
@@ -20,11 +21,11 @@ _COLUMNS = {
     "finished": "TIMESTAMPTZ",
     "snapshot_read": "BIGINT",
     "facts": "VARCHAR",
-    # Lakes of before lack these until their next run.
+    # Older lakes lack these until their next run.
     "rows_read": "BIGINT",
     "rows_written": "BIGINT",
 }
-# A clock may jump; snapshots only ever count up.
+# By snapshot first: snapshots only count up, whereas a clock may jump.
 _NEWEST_FIRST = "ORDER BY snapshot_read DESC, finished DESC"
 
 
@@ -44,19 +45,21 @@ class Run:
 
     @property
     def seconds(self) -> float:
-        """How long it took."""
+        """Duration of the run."""
         return (self.finished - self.started).total_seconds()
 
     @property
     def versions(self) -> dict[str, str]:
         """Versions of what it wrote: model_version, encoder_version, frame_id."""
-        found = {key: str(value) for key, value in self.facts.items() if key.endswith("_version")}
-        made = {"train": "model_version", "frame": "frame_id"}.get(self.job)
-        return {**found, made: self.fingerprint} if made else found
+        versions = {key: str(value) for key, value in self.facts.items() if key.endswith("_version")}
+        named_by_fingerprint = {"train": "model_version", "frame": "frame_id"}.get(self.job)
+        if named_by_fingerprint:
+            versions[named_by_fingerprint] = self.fingerprint
+        return versions
 
     @property
     def says(self) -> str:
-        """Its versions, or a gate's verdict, for a person."""
+        """The run in a few words: its versions, or a gate's verdict."""
         if "passed" in self.facts:
             if self.facts["passed"]:
                 return f"passed ({self.facts['checks']} checks)"
@@ -65,8 +68,8 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Open:
-    """A run in progress; its row is written in the same transaction as its output."""
+class PendingRun:
+    """A run in progress; its row is committed together with its output."""
 
     job: str
     fingerprint: str
@@ -81,7 +84,7 @@ class Open:
             "job": sql_literal(self.job),
             "fingerprint": sql_literal(self.fingerprint),
             "started": f"TIMESTAMPTZ {sql_literal(self.started.isoformat())}",
-            # now() would be when the transaction began, before all that it writes.
+            # now() would give the start of the transaction, before it wrote anything.
             "finished": "uuid_extract_timestamp(uuidv7())",
             "snapshot_read": str(self.snapshot_read),
             "facts": sql_literal(json.dumps(facts)),
@@ -94,15 +97,15 @@ class Open:
 @contextmanager
 def record(
     connection: duckdb.DuckDBPyConnection, job: str, fingerprint: str, *, started: datetime | None = None
-) -> Iterator[Open]:
-    """Open a run that started now, or before; the caller commits its `statement` with what it writes."""
+) -> Iterator[PendingRun]:
+    """Begin a run; the caller commits its `statement` together with its output."""
     if "runs" not in tables(connection):
         layout = ", ".join(f"{column} {kind}" for column, kind in _COLUMNS.items())
         connection.execute(f"CREATE TABLE IF NOT EXISTS runs ({layout})")
     else:
         for column in _COLUMNS.keys() - columns(connection, "runs").keys():
             connection.execute(f"ALTER TABLE runs ADD COLUMN IF NOT EXISTS {column} {_COLUMNS[column]}")
-    yield Open(job, fingerprint, started or datetime.now(UTC), snapshot(connection))
+    yield PendingRun(job, fingerprint, started or datetime.now(UTC), snapshot(connection))
 
 
 def history(
@@ -111,16 +114,15 @@ def history(
     """Finished runs, of one job or of all, the newest first."""
     if "runs" not in tables(connection):
         return []
-    where = "" if job is None else f"WHERE job = {sql_literal(job)}"
-    rows = connection.execute(
-        f"SELECT * FROM runs {where} {_NEWEST_FIRST}{'' if limit is None else f' LIMIT {limit}'}"
-    )
-    assert rows.description is not None
-    names = [column[0] for column in rows.description]
-    found = [dict(zip(names, row, strict=True)) for row in rows.fetchall()]
+    of_job = "" if job is None else f"WHERE job = {sql_literal(job)}"
+    at_most = "" if limit is None else f"LIMIT {limit}"
+    result = connection.execute(f"SELECT * FROM runs {of_job} {_NEWEST_FIRST} {at_most}")
+    assert result.description is not None
+    names = [column[0] for column in result.description]
+    rows = [dict(zip(names, row, strict=True)) for row in result.fetchall()]
     return [
         Run(**{name: row[name] for name in _COLUMNS if name in row} | {"facts": json.loads(row["facts"])})
-        for row in found
+        for row in rows
     ]
 
 

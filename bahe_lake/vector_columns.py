@@ -1,4 +1,4 @@
-"""Vectors as a column of the lake has them, and as models read them."""
+"""Vectors between a column of the lake and the matrix that models read."""
 
 from __future__ import annotations
 

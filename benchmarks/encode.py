@@ -220,7 +220,8 @@ def copied(home_path: Path) -> Iterator[Home]:
 
 def growth(home: Home) -> Iterable[Row]:
     """A full run, one with a hundredth of the atoms new, and runs with nothing new."""
-    from bahe_lake.connection import commit, lake
+    from bahe_lake.connection import lake
+    from bahe_lake.transactions import commit
     from materialize.gate import gate
     from materialize.vectors.embed import embed
     from materialize.vectors.encode import TABLE, encode
@@ -268,7 +269,8 @@ def disk(home: Home, scene: Scene) -> Iterable[Row]:
     """Bytes of the vectors' files, as encode writes them, in both storages."""
     import pyarrow as pa
 
-    from bahe_lake.connection import commit, lake
+    from bahe_lake.connection import lake
+    from bahe_lake.transactions import commit
     from materialize.vectors.chunks import Encodings as Chunk
     from materialize.vectors.encode import TABLE, _store
 

@@ -140,7 +140,8 @@ def _timed(ask: Callable[[Path], Callable[[], object]], root: Path) -> tuple[flo
 
 def write_wide(home: Home, times: int) -> None:
     """A table of vectors, the entity frame, and the same as Parquet for Feast's own store."""
-    from bahe_lake.connection import lake, sql_literal
+    from bahe_lake.connection import lake
+    from bahe_lake.sql import sql_literal
 
     with lake(home.create(), create=True) as connection:
         connection.execute(

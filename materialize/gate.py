@@ -16,7 +16,10 @@ from bahe_core.home import Home
 from bahe_core.progress import say
 from bahe_core.results import Result
 from bahe_lake import runs
-from bahe_lake.connection import commit, lake, scalar, sql_literal
+from bahe_lake.catalogue import scalar
+from bahe_lake.connection import lake
+from bahe_lake.sql import sql_literal
+from bahe_lake.transactions import commit
 from materialize.config.dataset import Dataset, home_dataset
 from validation.suites import CLOCK_TOLERANCE
 

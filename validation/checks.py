@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from datetime import UTC, datetime
+
+from bahe_lake.sql import sql_literal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,25 +37,10 @@ class Check:
         return f"{self.table}.{self.column} {self.rule}"
 
 
-def literal(value: object) -> str:
-    """The SQL literal of a string, a number or a datetime (UTC when it names no zone)."""
-    if isinstance(value, datetime):
-        aware = value if value.tzinfo else value.replace(tzinfo=UTC)
-        return f"TIMESTAMPTZ '{aware.isoformat()}'"
-    if isinstance(value, (int, float)):
-        return str(value)
-    return "'" + str(value).replace("'", "''").replace("$", "$$") + "'"
-
-
-def identifier(name: str) -> str:
-    """A column name, quoted for SQL."""
-    return '"' + name.replace('"', '""').replace("$", "$$") + '"'
-
-
 def missing_columns(table: str, needed: Sequence[str], found: AbstractSet[str]) -> Check:
     """The check that comes first: a table without a column cannot be asked about it."""
     missing = [name for name in needed if name not in found]
-    listed = ", ".join(literal(name) for name in missing)
+    listed = ", ".join(sql_literal(name) for name in missing)
     return Check(
         table=table,
         column=missing[0] if missing else "columns",
@@ -128,7 +114,7 @@ def exists(table: str, column: str, other: str) -> Check:
     )
 
 
-def one_of(table: str, column: str, allowed: Iterable[object], key: str) -> Check:
+def one_of(table: str, column: str, allowed: Iterable[str | int], key: str) -> Check:
     """Every value of `column`, but null, is `allowed`; `key` shows which row it was."""
     values = list(allowed)
     return Check(
@@ -136,13 +122,13 @@ def one_of(table: str, column: str, allowed: Iterable[object], key: str) -> Chec
         column=column,
         rule=f"must be one of {', '.join(map(str, values))}",
         source=f"${table}",
-        counted=f"{column} NOT IN ({', '.join(map(literal, values))})",
+        counted=f"{column} NOT IN ({', '.join(map(sql_literal, values))})",
         example=tuple(dict.fromkeys((key, column))),
         why="Any other value is read wrongly, or not at all, by the jobs that follow.",
     )
 
 
-def each_present(table: str, column: str, values: Iterable[object]) -> list[Check]:
+def each_present(table: str, column: str, values: Iterable[str | int]) -> list[Check]:
     """Each of `values` occurs."""
     return [
         Check(
@@ -150,7 +136,7 @@ def each_present(table: str, column: str, values: Iterable[object]) -> list[Chec
             column=column,
             rule=f"must be {value} in at least one row",
             source=f"${table}",
-            counted=f"{column} = {literal(value)}",
+            counted=f"{column} = {sql_literal(value)}",
             low=1,
             high=None,
             why="Without it, there is nothing to learn from or nothing to measure on.",

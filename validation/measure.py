@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from string import Template
 from typing import Any
 
 import duckdb
@@ -12,6 +12,8 @@ import duckdb
 from bahe_core.errors import GateFailed, NotReady
 from validation.checks import Check, missing_columns
 from validation.suites import SUITES, required
+
+_QUOTED_OR_TABLE = re.compile(r"""'[^']*'|"[^"]*"|\$(\w+)""")
 
 LONGEST_EXAMPLE = 80
 """Characters of an example value, which may be a whole text, that a sentence shows."""
@@ -128,7 +130,8 @@ def _short(value: str) -> str:
 
 
 def _sql(text: str, tables: Mapping[str, str]) -> str:
-    return Template(text).substitute(tables)
+    """The SQL with `$name` replaced by the relation of the table `name`, except inside quotes."""
+    return _QUOTED_OR_TABLE.sub(lambda match: tables[match[1]] if match[1] else match[0], text)
 
 
 def _first_line(error: Exception) -> str:

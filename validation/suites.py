@@ -7,13 +7,11 @@ from collections.abc import Set as AbstractSet
 from datetime import timedelta
 from typing import Any
 
-from bahe_lake.freshness import moment
+from bahe_lake.sql import known_until, sql_identifier, sql_literal
 from validation.checks import (
     Check,
     each_present,
     exists,
-    identifier,
-    literal,
     no_nulls,
     one_of,
     row_count,
@@ -99,7 +97,7 @@ def _ingest(parameters: Parameters, _: Columns) -> list[Check]:
                 table,
                 time,
                 f"must lie between 1970-01-02 and {latest:%Y-%m-%d %H:%M}",
-                f"{time} < TIMESTAMPTZ '1970-01-02 00:00:00+00' OR {time} > {literal(latest)}",
+                f"{time} < TIMESTAMPTZ '1970-01-02 00:00:00+00' OR {time} > {sql_literal(latest)}",
                 key,
                 "Seconds read as milliseconds, or the reverse, put events in 1970 or far ahead.",
             )
@@ -223,7 +221,7 @@ def _timeline() -> list[Check]:
 
 
 def _encode(parameters: Parameters, _: Columns) -> list[Check]:
-    version = literal(parameters["encoder_version"])
+    version = sql_literal(parameters["encoder_version"])
     encoded = f"(SELECT atom_id FROM $atomic_behavior_embedding WHERE encoder_version = {version})"
     return [
         row_count("atoms"),
@@ -242,7 +240,7 @@ def _encode(parameters: Parameters, _: Columns) -> list[Check]:
 
 def _embed(parameters: Parameters, _: Columns) -> list[Check]:
     checks: list[Check] = []
-    version = literal(parameters["model_version"])
+    version = sql_literal(parameters["model_version"])
     for entity, expected in (("user", "users"), ("item", "items")):
         table = f"{entity}_embedding"
         rows = f"(SELECT 1 AS one FROM ${table} WHERE model_version = {version})"
@@ -254,7 +252,7 @@ def _embed(parameters: Parameters, _: Columns) -> list[Check]:
 
 
 def _vectors(table: str, key: str, version: str, parameters: Parameters) -> list[Check]:
-    width, wanted = int(parameters["width"]), literal(parameters[version])
+    width, wanted = int(parameters["width"]), sql_literal(parameters[version])
     of_version = f"(SELECT {key}, embedding::FLOAT[] AS embedding FROM ${table} WHERE {version} = {wanted})"
     # A dot product is the fastest pass over a vector, and shows NaN, infinity and zero alike. It
     # refuses nulls, so a vector that holds one has no norm here, as has a vector that is null.
@@ -323,7 +321,7 @@ def _frame(parameters: Parameters, columns: Columns) -> list[Check]:
             )
         )
     for channel in parameters["channels"]:
-        length = identifier(f"length_{channel}")
+        length = sql_identifier(f"length_{channel}")
         checks.append(
             Check(
                 table="frame",
@@ -345,10 +343,10 @@ def _frame(parameters: Parameters, columns: Columns) -> list[Check]:
 
 def _history_leaks(channels: Sequence[str], freshness: str) -> list[Check]:
     """Lengths again, from the timelines: a behavior at or after the impression must not count."""
-    lengths = [identifier(f"length_{channel}") for channel in channels]
-    counted = [identifier(f"counted_{channel}") for channel in channels]
+    lengths = [sql_identifier(f"length_{channel}") for channel in channels]
+    counted = [sql_identifier(f"counted_{channel}") for channel in channels]
     counts = [
-        f"count(t.user_id) FILTER (WHERE t.channel = {literal(channel)}) AS {name}"
+        f"count(t.user_id) FILTER (WHERE t.channel = {sql_literal(channel)}) AS {name}"
         for channel, name in zip(channels, counted, strict=True)
     ]
     keys = ", ".join(["s.impression_id", "s.user_id", "s.event_timestamp"])
@@ -359,7 +357,7 @@ def _history_leaks(channels: Sequence[str], freshness: str) -> list[Check]:
     )
     source = (
         f"(SELECT {keys}, {stored}, {', '.join(counts)} FROM {sample} s LEFT JOIN $user_timeline t "
-        f"ON t.user_id = s.user_id AND t.event_timestamp < {moment(freshness, 's.event_timestamp')} "
+        f"ON t.user_id = s.user_id AND t.event_timestamp < {known_until(freshness, 's.event_timestamp')} "
         f"GROUP BY {keys}, {stored})"
     )
     return [
@@ -381,7 +379,7 @@ def _label_leaks(columns: AbstractSet[str], freshness: str) -> list[Check]:
     """Statistics again, for every row, from the impressions strictly before its moment."""
     windows, stored = [], []
     # Rows before the start of an hour are those of earlier hours, so ranks by hour tell their number.
-    time = moment(freshness, "event_timestamp")
+    time = known_until(freshness, "event_timestamp")
     for entity in ("user", "item"):
         if f"{entity}_impressions" in columns:
             stored.append(f"{entity}_impressions")

@@ -15,7 +15,8 @@ import pandas as pd
 import pyarrow as pa
 
 from bahe_core.errors import BadInput, one_line
-from bahe_lake.connection import columns, sql_identifier, sql_literal
+from bahe_lake.catalogue import columns
+from bahe_lake.sql import sql_identifier, sql_literal
 from feast_ducklake.conversion import arrow_table
 
 EVENT_TIMESTAMP = "event_timestamp"

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import timedelta
 
-from bahe_lake.connection import sql_identifier, sql_literal
+from bahe_lake.sql import sql_identifier, sql_literal
 from feast_ducklake.offline.entities import EntityFrame
 from feast_ducklake.offline.views import View
 

@@ -8,7 +8,8 @@ import duckdb
 from feast.data_source import DataSource
 from feast.repo_config import RepoConfig
 
-from bahe_lake.connection import snapshot, sql_identifier, sql_literal, tables, written_since
+from bahe_lake.catalogue import snapshot, tables, written_since
+from bahe_lake.sql import sql_identifier, sql_literal
 from feast_ducklake.offline.lakes import open_lake
 from feast_ducklake.offline.retrieval import DuckLakeRetrievalJob
 from feast_ducklake.offline.source import relation_of

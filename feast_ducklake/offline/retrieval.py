@@ -18,7 +18,7 @@ from feast.infra.offline_stores.file_source import SavedDatasetFileStorage
 from feast.infra.offline_stores.offline_store import RetrievalJob, RetrievalMetadata
 
 from bahe_core.errors import BadInput
-from bahe_lake.connection import tables
+from bahe_lake.catalogue import tables
 from feast_ducklake.offline.entities import GIVEN, Dtype
 from feast_ducklake.offline.lakes import home_of, open_lake, open_lake_to_write
 from feast_ducklake.offline.point_in_time import Shard

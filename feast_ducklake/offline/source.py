@@ -20,7 +20,8 @@ from feast.type_map import pa_to_feast_value_type
 from feast.value_type import ValueType
 
 from bahe_core.errors import BadInput
-from bahe_lake.connection import LAKE, sql_identifier, sql_literal
+from bahe_lake.connection import LAKE
+from bahe_lake.sql import sql_identifier, sql_literal
 from feast_ducklake.offline.entities import EVENT_TIMESTAMP
 from feast_ducklake.offline.lakes import open_lake
 from feast_ducklake.offline.views import source_columns

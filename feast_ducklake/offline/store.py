@@ -21,7 +21,8 @@ from pydantic import Field, model_validator
 
 from bahe_core.errors import BadInput
 from bahe_core.lake_location import LakeConfig
-from bahe_lake.connection import snapshot, sql_identifier
+from bahe_lake.catalogue import snapshot
+from bahe_lake.sql import sql_identifier
 from feast_ducklake.offline.entities import EVENT_TIMESTAMP, EntityFrame, EntityFrameLike, read_entities
 from feast_ducklake.offline.lakes import open_lake, open_lake_to_write
 from feast_ducklake.offline.point_in_time import point_in_time_query

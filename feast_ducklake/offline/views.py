@@ -12,7 +12,9 @@ from feast.feature_view import DUMMY_ENTITY_ID, FeatureView
 from feast.infra.offline_stores import offline_utils
 
 from bahe_core.errors import BadInput, one_line
-from bahe_lake.connection import LAKE, columns, sql_identifier, tables
+from bahe_lake.catalogue import columns, tables
+from bahe_lake.connection import LAKE
+from bahe_lake.sql import sql_identifier
 
 if TYPE_CHECKING:
     from feast.data_source import DataSource

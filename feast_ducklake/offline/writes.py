@@ -8,7 +8,9 @@ import duckdb
 import pyarrow as pa
 
 from bahe_core.errors import BadInput, one_line
-from bahe_lake.connection import commit, sql_identifier, sql_literal, tables
+from bahe_lake.catalogue import tables
+from bahe_lake.sql import sql_identifier, sql_literal
+from bahe_lake.transactions import commit
 from feast_ducklake.conversion import converted_table
 
 

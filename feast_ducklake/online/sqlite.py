@@ -23,7 +23,7 @@ from feast.infra.online_stores.helpers import compute_table_id, extract_text_and
 from feast.protos.feast.types.Value_pb2 import Value
 from feast.repo_config import FeastConfigBaseModel, RepoConfig
 
-from bahe_lake.connection import sql_identifier
+from bahe_lake.sql import sql_identifier
 from feast_ducklake.online.rows import NO_TIME, EncodedRows, Request, StoredValues
 from feast_ducklake.online.store import GuardedOnlineStore
 

@@ -23,8 +23,9 @@ from bahe_core.home import Home
 from bahe_core.progress import progress
 from bahe_core.results import Result
 from bahe_lake import runs
-from bahe_lake.connection import commit, lake, sql_literal
-from bahe_lake.freshness import moment
+from bahe_lake.connection import lake
+from bahe_lake.sql import known_until, sql_literal
+from bahe_lake.transactions import commit
 from feature_repo.store import open_store
 from materialize.config.dataset import Split, context_column, home_dataset
 from materialize.executors import LOCAL, ExecutorConfig, start
@@ -167,7 +168,7 @@ def _entities(
     validation, test = (f"TIMESTAMPTZ {sql_literal(cut.isoformat())}" for cut in cuts)
     return (
         "SELECT impression_id, user_id, item_id,"
-        f" {moment(freshness, 'i.event_timestamp')} AS event_timestamp,"
+        f" {known_until(freshness, 'i.event_timestamp')} AS event_timestamp,"
         f" {', '.join(['clicked', *map(context_column, context)])},"
         " i.event_timestamp AS impression_timestamp,"
         f" CASE WHEN i.event_timestamp < {validation} THEN 'train'"

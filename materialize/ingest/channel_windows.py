@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from bahe_lake.connection import sql_identifier, sql_literal
+from bahe_lake.sql import sql_identifier, sql_literal
 
 ENTITIES = ("user", "item")
 

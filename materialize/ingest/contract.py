@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 
 from bahe_core.errors import BadInput
-from bahe_lake.connection import sql_identifier, sql_literal
+from bahe_lake.sql import sql_identifier, sql_literal
 from materialize.config.dataset import ClickRule, Table, context_column
 
 REQUIRED = {

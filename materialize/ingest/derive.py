@@ -24,7 +24,8 @@ from datetime import datetime
 import duckdb
 
 from bahe_core.progress import progress
-from bahe_lake.connection import columns, scalar, sql_identifier, sql_literal
+from bahe_lake.catalogue import columns, scalar
+from bahe_lake.sql import sql_identifier, sql_literal
 from materialize.ingest import channel_windows
 
 VERSION = 4

@@ -21,7 +21,10 @@ from bahe_core.home import Home
 from bahe_core.progress import progress
 from bahe_core.results import Result
 from bahe_lake import runs
-from bahe_lake.connection import columns, lake, scalar, sql_identifier, sql_literal, tables, transact
+from bahe_lake.catalogue import columns, scalar, tables
+from bahe_lake.connection import lake
+from bahe_lake.sql import sql_identifier, sql_literal
+from bahe_lake.transactions import transact
 from materialize.config.dataset import Dataset, Table, context_column, load_dataset, save_dataset
 from materialize.gate import gated
 from materialize.ingest import derive, quarantine, sources

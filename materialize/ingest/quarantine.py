@@ -17,7 +17,9 @@ import duckdb
 from bahe_core.errors import BadInput
 from bahe_core.home import Home
 from bahe_core.results import Result
-from bahe_lake.connection import lake, sql_identifier, sql_literal, tables
+from bahe_lake.catalogue import tables
+from bahe_lake.connection import lake
+from bahe_lake.sql import sql_identifier, sql_literal
 from materialize.ingest.contract import FUTURE, UNKNOWN_ITEM, Projection, Rule, broken
 from materialize.ingest.sources import FILE, File, Source
 

@@ -14,7 +14,9 @@ import duckdb
 from bahe_core.errors import BadInput
 from bahe_core.home import Home
 from bahe_core.progress import say
-from bahe_lake.connection import columns, damaged_files_named, scalar, sql_identifier, sql_literal, tables
+from bahe_lake.catalogue import columns, scalar, tables
+from bahe_lake.connection import damaged_files_named
+from bahe_lake.sql import sql_identifier, sql_literal
 from materialize.config.dataset import Dataset
 from materialize.ingest import quarantine, sources
 from materialize.ingest.atoms import ATOM_ID, NORMAL_TEXT

@@ -20,8 +20,9 @@ from uuid import uuid4
 import duckdb
 
 from bahe_core.errors import BadInput, one_line
-from bahe_lake.connection import sql_identifier, sql_literal, tables
+from bahe_lake.catalogue import tables
 from bahe_lake.extensions import open_object_storage
+from bahe_lake.sql import sql_identifier, sql_literal
 from materialize.config.dataset import ImpressionTable, Table
 
 FILE = "_bahe_file"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import duckdb
 
 from bahe_lake import runs
-from bahe_lake.connection import scalar, tables
+from bahe_lake.catalogue import scalar, tables
 
 
 def atoms_without_vectors(connection: duckdb.DuckDBPyConnection, encoder_version: str) -> int:

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 import duckdb
 
 from bahe_core.errors import BaheError
-from bahe_lake.connection import commit, sql_literal, tables
+from bahe_lake.catalogue import tables
+from bahe_lake.sql import sql_literal
+from bahe_lake.transactions import commit
 
 if TYPE_CHECKING:
     from feast import FeatureStore

@@ -11,7 +11,8 @@ import numpy as np
 from bahe_core.errors import GateFailed
 from bahe_core.home import Home
 from bahe_lake import runs
-from bahe_lake.connection import commit, lake
+from bahe_lake.connection import lake
+from bahe_lake.transactions import commit
 from materialize.config.dataset import home_dataset
 from materialize.frames.frame import Frame, latest_frame
 

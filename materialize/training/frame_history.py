@@ -24,7 +24,9 @@ from filelock import FileLock
 
 from bahe_core.errors import BadInput, NotReady
 from bahe_core.home import Home
-from bahe_lake.connection import lake, scalar, sql_literal
+from bahe_lake.catalogue import scalar
+from bahe_lake.connection import lake
+from bahe_lake.sql import sql_literal
 from bahe_lake.vector_columns import vector_matrix
 from bahe_models.timelines import Int64
 from materialize.config.dataset import home_dataset

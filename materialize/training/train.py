@@ -20,7 +20,8 @@ from bahe_core.machine import PeakMemory, device, threads
 from bahe_core.progress import progress, say
 from bahe_core.results import Result
 from bahe_lake import runs
-from bahe_lake.connection import commit, lake
+from bahe_lake.connection import lake
+from bahe_lake.transactions import commit
 from bahe_models import baselines
 from bahe_models.artifact import FORMAT, Artifact, load
 from bahe_models.backbone import load_backbone

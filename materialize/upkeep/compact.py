@@ -23,7 +23,9 @@ from bahe_core.errors import BadInput
 from bahe_core.home import Home
 from bahe_core.progress import progress
 from bahe_core.results import Result
-from bahe_lake.connection import LAKE, lake, scalar, sql_literal
+from bahe_lake.catalogue import scalar
+from bahe_lake.connection import LAKE, lake
+from bahe_lake.sql import sql_literal
 
 GRACE = timedelta(days=1)
 """How long a file that is no longer needed stays for the readers that began before."""

@@ -22,7 +22,10 @@ from bahe_core.errors import BadInput
 from bahe_core.home import Home
 from bahe_core.results import Result
 from bahe_lake import runs
-from bahe_lake.connection import commit, lake, scalar, sql_literal
+from bahe_lake.catalogue import scalar
+from bahe_lake.connection import lake
+from bahe_lake.sql import sql_literal
+from bahe_lake.transactions import commit
 from bahe_models.backbone import load_backbone
 from bahe_models.encoder import encoder_version
 from feature_repo.store import open_store

@@ -27,7 +27,10 @@ from bahe_core.machine import device
 from bahe_core.progress import progress
 from bahe_core.results import Result
 from bahe_lake import runs
-from bahe_lake.connection import LAKE, commit, connect, lake, scalar, snapshot, sql_literal
+from bahe_lake.catalogue import scalar, snapshot
+from bahe_lake.connection import LAKE, connect, lake
+from bahe_lake.sql import sql_literal
+from bahe_lake.transactions import commit
 from bahe_lake.vector_columns import vector_column
 from bahe_models.artifact import Artifact, load, require_servable
 from bahe_models.timelines import Timelines

@@ -23,7 +23,10 @@ from bahe_core.home import Home
 from bahe_core.progress import progress, say
 from bahe_core.results import Result
 from bahe_lake import runs
-from bahe_lake.connection import LAKE, commit, lake, scalar, sql_literal
+from bahe_lake.catalogue import scalar
+from bahe_lake.connection import LAKE, lake
+from bahe_lake.sql import sql_literal
+from bahe_lake.transactions import commit
 from bahe_lake.vector_columns import vector_column
 from bahe_models.backbone import BackboneConfig, load_backbone
 from bahe_models.encoder import EncoderConfig, encoder_version

@@ -15,7 +15,7 @@ import pyarrow as pa
 from bahe_core.errors import NotReady
 from bahe_core.home import Home
 from bahe_lake import runs
-from bahe_lake.connection import scalar
+from bahe_lake.catalogue import scalar
 from bahe_lake.vector_columns import vector_matrix
 from bahe_models.timelines import Int64
 

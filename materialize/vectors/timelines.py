@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bahe_core.errors import NotReady
-from bahe_lake.connection import sql_literal
+from bahe_lake.sql import sql_literal
 from bahe_lake.vector_columns import vector_matrix
 from bahe_models.timelines import Int64, Timelines
 from materialize.vectors.stored_atoms import _NOT_ENCODED, Atoms

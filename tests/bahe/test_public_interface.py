@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 import bahe
-from bahe_lake.connection import commit, lake
+from bahe_lake.connection import lake
+from bahe_lake.transactions import commit
 from tests.support import REPOSITORY
 from tests.support.logs import small_log, write_dataset
 

@@ -15,7 +15,8 @@ from feast import FeatureStore
 from feast.cli.cli import cli
 
 from bahe_core.home import Home
-from bahe_lake.connection import commit, lake
+from bahe_lake.connection import lake
+from bahe_lake.transactions import commit
 from tests.support.feast_lake import write_tables
 
 DEFINITIONS = """

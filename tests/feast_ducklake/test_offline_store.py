@@ -23,7 +23,8 @@ from feast.value_type import ValueType
 
 from bahe_core.errors import BadInput
 from bahe_core.home import Home
-from bahe_lake.connection import commit, lake
+from bahe_lake.connection import lake
+from bahe_lake.transactions import commit
 from feast_ducklake.offline.source import (
     DuckLakeLoggingDestination,
     DuckLakeSource,

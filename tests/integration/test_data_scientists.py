@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader
 
 from bahe_core.errors import BadInput, NotReady
 from bahe_core.home import Home
-from bahe_lake.connection import commit, lake
+from bahe_lake.connection import lake
+from bahe_lake.transactions import commit
 from feature_repo.store import apply
 from materialize.frames.frame import Frame, frame
 from materialize.gate import gate

@@ -8,7 +8,8 @@ import pytest
 
 from bahe_core.errors import NotServable
 from bahe_core.home import Home
-from bahe_lake.connection import lake, scalar
+from bahe_lake.catalogue import scalar
+from bahe_lake.connection import lake
 from bahe_models import load
 from tests.support.cli import attempt
 from tests.support.logs import small_log, write_dataset

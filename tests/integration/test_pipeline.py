@@ -22,7 +22,8 @@ from bahe import cli
 from bahe.cli import printing
 from bahe_core.errors import BadInput, BaheError, Damaged, GateFailed, NotReady, UnknownEntity
 from bahe_core.home import Home
-from bahe_lake.connection import lake, scalar
+from bahe_lake.catalogue import scalar
+from bahe_lake.connection import lake
 from bahe_models.features import needed_columns
 from feature_repo.store import open_store
 from materialize.frames.frame import latest_frame

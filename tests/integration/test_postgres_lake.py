@@ -18,7 +18,9 @@ import yaml
 from bahe_core.errors import BadInput, Busy, NotReady, Unreachable
 from bahe_core.home import Home
 from bahe_core.lake_location import LakeConfig
-from bahe_lake.connection import commit, connect, lake, scalar
+from bahe_lake.catalogue import scalar
+from bahe_lake.connection import connect, lake
+from bahe_lake.transactions import commit
 from materialize.ingest.ingest import ingest
 from serving.lookup import OnlineLookup
 from tests.support import REPOSITORY
@@ -102,7 +104,8 @@ WRITER = """
 import sys
 from pathlib import Path
 from bahe_core.home import Home
-from bahe_lake.connection import commit, lake
+from bahe_lake.connection import lake
+from bahe_lake.transactions import commit
 table, root = sys.argv[1:]
 with lake(Home.at(root)) as connection:
     for i in range(15):

@@ -17,7 +17,8 @@ from feast import FeatureView
 
 from bahe_core.errors import BadInput, BaheError, Damaged, NotReady
 from bahe_core.home import Home
-from bahe_lake.connection import lake, written_since
+from bahe_lake.catalogue import written_since
+from bahe_lake.connection import lake
 from bahe_lake.runs import last
 from feast_ducklake.online.sqlite import GuardedSqliteOnlineStore
 from feature_repo.store import TEMPLATE, open_store

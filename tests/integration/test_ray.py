@@ -18,7 +18,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from bahe_core.home import Home
-from bahe_lake.connection import commit, lake
+from bahe_lake.connection import lake
+from bahe_lake.transactions import commit
 from feast_ducklake.offline import retrieval
 from feast_ducklake.offline.sharding import ShardReader
 from materialize.vectors import chunks, embed

@@ -12,7 +12,9 @@ import yaml
 
 from bahe_core.errors import BadInput, BaheError, NotReady
 from bahe_core.home import Home
-from bahe_lake.connection import LAKE, commit, lake, scalar, snapshot, transact
+from bahe_lake.catalogue import scalar, snapshot
+from bahe_lake.connection import LAKE, lake
+from bahe_lake.transactions import commit, transact
 from feature_repo.store import open_store
 from materialize.ingest import derive
 from materialize.training import train

@@ -10,7 +10,9 @@ import pyarrow as pa
 from feast import FeatureStore, RepoConfig
 
 from bahe_core.home import Home
-from bahe_lake.connection import commit, lake, sql_identifier
+from bahe_lake.connection import lake
+from bahe_lake.sql import sql_identifier
+from bahe_lake.transactions import commit
 
 START = pd.Timestamp("2024-01-01", tz="UTC")
 

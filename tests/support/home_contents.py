@@ -32,7 +32,9 @@ def copy_of(home: Home, folder: Path) -> Home:
 
 def contents(home: Home) -> Contents:
     """Every table of the lake in an order of its own: rows without stamps and vectors, and the vectors."""
-    from bahe_lake.connection import columns, lake, sql_identifier, tables
+    from bahe_lake.catalogue import columns, tables
+    from bahe_lake.connection import lake
+    from bahe_lake.sql import sql_identifier
 
     found: Contents = {}
     with lake(home) as connection:

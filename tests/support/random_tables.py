@@ -122,7 +122,9 @@ def _ticks(times: pd.Series[Any]) -> npt.NDArray[np.int64]:
 
 def write_tables(home: Home, tables: dict[str, pd.DataFrame]) -> None:
     """Make these the lake's tables of those names."""
-    from bahe_lake.connection import commit, lake, sql_identifier
+    from bahe_lake.connection import lake
+    from bahe_lake.sql import sql_identifier
+    from bahe_lake.transactions import commit
 
     home.create()
     with lake(home, create=True) as connection:

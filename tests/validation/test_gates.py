@@ -11,6 +11,7 @@ import duckdb
 import pytest
 
 from bahe_core.errors import BaheError, GateFailed, NotReady
+from bahe_lake.sql import sql_identifier, sql_literal
 from validation import GateResult, require, run_gate
 from validation.measure import measure
 
@@ -376,6 +377,19 @@ def test_great_expectations_refuses_what_was_found(
     assert result.failures == tuple(f.sentence for f in findings if not f.holds)
     with pytest.raises(GateFailed, match=f"^The {gate} gate refused the hand-over: .*{sentence}"):
         require(result)
+
+
+def test_a_channel_may_be_called_anything(connection: duckdb.DuckDBPyConnection) -> None:
+    name = """it's "$frame" $x"""
+    column = sql_identifier(f"length_{name}")
+    connection.execute(f"UPDATE user_timeline SET channel = {sql_literal(name)} WHERE channel = 'searched'")
+    connection.execute(f"ALTER TABLE frame RENAME length_searched TO {column}")
+    findings = measure(connection, "frame", TABLES, {"channels": ["watched", name], "rows": 12})
+    assert [finding.sentence for finding in findings if not finding.holds] == []
+    connection.execute(f"UPDATE frame SET {column} = 99")
+    findings = measure(connection, "frame", TABLES, {"channels": ["watched", name], "rows": 12})
+    (broken,) = [finding for finding in findings if not finding.holds]
+    assert broken.check.column == f"length_{name}"
 
 
 def test_data_docs_keep_the_latest_result_of_each_gate(

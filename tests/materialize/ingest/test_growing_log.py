@@ -16,7 +16,8 @@ from bahe import cli
 from bahe_core.errors import BadInput
 from bahe_core.home import Home
 from bahe_lake import runs
-from bahe_lake.connection import columns, lake, scalar
+from bahe_lake.catalogue import columns, scalar
+from bahe_lake.connection import lake
 from materialize.ingest import derive
 from materialize.ingest.ingest import ingest
 from materialize.ingest.quarantine import quarantined

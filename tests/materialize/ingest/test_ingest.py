@@ -14,7 +14,8 @@ import yaml
 
 from bahe_core.errors import BadInput, Busy, NotReady
 from bahe_core.home import Home
-from bahe_lake.connection import connect, lake, scalar
+from bahe_lake.catalogue import scalar
+from bahe_lake.connection import connect, lake
 from materialize.ingest.ingest import ingest
 from tests.support.logs import small_log, write_dataset
 

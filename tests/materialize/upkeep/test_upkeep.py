@@ -12,7 +12,8 @@ import pytest
 
 from bahe_core.errors import BadInput, NotReady
 from bahe_core.home import Home
-from bahe_lake.connection import connect, lake, scalar
+from bahe_lake.catalogue import scalar
+from bahe_lake.connection import connect, lake
 from materialize.ingest.ingest import ingest
 from materialize.upkeep import compact as upkeep
 from materialize.upkeep.compact import compact

@@ -1,0 +1,29 @@
+"""SQL as text: quoting, and the instant whose past an impression sees. Imports nothing heavy."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+
+def sql_literal(value: str | int | float | datetime) -> str:
+    """The SQL literal of a string, a number or a time (UTC where it names no zone)."""
+    if isinstance(value, datetime):
+        aware = value if value.tzinfo else value.replace(tzinfo=UTC)
+        return f"TIMESTAMPTZ '{aware.isoformat()}'"
+    if isinstance(value, (int, float)):
+        return str(value)
+    return "'" + value.replace("'", "''") + "'"
+
+
+def sql_identifier(identifier: str) -> str:
+    """A SQL identifier."""
+    return '"' + identifier.replace('"', '""') + '"'
+
+
+def known_until(freshness: str, time: str) -> str:
+    """SQL of the instant whose past is known to an impression at `time` (a SQL expression).
+
+    `freshness` says how often what serving reads is renewed: event, hourly or daily.
+    """
+    unit = {"event": None, "hourly": "hour", "daily": "day"}[freshness]
+    return time if unit is None else f"date_trunc('{unit}', {time})"
