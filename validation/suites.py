@@ -7,6 +7,7 @@ from collections.abc import Set as AbstractSet
 from datetime import timedelta
 from typing import Any
 
+from bahe_lake.blank import blank
 from bahe_lake.sql import known_until, sql_identifier, sql_literal
 from validation.checks import (
     Check,
@@ -102,16 +103,17 @@ def _ingest(parameters: Parameters, _: Columns) -> list[Check]:
                 "Seconds read as milliseconds, or the reverse, put events in 1970 or far ahead.",
             )
         )
-    for table, key in (
-        ("impressions", "impression_id"),
-        ("items", "item_id"),
-        ("atoms", "atom_id"),
+    # An item's rows are its versions in time.
+    for table, unique_key in (
+        ("impressions", ["impression_id"]),
+        ("items", ["item_id", "event_timestamp"]),
+        ("atoms", ["atom_id"]),
     ):
-        checks.append(unique(table, [key]))
+        checks.append(unique(table, unique_key))
     for table, key in (("items", "item_id"), ("atoms", "atom_id")):
-        blank = "text IS NULL OR trim(text) = ''"
+        no_text = f"text IS NULL OR {blank('text')}"
         why = "The model reads text; a blank gives it nothing to tell one item from another."
-        checks.append(rule(table, "text", "must not be blank", blank, key, why))
+        checks.append(rule(table, "text", "must not be blank", no_text, key, why))
     for table in ("behaviors", "atoms", "user_timeline"):
         key = _INGEST_COLUMNS[table][0]
         # The texts of items are atoms too, in a channel of their own.

@@ -25,6 +25,18 @@ class ClickRule(_Section):
     at_least: float
 
 
+class CsvFormat(_Section):
+    """How CSV files are written. Nothing of it is guessed from what the files look like."""
+
+    encoding: Literal["utf-8", "utf-16", "latin-1"] = "utf-8"
+    delimiter: Annotated[str, Field(min_length=1, max_length=1)] | None = None
+    """Between two values; a comma unless given, a tab in .tsv files."""
+    quote: Annotated[str, Field(min_length=1, max_length=1)] = '"'
+    """Around a value that holds a delimiter or a line end; doubled, it stands for itself."""
+    decimal: Literal[".", ","] = "."
+    """The decimal mark of numbers."""
+
+
 class Table(_Section):
     """One input table: files or a query, and the names its columns have there."""
 
@@ -38,6 +50,12 @@ class Table(_Section):
     """Unit of numeric timestamps (since 1970, UTC). Text and datetime columns need none."""
     channel: str | None = None
     """Behaviors only: the channel of every row, for a source without a channel column."""
+    timestamp_format: str | None = None
+    """How times are written in text when not in ISO 8601: `%d/%m/%Y %H:%M` and the like (UTC unless it has
+    `%z`)."""
+    csv: CsvFormat = CsvFormat()
+    types: dict[str, Literal["text", "integer", "number", "boolean", "time"]] = Field(default_factory=dict)
+    """Of columns (by bahe's names) whose source does not say: CSV is text unless stated here."""
 
     @model_validator(mode="after")
     def _one_source(self) -> Table:

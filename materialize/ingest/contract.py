@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 
 from bahe_core.errors import BadInput
+from bahe_lake.blank import blank
 from bahe_lake.sql import sql_identifier, sql_literal
 from materialize.config.dataset import ClickRule, Table, context_column
+from materialize.ingest import values
+from materialize.ingest.column_types import KEYS, ColumnTypes, source_column
+from materialize.ingest.layouts import Layout
 
 REQUIRED = {
     "behaviors": ("user_id", "channel", "text", "event_timestamp"),
@@ -16,16 +20,13 @@ REQUIRED = {
     "items": ("item_id", "text", "event_timestamp"),
     "users": ("user_id", "event_timestamp"),
 }
-IDS = ("impression_id", "user_id", "item_id")
 EARLIEST = 1980
 """A time before this year is a broken clock or a wrong unit."""
 
 UNKNOWN_ITEM, FUTURE = "unknown item", "time in the future"
 """Names of the rules that a row may come to keep without a change of its own."""
 
-_FRACTIONS = ("DOUBLE", "FLOAT", "DECIMAL")
-_NO_CATEGORY = ("STRUCT", "MAP", "UNION", "BLOB")
-_INTEGERS = {"TINYINT", "SMALLINT", "INTEGER", "BIGINT", "UTINYINT", "USMALLINT", "UINTEGER"}
+_UNITS = {"s": "seconds", "ms": "milliseconds", "us": "microseconds"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +41,8 @@ class Rule:
     """The reason in a sentence, with `{}` for the value."""
     value: str = "NULL"
     """SQL of the value that is to blame, as text."""
+    shown: str | None = None
+    """SQL of what the sentence shows in the value's place, where that is something else."""
     counts: bool = True
     """Whether such rows count towards the share that is too much: a row that contradicts the lake is set
     aside, as the lake keeps what it has, but is no defect of the file."""
@@ -47,18 +50,18 @@ class Rule:
     @property
     def sentence(self) -> str:
         """SQL of the reason with the value in its place."""
-        before, found, after = self.reason.partition("{}")
-        value = f"coalesce(({self.value})::VARCHAR, 'None')"
+        before, place, after = self.reason.partition("{}")
+        value = f"coalesce(({self.shown or self.value})::VARCHAR, 'None')"
         return (
             f"{sql_literal(before)} || {value} || {sql_literal(after)}"
-            if found
+            if place
             else sql_literal(self.reason)
         )
 
 
 @dataclass
 class Projection:
-    """How a source's rows become rows of a table. Columns that start with `_` are for reasons only."""
+    """How the rows of one layout become rows of a table. Columns that begin with `_` serve reasons only."""
 
     table: str
     columns: dict[str, str] = field(default_factory=dict)
@@ -66,8 +69,6 @@ class Projection:
     extra: dict[str, str] = field(default_factory=dict)
     """SQL of the columns that only reasons read."""
     rules: list[Rule] = field(default_factory=list)
-    types: dict[str, str] = field(default_factory=dict)
-    """Types of the ids."""
 
     def query(self, relation: str, more: str = "") -> str:
         """SQL of the table's rows and the reasons' columns."""
@@ -85,125 +86,163 @@ def broken(rules: Sequence[Rule]) -> str:
 
 def project(
     table: str,
-    section: Table,
-    found: Mapping[str, str],
+    layout: Layout,
+    types: ColumnTypes,
     *,
-    what: str,
-    csv: bool,
+    others: Collection[str],
     context: Sequence[str],
     channels: Sequence[str],
-    held: Mapping[str, str],
-    item_type: str | None,
     latest: datetime,
 ) -> Projection:
-    """The projection of a source with the columns `found` (and their types) into a table.
+    """The projection of a layout's rows into a table.
 
-    `held` are the columns that the lake's table has, and `item_type` is the type of its
-    item ids. Raises BadInput when a column that is needed is missing or of a type that cannot be.
+    A column that is not required may be missing where the `others`, columns of further files, have it.
+
+    Raises BadInput when a column that is needed is missing or of a type that cannot be.
     """
-    mapping = dict(section.columns)
-    if table == "behaviors" and section.channel is not None:
-        if "channel" in mapping:
-            raise BadInput("behaviors: give `channel` or `columns.channel`, not both.")
-    else:
-        section = section.model_copy(update={"channel": None})
+    section = layout.source.section
+    if table == "behaviors" and section.channel is not None and "channel" in section.columns:
+        raise BadInput("behaviors: give `channel` or `columns.channel`, not both.")
+    _check_context(table, layout, context)
+    held = types.lake[table]
     made = Projection(table)
+    conversions: list[Rule] = []
     used: set[str] = set()
-    required = {_source_column(mapping.get(target, target)): target for target in REQUIRED[table]}
-    for target in dict.fromkeys((*REQUIRED[table], *mapping, *context)):
-        if target == "channel" and section.channel is not None:
+    for target in dict.fromkeys((*REQUIRED[table], *section.columns, *context)):
+        if table == "behaviors" and target == "channel" and section.channel is not None:
             made.columns[target] = sql_literal(section.channel)
             continue
-        rule = mapping.get(target, target)
-        column = _source_column(rule)
-        if target in context and column in required:
-            raise BadInput(
-                f"{table}.context: {column} of {what} is already read as {required[column]}; take"
-                f" {target} out of the list."
-            )
+        column = source_column(section, target)
         stored = context_column(target) if target in context else target
-        if column not in found:
-            if target not in REQUIRED[table] and stored in held:
-                continue  # the log no longer has it, so new rows lack it
-            also = f", or take {target} out of {table}.context" if target in context else ""
-            raise BadInput(
-                f"{table}: {what} has no column {column} (for {target}); it has"
-                f" {', '.join(found)}; map it under {table}.columns{also}."
-            )
+        if column not in layout.columns:
+            if target not in REQUIRED[table] and (stored in held or column in others):
+                continue  # other rows have it, and these lack it
+            raise _missing(table, layout, target, column, context)
         used.add(column)
-        if target in context:
-            made.columns[stored] = category(what, column, sql_identifier(column), found[column])
-        elif target in IDS:
-            wanted = held.get(target) if csv else None
-            _take_id(made, table, what, target, column, found[column], wanted)
-        elif target in REQUIRED[table]:
-            made.columns[target] = _expression(table, target, rule, found[column], section)
-        else:
-            _take_optional(made, target, column, found[column], held)
-    for column, kind in found.items():
-        if column in used or column in made.columns:
+        made.columns[stored] = _value(table, layout, types, target, column, context)
+        conversions += _conversion(made, layout, types, target, column, context)
+    for column in layout.columns:
+        if column in used or column in made.columns or (table == "behaviors" and column != "item_id"):
             continue
-        if table == "behaviors":
-            if column == "item_id":
-                _take_optional(made, column, column, kind, {"item_id": item_type} if item_type else {})
-        elif column in IDS:
-            made.columns[column] = _id(sql_identifier(column), kind)
-        else:
-            _take_optional(made, column, column, kind, held)
+        made.columns[column] = _value(table, layout, types, column, column, ())
+        conversions += _conversion(made, layout, types, column, column, ())
     if table == "behaviors":
-        made.columns.setdefault("item_id", f"NULL::{item_type or 'BIGINT'}")
-    raw_time = mapping.get("event_timestamp", "event_timestamp")
-    assert isinstance(raw_time, str)
-    made.extra["_time"] = f"{sql_identifier(raw_time)}::VARCHAR"
-    made.rules += _rules(table, channels, latest)
+        made.columns.setdefault("item_id", f"NULL::{types.keys['item_id']}")
+    made.extra["_time"] = f"{sql_identifier(source_column(section, 'event_timestamp'))}::VARCHAR"
+    made.rules += conversions + _rules(table, section, channels, latest)
     return made
 
 
-def category(what: str, column: str, expression: str, kind: str) -> str:
-    """A context column as text, numbers as `bahe_models.context` writes those of a request."""
-    if kind.endswith("]") or kind.startswith(_NO_CATEGORY):
-        raise BadInput(
-            f"impressions.context: {column} of {what} is {kind}; context is text, numbers or booleans, so"
-            " convert it or take it out of the list."
+def _check_context(table: str, layout: Layout, context: Sequence[str]) -> None:
+    section = layout.source.section
+    required = {source_column(section, target): target for target in REQUIRED[table]}
+    for target in context:
+        column = source_column(section, target)
+        if column in required:
+            raise BadInput(
+                f"{table}.context: {column} of {layout.what} is already read as {required[column]}; take"
+                f" {target} out of the list."
+            )
+
+
+def _missing(table: str, layout: Layout, target: str, column: str, context: Sequence[str]) -> BadInput:
+    also = f", or take {target} out of {table}.context" if target in context else ""
+    if layout.source.csv and len(layout.columns) == 1:
+        also = "; if values are parted by something else, set `csv: {delimiter: …}`"
+    return BadInput(
+        f"{table}: {layout.what} has no column {column} (for {target}); it has"
+        f" {', '.join(layout.columns)}; map it under {table}.columns{also}."
+    )
+
+
+def _value(
+    table: str, layout: Layout, types: ColumnTypes, target: str, column: str, context: Sequence[str]
+) -> str:
+    """SQL of one column of the table."""
+    section, kind, raw = layout.source.section, layout.columns[column], sql_identifier(column)
+    rule = section.columns.get(target, target)
+    if isinstance(rule, ClickRule) and target != "clicked":
+        raise BadInput(f"{table}.columns.{target}: `at_least` is for `clicked` only.")
+    try:
+        if target in context:
+            if target in section.types:
+                named = values.NAMED_TYPES[section.types[target]]
+                raw, kind = values.convert(raw, kind, named, section), named
+            return category(raw, kind)
+        if target in KEYS and (target in REQUIRED[table] or table == "behaviors"):
+            return _key(raw, kind, types.keys[target], section)
+        if target == "event_timestamp":
+            return values.moment(raw, kind, section)
+        if target == "clicked" and table == "impressions":
+            if isinstance(rule, ClickRule):
+                return values.at_least(raw, kind, rule.at_least, section)
+            return values.clicked(raw, kind, section)
+        if target in REQUIRED[table]:
+            return values.text(raw, kind)
+        return values.convert(raw, kind, types.attributes[table].get(target, kind), section)
+    except BadInput as error:
+        raise BadInput(f"{table}: {column} of {layout.what} {error}.") from None
+
+
+def _key(raw: str, kind: str, wanted: str, section: Table) -> str:
+    """An id; one that shows nothing is none."""
+    value = values.convert(raw, kind, wanted, section)
+    return f"(CASE WHEN NOT {blank(value)} THEN {value} END)" if wanted == "VARCHAR" else value
+
+
+def _conversion(
+    made: Projection, layout: Layout, types: ColumnTypes, target: str, column: str, context: Sequence[str]
+) -> list[Rule]:
+    """The rule that a value which is there must not be lost on its way to the column's type."""
+    section, kind, raw = layout.source.section, layout.columns[column], sql_identifier(column)
+    is_key = target in KEYS and (target in REQUIRED[made.table] or made.table == "behaviors")
+    if target in context:
+        if target not in section.types:
+            return []
+        wanted = values.NAMED_TYPES[section.types[target]]
+    elif target in REQUIRED[made.table] and not is_key:
+        return []  # has rules of its own
+    else:
+        wanted = types.keys[target] if is_key else types.attributes[made.table].get(target, kind)
+    if kind == wanted or wanted == "VARCHAR":
+        return []
+    stored = context_column(target) if target in context else target
+    there = f"NOT isnan({raw})" if kind in ("DOUBLE", "FLOAT") else f"{raw} IS NOT NULL"
+    if values.is_text(kind):
+        there = f"NOT {blank(values.text(raw, kind))}"
+    made.extra[f"_raw_{stored}"] = f"(CASE WHEN {there} THEN {raw}::VARCHAR END)"
+    source = "the lake" if stored in types.lake[made.table] else "the log"
+    return [
+        Rule(
+            name=f"no {wanted.lower()} in {stored}",
+            breaks=f"{sql_identifier(stored)} IS NULL AND {sql_identifier(f'_raw_{stored}')} IS NOT NULL",
+            value=sql_identifier(f"_raw_{stored}"),
+            reason=f"{target} {{}} is not exactly {wanted}, as {source} has it",
         )
-    if not kind.startswith(_FRACTIONS):
+    ]
+
+
+def category(expression: str, kind: str) -> str:
+    """A context column as text, numbers as `bahe_models.context` writes those of a request."""
+    if kind.endswith("]") or kind.startswith(("STRUCT", "MAP", "UNION", "BLOB")):
+        raise BadInput(
+            f"is {kind}; context is text, numbers or booleans, so convert it or take it out of the list"
+        )
+    if not values.is_fraction(kind):
         return f"{expression}::VARCHAR"
     # A column of integers with gaps often comes as DOUBLE.
     number = f"{expression}::DOUBLE"
     whole = f"{number} = trunc({number}) AND abs({number}) < 1e16"
     shown = number if kind.startswith("DECIMAL") else expression  # 0.50 is 0.5
-    return (
-        f"CASE WHEN isnan({number}) THEN NULL WHEN {whole} THEN {number}::BIGINT::VARCHAR"
-        f" ELSE {shown}::VARCHAR END"
-    )
+    return f"""(CASE WHEN isnan({number}) THEN NULL WHEN {whole} THEN {number}::BIGINT::VARCHAR
+                ELSE {shown}::VARCHAR END)"""
 
 
-def _rules(table: str, channels: Sequence[str], latest: datetime) -> list[Rule]:
+def _rules(table: str, section: Table, channels: Sequence[str], latest: datetime) -> list[Rule]:
     rules = []
     for column in REQUIRED[table]:
         if column == "event_timestamp":
-            rules += [
-                Rule(
-                    name="no time",
-                    breaks="event_timestamp IS NULL",
-                    value="_time",
-                    reason="event_timestamp {} is not a time; use ISO 8601 or seconds since 1970",
-                ),
-                Rule(
-                    name="time too early",
-                    breaks=f"event_timestamp < TIMESTAMPTZ '{EARLIEST}-01-01 00:00:00+00'",
-                    value="_time",
-                    reason=f"event_timestamp {{}} lies before {EARLIEST}; correct the clock, or set"
-                    " `timestamp_unit`",
-                ),
-                Rule(
-                    name=FUTURE,
-                    breaks=f"event_timestamp > TIMESTAMPTZ {sql_literal(latest.isoformat())}",
-                    value="_time",
-                    reason="event_timestamp {} lies in the future; correct the clock, or set"
-                    " `timestamp_unit`",
-                ),
-            ]
+            rules += _rules_of_time(section, latest)
         elif column == "clicked":
             rules.append(
                 Rule(
@@ -216,14 +255,18 @@ def _rules(table: str, channels: Sequence[str], latest: datetime) -> list[Rule]:
             rules.append(
                 Rule(
                     name="no text",
-                    breaks="text IS NULL OR trim(text) = ''",
+                    breaks=f"text IS NULL OR {blank('text')}",
                     reason="text is missing; every row needs words",
                 )
             )
         else:
-            blank = " OR trim(channel) = ''" if column == "channel" else ""
+            shows_nothing = f" OR {blank('channel')}" if column == "channel" else ""
             rules.append(
-                Rule(name=f"no {column}", breaks=f"{column} IS NULL{blank}", reason=f"{column} is missing")
+                Rule(
+                    name=f"no {column}",
+                    breaks=f"{column} IS NULL{shows_nothing}",
+                    reason=f"{column} is missing",
+                )
             )
     if table == "behaviors":
         listed = ", ".join(sql_literal(channel) for channel in channels)
@@ -238,77 +281,34 @@ def _rules(table: str, channels: Sequence[str], latest: datetime) -> list[Rule]:
     return rules
 
 
-def _source_column(rule: str | ClickRule) -> str:
-    return rule.column if isinstance(rule, ClickRule) else rule
-
-
-def _expression(table: str, target: str, rule: str | ClickRule, kind: str, section: Table) -> str:
-    column = sql_identifier(_source_column(rule))
-    if isinstance(rule, ClickRule):
-        if target != "clicked":
-            raise BadInput(f"{table}.columns.{target}: `at_least` is for `clicked` only.")
-        number = f"TRY_CAST({column} AS DOUBLE)"
-        return f"CASE WHEN isfinite({number}) THEN ({number} >= {rule.at_least})::INTEGER END"
-    if target == "event_timestamp":
-        if kind in _INTEGERS or kind in ("DOUBLE", "FLOAT", "HUGEINT") or kind.startswith("DECIMAL"):
-            micros = {"s": 1_000_000, "ms": 1_000, "us": 1}[section.timestamp_unit]
-            number = f"{column}::HUGEINT" if kind in _INTEGERS else column
-            return f"make_timestamptz(TRY_CAST({number} * {micros} AS BIGINT))"
-        return f"TRY_CAST({column} AS TIMESTAMPTZ)"
-    if target == "clicked":
-        # Whatever is not exactly 0 or 1 becomes NULL here and is reported with its row.
-        number = f"TRY_CAST({column} AS DOUBLE)"
-        return f"CASE WHEN {number} IN (0, 1) THEN {number}::INTEGER END"
-    return f"{column}::VARCHAR"  # text and channel
-
-
-def _id(column: str, kind: str) -> str:
-    """Ids are integers or strings; anything else is taken as a string."""
-    return f"{column}::{id_type(kind)}"
-
-
-def id_type(kind: str) -> str:
-    """What an id of this type becomes."""
-    return "BIGINT" if kind in _INTEGERS else "VARCHAR"
-
-
-def _take_id(
-    made: Projection, table: str, what: str, target: str, column: str, kind: str, wanted: str | None
-) -> None:
-    """An id; of CSV, whose types are guessed, as the type that the lake has."""
-    made.types[target] = id_type(kind)
-    if wanted == "BIGINT" and made.types[target] == "VARCHAR":
-        made.types[target] = wanted
-        made.columns[target] = f"TRY_CAST({sql_identifier(column)} AS BIGINT)"
-        _note_wrong_type(made, target, sql_identifier(column), wanted)
-    else:
-        made.columns[target] = _id(sql_identifier(column), kind)
-
-
-def _take_optional(
-    made: Projection, target: str, column: str, kind: str, held: Mapping[str, str | None]
-) -> None:
-    """A column that a log may have, as the type that the lake holds it in."""
-    wanted = held.get(target)
-    if wanted is None or wanted == kind:
-        made.columns[target] = sql_identifier(column)
-        return
-    value = sql_identifier(column)
-    if kind.startswith(_FRACTIONS):
-        value = f"CASE WHEN NOT isnan({value}::DOUBLE) THEN {value} END"  # integers with gaps
-    made.columns[target] = f"TRY_CAST({value} AS {wanted})"
-    if kind.startswith(_FRACTIONS) and wanted in _INTEGERS:
-        made.columns[target] = f"CASE WHEN {value} = round({value}) THEN TRY_CAST({value} AS {wanted}) END"
-    _note_wrong_type(made, target, value, wanted)
-
-
-def _note_wrong_type(made: Projection, target: str, raw: str, wanted: str) -> None:
-    made.extra[f"_raw_{target}"] = f"({raw})::VARCHAR"
-    made.rules.append(
-        Rule(
-            name=f"no {wanted.lower()} in {target}",
-            breaks=f"{sql_identifier(target)} IS NULL AND {sql_identifier(f'_raw_{target}')} IS NOT NULL",
-            value=sql_identifier(f"_raw_{target}"),
-            reason=f"{target} {{}} is not {wanted}, as the lake has it",
-        )
+def _rules_of_time(section: Table, latest: datetime) -> list[Rule]:
+    column = source_column(section, "event_timestamp")
+    called = "event_timestamp" if column == "event_timestamp" else f"event_timestamp (column {column})"
+    form = section.timestamp_format
+    ways = (
+        f"it must be written as `timestamp_format` says, {form}"
+        if form is not None
+        else f"write ISO 8601 or {_UNITS[section.timestamp_unit]} since 1970, no finer than a microsecond,"
+        " or say how it is written by `timestamp_format`"
     )
+    return [
+        Rule(
+            name="no time",
+            breaks="event_timestamp IS NULL",
+            value="_time",
+            reason=f"{called} {{}} is not a time that has one meaning; {ways}",
+        ),
+        Rule(
+            name="time too early",
+            breaks=f"event_timestamp < TIMESTAMPTZ '{EARLIEST}-01-01 00:00:00+00'",
+            value="_time",
+            reason=f"{called} {{}} lies before {EARLIEST}; correct the clock, or set `timestamp_unit`",
+        ),
+        Rule(
+            name=FUTURE,
+            breaks=f"event_timestamp > TIMESTAMPTZ {sql_literal(latest.isoformat())}",
+            value="event_timestamp",
+            shown="_time",
+            reason=f"{called} {{}} lies in the future; correct the clock, or set `timestamp_unit`",
+        ),
+    ]

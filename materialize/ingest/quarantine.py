@@ -21,6 +21,7 @@ from bahe_lake.catalogue import tables
 from bahe_lake.connection import lake
 from bahe_lake.sql import sql_identifier, sql_literal
 from materialize.ingest.contract import FUTURE, UNKNOWN_ITEM, Projection, Rule, broken
+from materialize.ingest.layouts import Layout
 from materialize.ingest.sources import FILE, File, Source
 
 CREATE = (
@@ -28,9 +29,6 @@ CREATE = (
     " rule VARCHAR, reason VARCHAR, value VARCHAR, row VARCHAR, quarantined_at TIMESTAMPTZ, run VARCHAR)"
 )
 _KEY = "table_name, source, row_number, rule, row"
-
-Reader = Callable[[File | None], str]
-"""SQL of a source's rows: of one file, or of all of them with the column FILE."""
 
 
 def prepare(connection: duckdb.DuckDBPyConnection) -> None:
@@ -40,11 +38,8 @@ def prepare(connection: duckdb.DuckDBPyConnection) -> None:
 
 def hold(
     connection: duckdb.DuckDBPyConnection,
-    source: Source,
-    files: Sequence[File],
-    projection: Projection,
-    rules: Sequence[Rule],
-    rows_of: Reader,
+    parts: Sequence[tuple[Layout, Projection]],
+    rules_of_many: Sequence[Rule],
     *,
     count: int,
     read: int,
@@ -56,35 +51,49 @@ def hold(
     `read`.
     """
     refused = count > max_share * read
-    if refused:
-        rules = [rule for rule in rules if rule.counts]
-    bad = broken(rules)
-    broken_files = list(files)
-    if len(files) > 1:
-        query = projection.query(rows_of(None), f", {sql_identifier(FILE)} AS _file")
-        found = connection.execute(f"SELECT DISTINCT _file FROM {query} WHERE {bad}").fetchall()
-        paths = {path for (path,) in found}
-        broken_files = [file for file in files if file.path in paths]
-    for file in broken_files:
-        query = projection.query(rows_of(file), ", row_number() OVER () AS _row, _row_of_source AS _whole")
-        cases = {
-            what: "CASE " + " ".join(f"WHEN {rule.breaks} THEN {sql(rule)}" for rule in rules) + " END"
-            for what, sql in (
-                ("rule", lambda rule: sql_literal(rule.name)),
-                ("reason", lambda rule: rule.sentence),
-                ("value", lambda rule: f"({rule.value})::VARCHAR"),
-            )
-        }
-        selected = (
-            f"SELECT {sql_literal(projection.table)}, {sql_literal(file.path)}, _row, {cases['rule']},"
-            f" {cases['reason']}, {cases['value']}, to_json(_whole)::VARCHAR, NULL, NULL"
-            f" FROM {query} WHERE {bad}"
-        )
-        if refused:
-            first = connection.execute(f"{selected} ORDER BY _row LIMIT 1").fetchone()
-            assert first is not None
-            raise BadInput(_refusal(first, file, len(files), count, read, max_share))
-        connection.execute(f"INSERT INTO held {selected}")
+    for layout, projection in parts:
+        rules = [rule for rule in (*projection.rules, *rules_of_many) if rule.counts or not refused]
+        for file in _files_with(connection, layout, projection, broken(rules)):
+            selected = _reasons(layout, projection, rules, file)
+            if refused:
+                first = connection.execute(f"{selected} ORDER BY _number LIMIT 1").fetchone()
+                assert first is not None
+                files = sum(len(other.files) for other, _ in parts)
+                raise BadInput(_refusal(first, file, files, count, read, max_share))
+            connection.execute(f"INSERT INTO held {selected}")
+
+
+def _files_with(
+    connection: duckdb.DuckDBPyConnection, layout: Layout, projection: Projection, bad: str
+) -> list[File]:
+    """The layout's files that have rows of which the predicate is true."""
+    column = sql_identifier(FILE) if len(layout.files) > 1 else "1"
+    rows = projection.query(layout.relation, f", {column} AS _file")
+    paths = {
+        path
+        for (path,) in connection.execute(
+            f"SELECT DISTINCT _file FROM {rows} AS _row WHERE {bad}"
+        ).fetchall()
+    }
+    return [file for file in layout.files if file.path in paths or (paths and len(layout.files) == 1)]
+
+
+def _reasons(layout: Layout, projection: Projection, rules: Sequence[Rule], file: File) -> str:
+    """SQL of the file's rows that break a rule, as rows of the quarantine."""
+    rows = projection.query(
+        layout.rows_of(file), ", row_number() OVER () AS _number, _row_of_source AS _whole"
+    )
+
+    def of_first_broken(sql: Callable[[Rule], str]) -> str:
+        return "CASE " + " ".join(f"WHEN {rule.breaks} THEN {sql(rule)}" for rule in rules) + " END"
+
+    return f"""
+        SELECT {sql_literal(projection.table)}, {sql_literal(file.path)}, _number,
+            {of_first_broken(lambda rule: sql_literal(rule.name))},
+            {of_first_broken(lambda rule: rule.sentence)},
+            {of_first_broken(lambda rule: f"({rule.value})::VARCHAR")},
+            to_json(_whole)::VARCHAR, NULL, NULL
+        FROM {rows} AS _row WHERE {broken(rules)}"""
 
 
 def _refusal(row: tuple[Any, ...], file: File, files: int, count: int, read: int, max_share: float) -> str:

@@ -1,4 +1,4 @@
-"""Which files a log's tables name, which of them the lake has not read yet, and how DuckDB reads them.
+"""Which files a log's tables name, and which of them the lake has not read yet.
 
 Files are paths or globs beside dataset.yaml, or URLs (`s3://`, with globs; `http://`, `https://`). The
 table `sources` remembers of each file what it was when it was read: a file is read again, whole, when its
@@ -22,11 +22,13 @@ import duckdb
 from bahe_core.errors import BadInput, one_line
 from bahe_lake.catalogue import tables
 from bahe_lake.extensions import open_object_storage
-from bahe_lake.sql import sql_identifier, sql_literal
+from bahe_lake.sql import sql_literal
 from materialize.config.dataset import ImpressionTable, Table
 
 FILE = "_bahe_file"
 """The column that says which file a row of several comes from."""
+
+_NEWER = ("timestamp_format", "csv", "types")
 
 CREATE = (
     "CREATE TABLE IF NOT EXISTS sources (table_name VARCHAR, path VARCHAR, size BIGINT, modified_us BIGINT,"
@@ -63,23 +65,23 @@ class Source:
 
     @property
     def csv(self) -> bool:
-        """Whether column types are guessed from text."""
-        return self.section.files is not None and _suffix(self.files[0].path) != "parquet"
+        """Whether every value is text."""
+        return self.section.files is not None and suffix(self.files[0].path) != "parquet"
 
 
 def find_sources(
     connection: duckdb.DuckDBPyConnection, sections: Mapping[str, Table], folder: Path
 ) -> dict[str, Source]:
     """The source of each table. Raises BadInput when there is nothing to read, or no way to read it."""
-    known: set[tuple[object, ...]] = set()
+    remembered: set[tuple[object, ...]] = set()
     if "sources" in tables(connection):
         rows = connection.execute(
             "SELECT table_name, path, size, modified_us, spec FROM sources"
         ).fetchall()
-        known = set(rows)
+        remembered = set(rows)
     found = {}
     for table, section in sections.items():
-        spec: list[object] = [section.model_dump(mode="json", exclude={"context"})]
+        spec: list[object] = [section.model_dump(mode="json", exclude={"context", *_unset(section)})]
         if isinstance(section, ImpressionTable):
             spec.append(sorted(section.context))
         if section.files is None:
@@ -89,7 +91,7 @@ def find_sources(
         else:
             files = _listed(connection, table, section.files, folder)
         stamp = hashlib.sha256(json.dumps(spec).encode()).hexdigest()
-        unread = tuple(f for f in files if (table, f.path, f.size, f.modified_us, stamp) not in known)
+        unread = tuple(f for f in files if (table, f.path, f.size, f.modified_us, stamp) not in remembered)
         found[table] = Source(table, section, stamp, files, unread)
     return found
 
@@ -110,47 +112,11 @@ def remember(source: Source, files: Sequence[File]) -> list[str]:
     ]
 
 
-def relation(source: Source, files: Sequence[File], text_columns: Sequence[str] = ()) -> str:
-    """SQL that reads these files as one table, with their paths in the column FILE.
-
-    CSV reads `text_columns` as text, whatever they look like. A query has been put into the temporary
-    table `query_<table>` by `run_query` before, so that it answers only once.
-    """
-    if source.section.sql is not None:
-        return f"query_{source.table}"
-    listed = "[" + ", ".join(sql_literal(file.path) for file in files) + "]"
-    if not source.csv:
-        return f"read_parquet({listed}, union_by_name = true, filename = '{FILE}')"
-    types = ", ".join(f"{sql_literal(column)}: 'VARCHAR'" for column in text_columns)
-    more = f", types = {{{types}}}" if types else ""
-    return f"read_csv({listed}, union_by_name = true, header = true, filename = '{FILE}'{more})"
-
-
-def run_query(connection: duckdb.DuckDBPyConnection, source: Source) -> None:
-    """Run a source's query, if it is one. Raises BadInput when it fails."""
-    if source.section.sql is None:
-        return
-    query = source.section.sql.rstrip().rstrip(";")
-    if "://" in query:
-        open_object_storage(connection)
-    try:
-        connection.execute(f"CREATE OR REPLACE TEMP TABLE query_{source.table} AS SELECT * FROM ({query})")
-    except duckdb.Error as error:
-        raise BadInput(f"{source.table}: {source.what} cannot be read: {one_line(error)}.") from None
-
-
-def unreadable(connection: duckdb.DuckDBPyConnection, source: Source, error: duckdb.Error) -> BadInput:
-    """The sentence for a source that failed, which names the file that is to blame if one is."""
-    reason = one_line(error)
-    if source.section.files is not None and len(source.unread) > 1:
-        for file in source.unread:
-            try:
-                # Every column, so that a damaged page is found and not only a damaged footer.
-                relation_of_one = relation(source, [file])
-                connection.execute(f"SELECT count(*), max(hash(s)) FROM {relation_of_one} s").fetchone()
-            except duckdb.Error as of_one:
-                return BadInput(f"{source.table}: {file.path} cannot be read: {one_line(of_one)}.")
-    return BadInput(f"{source.table}: {source.what} cannot be read: {reason}.")
+def _unset(section: Table) -> set[str]:
+    """Options that older lakes do not know; left at their default, they do not change a file's description,
+    for which all files would be read again."""
+    defaults = {name: Table.model_fields[name].get_default(call_default_factory=True) for name in _NEWER}
+    return {name for name, default in defaults.items() if getattr(section, name) == default}
 
 
 def _listed(
@@ -163,9 +129,9 @@ def _listed(
     if not files:
         where = "" if "://" in pattern else f" in {folder}"
         raise BadInput(f"{table}.files: nothing matches {pattern}{where}; correct it.")
-    kinds = {_suffix(file.path): file.path for file in files}
-    for suffix, path in kinds.items():
-        if suffix not in ("parquet", "csv", "tsv", "txt"):
+    kinds = {suffix(file.path): file.path for file in files}
+    for ending, path in kinds.items():
+        if ending not in ("parquet", "csv", "tsv", "txt"):
             raise BadInput(
                 f"{table}.files: {path.rsplit('/', 1)[-1]} is neither CSV nor Parquet; convert it."
             )
@@ -205,7 +171,8 @@ def _expand(folder: Path, pattern: str) -> list[Path]:
     return sorted(folder.glob(pattern))
 
 
-def _suffix(path: str) -> str:
+def suffix(path: str) -> str:
+    """The ending that tells a file's format; compression does not."""
     return path.removesuffix(".gz").rsplit(".", 1)[-1].lower()
 
 
@@ -224,12 +191,3 @@ def _may_read(query: str, folder: Path) -> list[object]:
             stat = path.stat()
             facts.append([path.name, stat.st_size, stat.st_mtime_ns])
     return facts
-
-
-def of_file(source: Source, file: File, files: Sequence[File], text_columns: Sequence[str] = ()) -> str:
-    """SQL of one file's rows, read with the types that all `files` have together."""
-    whole = relation(source, files, text_columns)
-    if source.section.sql is not None:
-        return f"(SELECT * FROM {whole})"
-    column = sql_identifier(FILE)
-    return f"(SELECT * EXCLUDE ({column}) FROM {whole} WHERE {column} = {sql_literal(file.path)})"

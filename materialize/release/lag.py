@@ -37,8 +37,8 @@ def items_behind(connection: duckdb.DuckDBPyConnection, model_version: str) -> i
     """How many items have no vector."""
     return scalar(
         connection,
-        "SELECT count(*) FROM items ANTI JOIN (SELECT item_id FROM item_embedding WHERE model_version = ?)"
-        " USING (item_id)",
+        "SELECT count(DISTINCT item_id) FROM items"
+        " ANTI JOIN (SELECT item_id FROM item_embedding WHERE model_version = ?) USING (item_id)",
         [model_version],
     )
 

@@ -22,6 +22,7 @@ from bahe_core.progress import say
 from bahe_core.results import Result
 from bahe_lake import runs
 from bahe_lake.connection import lake
+from bahe_lake.versions import LATEST_ITEMS
 from bahe_models.artifact import require_servable
 from feature_repo.store import online_errors, open_store
 from materialize.gate import require_gates
@@ -108,7 +109,7 @@ def publish(home: Home) -> Published:
                     f"{unread} does not read back from the online store as written; the live model was left"
                     " as it is, so run `bahe publish` again."
                 )
-            known_items = connection.execute("SELECT item_id, text FROM items ORDER BY item_id")
+            known_items = connection.execute(f"SELECT item_id, text FROM {LATEST_ITEMS} ORDER BY item_id")
             temporary = home.catalogue_of_items.with_suffix(".part")
             pq.write_table(known_items.to_arrow_table(), temporary)
             temporary.replace(home.catalogue_of_items)

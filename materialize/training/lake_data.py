@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from bahe_core.errors import BadInput
+from bahe_lake.versions import LATEST_ITEMS
 from bahe_models.context import MISSING, hash_values
 from bahe_models.features import needed_columns
 from bahe_models.impressions import Impressions, TrainingData
@@ -31,7 +32,9 @@ def read_training_data(
     atoms = read_atoms(connection, version)
     table = pq.read_table(frame.path)
     users = table["user_id"].combine_chunks().dictionary_encode()
-    items = connection.execute("SELECT item_id, atom_id FROM items ORDER BY item_id").to_arrow_table()
+    items = connection.execute(
+        f"SELECT item_id, atom_id FROM {LATEST_ITEMS} ORDER BY item_id"
+    ).to_arrow_table()
     item_index = pc.index_in(table["item_id"], value_set=items["item_id"]).combine_chunks()
     if item_index.null_count:
         unknown = table["item_id"].filter(pc.is_null(item_index))[0].as_py()

@@ -32,6 +32,7 @@ from bahe_lake.connection import LAKE, connect, lake
 from bahe_lake.sql import sql_literal
 from bahe_lake.transactions import commit
 from bahe_lake.vector_columns import vector_column
+from bahe_lake.versions import LATEST_ITEMS
 from bahe_models.artifact import Artifact, load, require_servable
 from bahe_models.timelines import Timelines
 from materialize.config.dataset import home_dataset
@@ -226,7 +227,7 @@ def _items_to_embed(connection: duckdb.DuckDBPyConnection, version: str) -> pa.T
     """item_id, event_timestamp and atom_id of the items whose text the vector is not of."""
     return connection.execute(
         "SELECT i.item_id, greatest(i.event_timestamp, s.event_timestamp) AS event_timestamp, i.atom_id"
-        " FROM items i LEFT JOIN (SELECT item_id, event_timestamp, atom_id FROM item_embedding"
+        f" FROM {LATEST_ITEMS} i LEFT JOIN (SELECT item_id, event_timestamp, atom_id FROM item_embedding"
         " WHERE model_version = ?) s USING (item_id) WHERE i.atom_id IS DISTINCT FROM s.atom_id"
         " ORDER BY i.item_id",
         [version],
@@ -253,7 +254,7 @@ def _counts(connection: duckdb.DuckDBPyConnection, sources: list[str]) -> dict[s
     known = " UNION ".join(f"SELECT user_id FROM {table}" for table in sources)
     return {
         "users": scalar(connection, f"SELECT count(*) FROM ({known})"),
-        "items": scalar(connection, "SELECT count(*) FROM items"),
+        "items": scalar(connection, "SELECT count(DISTINCT item_id) FROM items"),
     }
 
 

@@ -253,10 +253,16 @@ def test_a_row_that_contradicts_the_lake_is_set_aside(tmp_path: Path, home: Home
     assert done.quarantined == {"items": 1, "impressions": 1}
     after = contents(home)
     after.pop("quarantine")
-    assert answer(home, "SELECT rule, reason FROM quarantine ORDER BY ALL") == [
-        ("impression_id changed", "impression_id 3 is in the lake already with other values"),
-        ("item_id changed", "item_id 4 is in the lake already with another text"),
-    ]
+    (of_impression, of_item) = answer(home, "SELECT rule, reason, row FROM quarantine ORDER BY ALL")
+    assert of_impression[0] == "impression_id changed"
+    assert of_impression[1].startswith("impression_id 3 is in the lake already with other values: {")
+    # Both are shown: the lake's row in the reason, the file's beside it.
+    assert (
+        json.loads(of_impression[1].partition(": ")[2])["clicked"] == log["impressions"].loc[3, "clicked"]
+    )
+    assert json.loads(of_impression[2])["clicked"] == 1 - log["impressions"].loc[3, "clicked"]
+    assert of_item[0] == "item_id changed"
+    assert json.loads(of_item[1].partition(": ")[2])["text"] == log["items"].loc[4, "text"]
     before.pop("quarantine")
     assert after == before
 
@@ -302,7 +308,7 @@ def test_csv_ids_are_what_the_lake_has(tmp_path: Path, home: Home) -> None:
         ("007",),
     ]
     (held,) = quarantined(home)
-    assert held.examples[0]["reason"] == "item_id many is not BIGINT, as the lake has it"
+    assert held.examples[0]["reason"] == "item_id many is not exactly BIGINT, as the lake has it"
 
 
 def test_a_query_is_read_whole_when_its_files_change(tmp_path: Path, home: Home) -> None:

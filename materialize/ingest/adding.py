@@ -1,0 +1,185 @@
+"""What an ingest adds to the log's own tables: rows, columns and atoms that the lake does not have yet."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import duckdb
+
+from bahe_core.progress import progress
+from bahe_lake.catalogue import columns, scalar, tables
+from bahe_lake.sql import sql_identifier, sql_literal
+from materialize.config.dataset import Dataset, context_column
+from materialize.ingest import derive, quarantine, sources
+from materialize.ingest.conflicts import ROW_KEY
+from materialize.ingest.reading import Read
+
+
+def add(connection: duckdb.DuckDBPyConnection, dataset: Dataset, reads: Mapping[str, Read]) -> bool:
+    """Add what the lake does not have, and note for `derive` what that is. True when anything was."""
+    connection.execute(quarantine.CREATE)
+    connection.execute(sources.CREATE)
+    reads = {table: read for table, read in reads.items() if read.rows}
+    changed = False
+    for table in ("items", "users", "impressions"):
+        if table in reads:
+            _new_rows(connection, table)
+            new_columns = _make_room(connection, table)
+            changed |= bool(new_columns)
+            connection.execute(
+                f"INSERT INTO {table} BY NAME SELECT * FROM new_{table}"
+                f" ORDER BY event_timestamp, {ROW_KEY[table][0]}"
+            )
+            changed |= scalar(connection, f"SELECT count(*) FROM new_{table}") > 0
+            context = map(context_column, dataset.impressions.context) if table == "impressions" else ()
+            changed |= _fill(connection, table, [*new_columns, *context])
+    item_type = columns(connection, "items")["item_id"]
+    connection.execute("CREATE OR REPLACE TEMP TABLE seen_atoms (atom_id BIGINT, first_seen TIMESTAMPTZ)")
+    _create_others(connection)
+    derive.prepare(connection)
+    if "impressions" in reads:
+        connection.execute(
+            "INSERT INTO changed_impressions SELECT min(event_timestamp) FROM new_impressions"
+            " HAVING count(*) > 0"
+        )
+    if "behaviors" in reads:
+        changed |= _add_behaviors(connection, item_type)
+    _add_atoms(connection, reads)
+    return changed
+
+
+def _new_rows(connection: duckdb.DuckDBPyConnection, table: str) -> None:
+    """`new_<table>`: each of the rows read once, without those that the lake has."""
+    key = ", ".join(ROW_KEY[table])
+    raw = f"(SELECT * EXCLUDE (_bad) FROM raw_{table})"
+    lacks = f" ANTI JOIN {table} USING ({key})" if table in tables(connection) else ""
+    connection.execute(
+        f"CREATE OR REPLACE TEMP TABLE new_{table} AS"
+        f" SELECT * FROM {raw} ANTI JOIN repeated_{table} USING ({key}){lacks} UNION ALL BY NAME"
+        f" SELECT * FROM (SELECT DISTINCT ON ({key}) * FROM {raw} r"
+        f" SEMI JOIN repeated_{table} USING ({key}) ORDER BY {key}, event_timestamp, r::VARCHAR){lacks}"
+    )
+
+
+def _make_room(connection: duckdb.DuckDBPyConnection, table: str) -> list[str]:
+    """Make the table, or the columns that it lacks. Returns the columns that are new."""
+    kinds = columns(connection, f"new_{table}")
+    if table not in tables(connection):
+        connection.execute(f"CREATE TABLE {table} AS SELECT * FROM new_{table} LIMIT 0")
+        return list(kinds)
+    new = {column: kind for column, kind in kinds.items() if column not in columns(connection, table)}
+    for column, kind in new.items():
+        connection.execute(f"ALTER TABLE {table} ADD COLUMN {sql_identifier(column)} {kind}")
+    return list(new)
+
+
+def _fill(connection: duckdb.DuckDBPyConnection, table: str, fillable: Sequence[str]) -> bool:
+    """Rows that the lake already has get what it lacks of them in these columns."""
+    there = columns(connection, f"raw_{table}")
+    same_key = " AND ".join(f"o.{column} = n.{column}" for column in ROW_KEY[table])
+    filled = 0
+    for column in dict.fromkeys(fillable):
+        if column not in there or column in ROW_KEY[table]:
+            continue
+        name = sql_identifier(column)
+        lacking = f"raw_{table} n WHERE {same_key} AND o.{name} IS NULL AND n.{name} IS NOT NULL"
+        count = scalar(connection, f"SELECT count(*) FROM {table} o, {lacking}")
+        if count:
+            connection.execute(f"UPDATE {table} o SET {name} = n.{name} FROM {lacking}")
+        filled += count
+    return filled > 0
+
+
+def _create_others(connection: duckdb.DuckDBPyConnection) -> None:
+    """Tables that are there from the start, also those that later jobs fill, for Feast to register."""
+    user = columns(connection, "impressions")["user_id"]
+    item = columns(connection, "items")["item_id"]
+    stamps = "event_timestamp TIMESTAMPTZ, created_timestamp TIMESTAMPTZ"
+    layouts = {
+        "behaviors": (
+            f"user_id {user}, channel VARCHAR, atom_id BIGINT, event_timestamp TIMESTAMPTZ, item_id {item}"
+        ),
+        "atoms": "atom_id BIGINT, channel VARCHAR, text VARCHAR, first_seen TIMESTAMPTZ",
+        "atomic_behavior_embedding": (
+            f"atom_id BIGINT, encoder_version VARCHAR, embedding FLOAT[], {stamps}"
+        ),
+        "user_embedding": (
+            f"user_id {user}, model_version VARCHAR, embedding FLOAT[], behaviors BIGINT,"
+            f" seen_items VARCHAR[], {stamps}"
+        ),
+        "item_embedding": f"item_id {item}, model_version VARCHAR, embedding FLOAT[], {stamps}",
+        "publications": f"deployment VARCHAR, live_model_version VARCHAR, {stamps}",
+    }
+    for table, layout in layouts.items():
+        connection.execute(f"CREATE TABLE IF NOT EXISTS {table} ({layout})")
+
+
+def _add_behaviors(connection: duckdb.DuckDBPyConnection, item_type: str) -> bool:
+    """Part by part of the users, in the order of time within each, so that memory is bounded."""
+    parts = derive.ranges(connection, "raw_behaviors", "user_id")
+    key = ", ".join(ROW_KEY["behaviors"])
+    added = 0
+    with progress("adding behaviors", len(parts)) as advance:
+        for part in parts:
+            connection.execute(
+                "CREATE OR REPLACE TEMP TABLE part_behaviors AS"
+                f" SELECT user_id, channel::VARCHAR AS channel, atom_id, event_timestamp,"
+                f" min(item_id)::{item_type} AS item_id FROM raw_behaviors"
+                f" WHERE {part} GROUP BY ALL"
+            )
+            bounds = connection.execute(
+                "SELECT min(event_timestamp), max(event_timestamp) FROM part_behaviors"
+            ).fetchone()
+            assert bounds is not None
+            if bounds[0] is not None:
+                low, high = (sql_literal(moment.isoformat()) for moment in bounds)
+                # Bounds by which whole files can be left out.
+                old = (
+                    f"SELECT {key} FROM behaviors WHERE event_timestamp BETWEEN {low} AND {high} AND {part}"
+                )
+                connection.execute(
+                    "CREATE OR REPLACE TEMP TABLE new_behaviors AS"
+                    f" SELECT * FROM part_behaviors ANTI JOIN ({old}) USING ({key})"
+                )
+                connection.execute(
+                    "INSERT INTO behaviors BY NAME SELECT * FROM new_behaviors"
+                    f" ORDER BY event_timestamp, {key}"
+                )
+                connection.execute(
+                    "INSERT INTO changed_users SELECT user_id, min(event_timestamp) FROM new_behaviors"
+                    " GROUP BY user_id"
+                )
+                connection.execute(
+                    "INSERT INTO seen_atoms SELECT atom_id, min(event_timestamp) FROM new_behaviors"
+                    " GROUP BY atom_id"
+                )
+                added += scalar(connection, "SELECT count(*) FROM new_behaviors")
+            advance()
+    for table in ("part_behaviors", "new_behaviors"):
+        connection.execute(f"DROP TABLE IF EXISTS temp.{table}")
+    return added > 0
+
+
+def _add_atoms(connection: duckdb.DuckDBPyConnection, reads: Mapping[str, Read]) -> None:
+    """Atoms that are new, and an earlier first time of those that are not."""
+    parts = []
+    if "behaviors" in reads:
+        parts.append(
+            "SELECT atom_id, channel, any_value(normal) AS text, any_value(first_seen) AS first_seen"
+            " FROM raw_texts JOIN (SELECT atom_id, min(first_seen) AS first_seen FROM seen_atoms"
+            " GROUP BY atom_id) USING (atom_id) GROUP BY ALL"
+        )
+    if "items" in reads:
+        parts.append(
+            "SELECT atom_id, 'item' AS channel, any_value(text) AS text, min(event_timestamp) AS first_seen"
+            " FROM new_items GROUP BY atom_id"
+        )
+    if not parts:
+        return
+    connection.execute(f"CREATE OR REPLACE TEMP TABLE new_atoms AS {' UNION ALL '.join(parts)}")
+    earlier = "FROM new_atoms n WHERE n.atom_id = a.atom_id AND n.first_seen < a.first_seen"
+    if scalar(connection, f"SELECT count(*) FROM atoms a, {earlier.removeprefix('FROM ')}"):
+        connection.execute(f"UPDATE atoms a SET first_seen = n.first_seen {earlier}")
+    connection.execute(
+        "INSERT INTO atoms SELECT * FROM new_atoms ANTI JOIN atoms USING (atom_id) ORDER BY atom_id"
+    )
