@@ -1,6 +1,6 @@
 """Values as files have them, each with what must become of it, by Python's own datetime and decimal.
 
-Shares no code with the program: a cell is made from the value that it stands for, not the value from the cell.
+Shares no code with the program: a cell is made from its value, never the value from the cell.
 """
 
 from __future__ import annotations
