@@ -11,6 +11,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import duckdb
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from bahe_core.errors import BadInput, one_line
 from bahe_lake.catalogue import columns, scalar
@@ -82,6 +84,33 @@ def unreadable(
                     return BadInput(f"{source.table}: {csv_fault(file.path, of_one, source.section.csv)}")
                 return BadInput(f"{source.table}: {file.path} cannot be read: {one_line(of_one)}.")
     return BadInput(f"{source.table}: {source.what} cannot be read: {one_line(error)}.")
+
+
+def check_nanoseconds(layout: Layout) -> None:
+    """Raises BadInput when a UTC time in a local Parquet file is finer than a microsecond.
+
+    DuckDB cuts such times before anyone sees them, so Arrow reads these columns, and nothing else.
+    """
+    utc = {name for name, kind in layout.columns.items() if kind == "TIMESTAMP WITH TIME ZONE"}
+    if not layout.typed or layout.source.section.sql is not None or not utc:
+        return
+    for file in layout.files:
+        if "://" in file.path:
+            continue
+        with pq.ParquetFile(file.path) as parquet:
+            fine = [
+                field.name
+                for field in parquet.schema_arrow
+                if field.name in utc and pa.types.is_timestamp(field.type) and field.type.unit == "ns"
+            ]
+            for batch in parquet.iter_batches(columns=fine) if fine else ():
+                for name in fine:
+                    times = batch.column(name).drop_null().cast(pa.int64()).to_numpy()
+                    if (times % 1000).any():
+                        raise BadInput(
+                            f"{layout.source.table}: {file.path} has times finer than a microsecond in"
+                            f" {name}, which the lake cannot keep; round them, for example with `sql:`."
+                        )
 
 
 def _of_query(connection: duckdb.DuckDBPyConnection, source: Source, files: tuple[File, ...]) -> Layout:

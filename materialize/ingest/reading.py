@@ -24,7 +24,7 @@ from materialize.ingest.atoms import ATOM_ID, NORMAL_TEXT
 from materialize.ingest.column_types import ColumnTypes, column_types
 from materialize.ingest.conflicts import rules_of_many
 from materialize.ingest.contract import Projection, broken, project
-from materialize.ingest.layouts import Layout, layouts, unreadable
+from materialize.ingest.layouts import Layout, check_nanoseconds, layouts, unreadable
 from materialize.ingest.sources import File, Source
 from validation.suites import CLOCK_TOLERANCE
 
@@ -56,6 +56,8 @@ def read_new(
         values.check_timestamp_format(connection, table, source.section)
         if source.unread:
             opened[table] = layouts(connection, source, source.unread)
+            for layout in opened[table]:
+                check_nanoseconds(layout)
     types = column_types(connection, sections, opened)
     projections = {table: _projections(dataset, table, opened[table], types, latest) for table in opened}
     reads: dict[str, Read] = {}
