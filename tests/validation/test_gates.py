@@ -134,7 +134,7 @@ BROKEN = [
         "UPDATE impressions SET impression_id = 'i1'",
         "impressions.impression_id must be uni",
     ),
-    ("ingest", "UPDATE items SET item_id = 1", "items.item_id must be unique"),
+    ("ingest", "UPDATE items SET item_id = 1", "items.event_timestamp must be unique"),
     ("ingest", "UPDATE atoms SET atom_id = 2 WHERE atom_id = 1", "atoms.atom_id must be unique"),
     (
         "ingest",
