@@ -16,9 +16,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 from fastapi.testclient import TestClient
-from typer.testing import CliRunner, Result
 
-from bahe import cli
 from bahe.cli import printing
 from bahe_core.errors import BadInput, BaheError, Damaged, GateFailed, NotReady, UnknownEntity
 from bahe_core.home import Home
@@ -32,11 +30,8 @@ from materialize.vectors.stored_atoms import current_encoder
 from serving.api import create_app
 from serving.lookup import OnlineLookup
 from tests.support import REPOSITORY
+from tests.support.cli import attempt, call
 from tests.support.logs import small_log, write_dataset
-
-
-def call(*arguments: object, home: Path) -> Result:
-    return CliRunner().invoke(cli.app, [str(arguments[0]), "--home", str(home), *map(str, arguments[1:])])
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +48,7 @@ def filled(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> tup
     shown["campaign"] = None  # a column that nobody has filled yet
     impressions = {"files": "impressions.parquet", "context": ["device", "hour", "campaign"]}
     dataset = write_dataset(folder / "log", log, tiny_backbone, impressions=impressions)
-    result = call("run", dataset, "--tracker", "none", home=folder / "home")
+    result = attempt("run", dataset, "--tracker", "none", home=folder / "home")
     assert result.exit_code == 0, result.output
     return Home.at(folder / "home"), dataset
 
@@ -97,7 +92,7 @@ def test_every_part_left_what_it_should(filled: tuple[Home, Path]) -> None:
 def test_a_second_run_does_nothing(filled: tuple[Home, Path]) -> None:
     home, dataset = filled
     before = counts(home)
-    result = call("run", dataset, "--tracker", "none", home=home.root)
+    result = attempt("run", dataset, "--tracker", "none", home=home)
     assert result.exit_code == 0
     assert "encoding atoms" not in result.output
     assert counts(home) == before
@@ -108,11 +103,11 @@ def test_new_rows_cost_what_is_new(filled: tuple[Home, Path], tmp_path: Path, ti
     log = small_log()
     early = {t: rows.head(895) if t in ("behaviors", "impressions") else rows for t, rows in log.items()}
     dataset = write_dataset(tmp_path / "log", early, tiny_backbone)
-    assert call("run", dataset, "--tracker", "none", home=home.root).exit_code == 0
+    call("run", dataset, "--tracker", "none", home=home)
     first = counts(home)
     write_dataset(tmp_path / "log", log, tiny_backbone)
     for arguments in (("ingest", dataset), ("encode",), ("embed",), ("publish",)):
-        result = call(*arguments, home=home.root)
+        result = attempt(*arguments, home=home)
         assert result.exit_code == 0, (arguments, result.output, result.exception)
     with lake(home) as connection:
         # Only users whose timelines grew have a new vector.
@@ -236,21 +231,21 @@ def test_context_of_a_request(filled: tuple[Home, Path]) -> None:
     assert client.get("/recommend", params={"user_id": "u1", "context": "phone"}).status_code == 400
     assert client.post("/score", json={**body, "context": {"device": ["phone"]}}).status_code == 422
     asked = ("recommend", "--user", "u1", "-k", 5, "--at", "2024-04-02", "--include-seen", "--json")
-    printed = call(*asked, "--context", "device=phone", "--context", "hour=8", home=home.root)
+    printed = attempt(*asked, "--context", "device=phone", "--context", "hour=8", home=home)
     assert [s["probability"] for s in json.loads(printed.stdout)["scores"]] == phone
     score = ("score", "--user", "u1", "--items", "1")
     for given, said in (
         ("device", "context device is refused; give each column once, as device=phone"),
         ("colour=red", "choose from device, hour"),
     ):
-        refusal = call(*score, "--context", given, home=home.root)
+        refusal = attempt(*score, "--context", given, home=home)
         assert isinstance(refusal.exception, BadInput)
         assert said in str(refusal.exception)
 
 
 def test_a_user_without_history_gets_the_empty_state(filled: tuple[Home, Path]) -> None:
     home, _ = filled
-    result = call("score", "--user", "u_cold", "--items", "1,2", home=home.root)
+    result = attempt("score", "--user", "u_cold", "--items", "1,2", home=home)
     assert result.exit_code == 0
     assert "cold" in result.output
     answer = OnlineLookup(home).score("u_cold", [1, 2])
@@ -273,7 +268,7 @@ def test_bad_requests_are_one_sentence(
 ) -> None:
     home, _ = filled
     before = counts(home)
-    result = call(*arguments, home=home.root)
+    result = attempt(*arguments, home=home)
     assert isinstance(result.exception, BaheError)
     assert words in str(result.exception)
     assert result.exception.exit_code == 2
@@ -299,7 +294,7 @@ def test_the_process_exits_with_two_and_one_line(tmp_path: Path) -> None:
 )
 def test_a_job_before_its_turn_says_what_to_run(job: str, tmp_path: Path) -> None:
     more = ("--user", "u1") if job == "lookup" else ()
-    result = call(job, *more, home=tmp_path / "home")
+    result = attempt(job, *more, home=tmp_path / "home")
     assert isinstance(result.exception, NotReady)
     assert "run `bahe" in str(result.exception)
 
@@ -366,14 +361,14 @@ def test_feast_works_as_its_users_expect(filled: tuple[Home, Path], tmp_path: Pa
 def test_vectors_of_two_models_live_side_by_side(filled: tuple[Home, Path], tmp_path: Path) -> None:
     home = Home.at(tmp_path / "home")
     dataset = write_dataset(tmp_path / "log", small_log(), Path(str(yaml_backbone(filled[1]))))
-    assert call("run", dataset, "--tracker", "none", home=home.root).exit_code == 0
+    call("run", dataset, "--tracker", "none", home=home)
     first = OnlineLookup(home).live_version()
     dataset.write_text(dataset.read_text().replace("epochs: 2", "epochs: 1"))
     for arguments in (("ingest", dataset), ("train", "--tracker", "none"), ("embed",)):
-        assert call(*arguments, home=home.root).exit_code == 0
+        call(*arguments, home=home)
     lookup = OnlineLookup(home)
     assert lookup.live_version() == first  # embedded, and not yet published
-    assert call("publish", home=home.root).exit_code == 0
+    call("publish", home=home)
     assert lookup.live_version() != first
     store = open_store(home)
     both = store.get_online_features(
@@ -393,19 +388,19 @@ def yaml_backbone(dataset: Path) -> str:
 def test_a_failed_gate_stops_what_follows(filled: tuple[Home, Path], tmp_path: Path) -> None:
     home = Home.at(tmp_path / "home")
     dataset = write_dataset(tmp_path / "log", small_log(), Path(yaml_backbone(filled[1])))
-    assert call("ingest", dataset, home=home.root).exit_code == 0
-    assert call("encode", home=home.root).exit_code == 0
+    call("ingest", dataset, home=home)
+    call("encode", home=home)
     with lake(home) as connection:
         connection.execute(
             "UPDATE atomic_behavior_embedding SET embedding = [1.0] WHERE atom_id IN"
             " (SELECT min(atom_id) FROM atoms)"
         )
         connection.execute("UPDATE runs SET finished = now() WHERE job = 'encode'")
-    refused = call("encode", home=home.root)
+    refused = attempt("encode", home=home)
     assert isinstance(refused.exception, GateFailed)
     assert "embedding" in str(refused.exception)
-    assert call("apply", home=home.root).exit_code == 0
-    stopped = call("frame", home=home.root)
+    call("apply", home=home)
+    stopped = attempt("frame", home=home)
     assert isinstance(stopped.exception, GateFailed)
     assert not list(home.frames.glob("*/frame.parquet"))
 
@@ -468,7 +463,7 @@ def test_a_damaged_home_says_what_to_do(
             connection.execute("DELETE FROM user_embedding")
     for path in home.root.glob(file):
         path.write_bytes(b"this is not what it was" * 100)
-    result = call(*arguments, home=home.root)
+    result = attempt(*arguments, home=home)
     assert isinstance(result.exception, Damaged), result.exception
     assert way_out in str(result.exception)
     assert "\n" not in str(result.exception)
