@@ -9,13 +9,13 @@ from collections.abc import Iterator
 
 import pytest
 import typer
-from typer.testing import CliRunner
 
 from bahe import cli
 from bahe.cli import program
 from bahe_core import progress as lines
 from bahe_core.errors import Busy, GateFailed
 from bahe_core.progress import job, progress, say
+from tests.support.cli import attempt
 
 INTERRUPTED = "interrupted; what was committed is kept, run it again to go on"
 
@@ -161,9 +161,9 @@ def test_what_libraries_log_comes_as_objects_too(
 
 
 def test_help_says_the_codes_and_formats() -> None:
-    text = " ".join(CliRunner().invoke(cli.app, ["--help"]).stdout.split())
+    text = " ".join(attempt("--help").stdout.split())
     assert "0 done, 1 a defect" in text
     assert "130 interrupted" in text
     assert "--log-format" in text
-    wrong = CliRunner().invoke(cli.app, ["--log-format", "xml", "status"])
+    wrong = attempt("--log-format", "xml", "status")
     assert wrong.exit_code == 2
