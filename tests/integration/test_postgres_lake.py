@@ -132,7 +132,8 @@ def test_two_processes_write_two_tables_while_readers_read(filled: Home) -> None
             assert row is not None
             seen.append(row)
         final = reader.execute("SELECT (SELECT count(*) FROM a), (SELECT count(*) FROM b)").fetchone()
-    assert [writer.wait() for writer in writers] == [0, 0], [w.communicate()[1] for w in writers]
+    errors = [writer.communicate()[1] for writer in writers]
+    assert [writer.returncode for writer in writers] == [0, 0], errors
     assert final == (2485, 2485)
     assert {(count - 1000) % 99 for pair in seen for count in pair} == {0}, "a commit was seen in part"
 
@@ -177,23 +178,18 @@ def test_jobs_of_two_homes_keep_each_other_out(filled: Home, config: LakeConfig,
     other = placed(tmp_path / "second machine", config)
     with filled.exclusive(), pytest.raises(Busy, match="another home or machine"), other.exclusive():
         pass
-    holder = subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            "import sys; from bahe_core.home import Home\n"
-            f"with Home.at({str(other.root)!r}).exclusive():\n print('held', flush=True); sys.stdin.read()",
-        ],
-        cwd=REPOSITORY,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
+    hold = (
+        "import sys; from bahe_core.home import Home\n"
+        f"with Home.at({str(other.root)!r}).exclusive():\n print('held', flush=True); sys.stdin.read()"
     )
-    assert holder.stdout is not None
-    assert holder.stdout.readline() == b"held\n"
-    with pytest.raises(Busy), filled.exclusive():
-        pass
-    holder.send_signal(signal.SIGKILL)
-    holder.wait()
+    with subprocess.Popen(
+        [sys.executable, "-c", hold], cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"held\n"
+        with pytest.raises(Busy), filled.exclusive():
+            pass
+        holder.send_signal(signal.SIGKILL)
     while True:  # until PostgreSQL has seen the connection go
         try:
             with filled.exclusive():
