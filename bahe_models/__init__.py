@@ -3,19 +3,51 @@
 Knows torch and transformers, and nothing of Feast, DuckDB or any file beyond its own artifacts.
 """
 
-from bahe_models.artifact import Artifact, load
-from bahe_models.backbone import Backbone, BackboneConfig, load_backbone
-from bahe_models.checkpoint import Checkpoint
-from bahe_models.ctr_training import Batches, train
-from bahe_models.encoder import AtomicEncoder, EncoderConfig, encoder_version
-from bahe_models.evaluation import evaluate
-from bahe_models.features import DenseFeatures
-from bahe_models.impressions import Impressions, TrainingData
-from bahe_models.incremental import UserState
-from bahe_models.metrics import auc, expected_calibration_error, gauc, log_loss
-from bahe_models.model import BaheModel, ModelConfig
-from bahe_models.timelines import Timelines, WindowConfig, window_batch
-from bahe_models.training_loop import TrainingConfig
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from bahe_models.config import BackboneConfig, EncoderConfig, ModelConfig, TrainingConfig, WindowConfig
+
+if TYPE_CHECKING:
+    from bahe_models.artifact import Artifact, load
+    from bahe_models.backbone import Backbone, load_backbone
+    from bahe_models.checkpoint import Checkpoint
+    from bahe_models.ctr_training import Batches, train
+    from bahe_models.encoder import AtomicEncoder, encoder_version
+    from bahe_models.evaluation import evaluate
+    from bahe_models.features import DenseFeatures
+    from bahe_models.impressions import Impressions, TrainingData
+    from bahe_models.incremental import UserState
+    from bahe_models.metrics import auc, expected_calibration_error, gauc, log_loss
+    from bahe_models.model import BaheModel
+    from bahe_models.timelines import Timelines, window_batch
+
+_MODULES = {
+    "Artifact": "artifact",
+    "AtomicEncoder": "encoder",
+    "auc": "metrics",
+    "Backbone": "backbone",
+    "BaheModel": "model",
+    "Batches": "ctr_training",
+    "Checkpoint": "checkpoint",
+    "DenseFeatures": "features",
+    "encoder_version": "encoder",
+    "evaluate": "evaluation",
+    "expected_calibration_error": "metrics",
+    "gauc": "metrics",
+    "Impressions": "impressions",
+    "load": "artifact",
+    "load_backbone": "backbone",
+    "log_loss": "metrics",
+    "Timelines": "timelines",
+    "train": "ctr_training",
+    "TrainingData": "impressions",
+    "UserState": "incremental",
+    "window_batch": "timelines",
+}
+"""Imported when asked for: whoever only reads a configuration loads neither torch nor transformers."""
 
 __all__ = [
     "Artifact",
@@ -45,3 +77,9 @@ __all__ = [
     "train",
     "window_batch",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -17,10 +17,11 @@ import torch
 
 from bahe_core.errors import BadInput, NotServable
 from bahe_models.backbone import deep_from_config
+from bahe_models.config import ModelConfig, WindowConfig
 from bahe_models.context import hash_context
 from bahe_models.features import Columns, DenseFeatures
-from bahe_models.model import BaheModel, ModelConfig
-from bahe_models.timelines import Int64, Timelines, WindowConfig, plan_steps, window_batch
+from bahe_models.model import BaheModel
+from bahe_models.timelines import Int64, Timelines, plan_steps, window_batch
 
 FORMAT = 1
 

@@ -26,6 +26,7 @@ import torch
 from torch import nn
 
 from bahe_core.errors import BadInput, one_line
+from bahe_models.config import BackboneConfig
 
 
 @dataclass(frozen=True)
@@ -58,23 +59,6 @@ FAMILIES = {
 
 _PER_LAYER = ("layer_types", "no_rope_layers")
 """Settings of a Hugging Face configuration that hold one entry a layer."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class BackboneConfig:
-    """Which language model, and where it is cut."""
-
-    path: str
-    """A hub name, a local folder, or a local .gguf file, of a family in `FAMILIES`."""
-    shallow_layers: int = 8
-    """The first layers, frozen: they encode atoms."""
-    deep_layers: int = 2
-    """How many of the layers after the cut are kept and trained (a prefix of what is left)."""
-
-    def __post_init__(self) -> None:
-        for name in ("shallow_layers", "deep_layers"):
-            if getattr(self, name) < 1:
-                raise BadInput(f"backbone.{name} is {getattr(self, name)}; it must be at least 1.")
 
 
 @dataclass(frozen=True)

@@ -13,17 +13,18 @@ from torch import nn
 from bahe_core.errors import BadInput
 from bahe_models.backbone import longest_input, recompute_activations
 from bahe_models.checkpoint import Checkpoint
+from bahe_models.config import ModelConfig, TrainingConfig, WindowConfig
 from bahe_models.distributed import Processes
 from bahe_models.encoder import hardware_has_bfloat16
 from bahe_models.features import DenseFeatures
 from bahe_models.impressions import Impressions, TrainingData
 from bahe_models.metrics import auc
-from bahe_models.model import BaheModel, ModelConfig
+from bahe_models.model import BaheModel
 from bahe_models.pretraining import pretrain
 from bahe_models.sampling import sampled_rows
 from bahe_models.sharding import is_sharded
-from bahe_models.timelines import Int64, WindowConfig, plan_steps, window_batch
-from bahe_models.training_loop import Epoch, Task, Trained, TrainingConfig, fit
+from bahe_models.timelines import Int64, plan_steps, window_batch
+from bahe_models.training_loop import Epoch, Task, Trained, fit
 
 Scores = npt.NDArray[np.float64]
 

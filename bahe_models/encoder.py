@@ -13,8 +13,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,11 +21,9 @@ from torch import nn
 
 from bahe_core.errors import BadInput, one_line
 from bahe_models.backbone import Backbone, longest_input
+from bahe_models.config import EncoderConfig
 from bahe_models.norms import fuse_norms
 from bahe_models.packing import attend_within
-
-Pooling = Literal["mean", "last"]
-Storage = Literal["float32", "float16"]
 
 TOKENS_PER_BATCH = {"cpu": 1024}
 """On a CPU what a layer holds of so many tokens stays in the core's cache, which was worth a quarter of the
@@ -35,24 +32,6 @@ TOKENS_PER_BATCH_ELSEWHERE = 16384
 _LIKE, _LEAST_TOKENS = 1.125, 256
 """A batch of at least so many tokens takes no text that much longer than its shortest: padding would cost
 more than fuller batches gain."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EncoderConfig:
-    """How an atom's text becomes tokens, and its token states become one vector."""
-
-    pooling: Pooling = "mean"
-    """`mean`: over the tokens without the first, which is an attention sink; `last`: last token."""
-    template: str = "{text}"
-    """Text given to the model; `{channel}` and `{text}` are filled in."""
-    max_tokens: int = 128
-    """Longer texts are cut at this many tokens."""
-    storage: Storage = "float32"
-    """`float16`: vectors are rounded to half precision, which halves what they take on disk."""
-    bfloat16: bool | None = None
-    """Precision of the computation; by default bfloat16 where the hardware multiplies it itself."""
-    compile: bool = False
-    """Fuse the layers' operations by `torch.compile`, which takes a minute and a C++ compiler first."""
 
 
 def encoder_version(backbone: Backbone, config: EncoderConfig, shallow_layers: int) -> str:

@@ -8,12 +8,11 @@ inputs, X input width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import nn
 
-HeadName = Literal["dnn", "dcn", "target"]
+from bahe_models.config import HeadName
 
 
 class Cross(nn.Module):

@@ -21,8 +21,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from bahe_models.config import WindowConfig
 from bahe_models.model import BaheModel
-from bahe_models.timelines import Int64, Timelines, WindowConfig, gap_buckets, window_start
+from bahe_models.timelines import Int64, Timelines, gap_buckets, window_start
 
 
 class UserState:

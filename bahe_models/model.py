@@ -19,89 +19,19 @@ collaborative part), F dense features, X context columns.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import nn
 
 from bahe_models.behaviors import BehaviorInput
 from bahe_models.collaborative import Collaborative
+from bahe_models.config import ModelConfig
 from bahe_models.context import ContextEmbedding
-from bahe_models.heads import Head, HeadName
+from bahe_models.heads import Head
 from bahe_models.norms import fuse_norms
 from bahe_models.packing import Packing, attend_within, read_packed
 from bahe_models.target import TargetAttention, recent_behaviors
 from bahe_models.timelines import Int64, Timelines, WindowBatch
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """Shape and regularisation of what is trained on top of the atom vectors."""
-
-    channels: Literal["parallel", "merged"] = "parallel"
-    """`parallel`: the deep layers read each channel's timeline by itself, as in the paper, and their
-    states stand side by side; `merged`: one timeline of all channels in time order, one pass, one
-    state, with a learned embedding of each behavior's channel. At one instant, channels come in the
-    dataset's order."""
-    time_gaps: bool = False
-    """Whether the deep layers also read how long before a behavior the one before it was, by a learned
-    embedding of `timelines.gap_buckets`. It speaks of behaviors alone, not of the impression's time, so
-    that stored states stay right."""
-    deep_width: int = 64
-    """Width of the deep part of the stored user and item vectors."""
-    profile_width: int = 48
-    """Width of the profile part."""
-    head: HeadName = "dnn"
-    """`dnn`, `dcn`: cross layers (DCN-V2) before the DNN, or `target`: the candidate item's attention
-    over the user's latest behaviors (DIN) beside the user vector, then the DNN. A `target` model reads
-    the raw history for every pair, so that stored vectors no longer suffice to score: it is for use
-    offline, and cannot be embedded, published or served."""
-    head_width: int = 128
-    """Width of the head's hidden layer."""
-    cross_layers: int = 2
-    """Cross layers of the `dcn` head."""
-    target_history: int = 50
-    """Latest behaviors of each channel that the `target` head attends to."""
-    dropout: float = 0.2
-    """Dropout on the user state and in the head."""
-    behavior_ids: bool = True
-    """Whether vectors have a collaborative part, from ID embeddings of behaviors and items."""
-    id_width: int = 16
-    """Width of the collaborative part."""
-    item_ids: bool = True
-    """Whether the deep part of an item's vector has an ID embedding beside the text."""
-    item_id_dropout: float = 0.3
-    """Share of items whose ID embedding is hidden in a training step, so that text is learned too."""
-    context_buckets: int = 2**14
-    """Rows of each context column's embedding table; values that share one are told apart no more."""
-    context_width: int = 8
-    """Width of each context column's embedding."""
-    context_dropout: float = 0.1
-    """Share of context values hidden in a training step, so that a missing one is learned too."""
-
-    def __post_init__(self) -> None:
-        if self.context_buckets < 1 or self.context_width < 1:
-            raise ValueError("`context_buckets` and `context_width` must be at least 1")
-        if self.target_history < 1:
-            raise ValueError("`target_history` must be at least 1")
-        if not 0 <= self.context_dropout < 1:
-            raise ValueError("`context_dropout` must be at least 0 and below 1")
-
-    @property
-    def merged(self) -> bool:
-        """Whether the channels make one sequence."""
-        return self.channels == "merged"
-
-    @property
-    def vector_width(self) -> int:
-        """Width of the stored vectors."""
-        return self.deep_width + self.profile_width + (self.id_width if self.behavior_ids else 0)
-
-    @property
-    def vectors_suffice(self) -> bool:
-        """Whether a score needs nothing of user and item but their vectors, so that it can be served."""
-        return self.head != "target"
 
 
 class UserAggregator(nn.Module):

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import nn
 
+from bahe_models.config import TrainingConfig, WindowConfig
 from bahe_models.impressions import TrainingData
 from bahe_models.model import BaheModel
 from bahe_models.packing import Packing
-from bahe_models.timelines import WindowConfig, plan_steps, window_batch
-from bahe_models.training_loop import TrainingConfig
+from bahe_models.timelines import plan_steps, window_batch
 
 TEMPERATURE = 0.1
 SPACE = 64

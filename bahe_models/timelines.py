@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bahe_core.errors import BadInput
+from bahe_models.config import WindowConfig
 
 Int64 = npt.NDArray[np.int64]
 Int16 = npt.NDArray[np.int16]
@@ -34,20 +35,6 @@ _LIKE = 0.8
 """Sequences at least this long, relative to the longest of their group, are padded to it."""
 _LEAST_POSITIONS = 512
 """A group takes shorter ones too until it has this many positions."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class WindowConfig:
-    """How much of a timeline one pass reads."""
-
-    size: int = 512
-    """Most behaviors in one window (per channel)."""
-    overlap: int = 256
-    """Every impression of a longer timeline sees at least this many behaviors."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.overlap < self.size:
-            raise ValueError(f"window.overlap is {self.overlap}; it must be in [0, {self.size}).")
 
 
 def gap_buckets(gap_us: Int64) -> Int16:

@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from bahe_core.errors import BadInput
-from bahe_models import sampling
 from bahe_models.checkpoint import Checkpoint, random_state, set_random_state
+from bahe_models.config import TrainingConfig
 from bahe_models.distributed import Processes
 from bahe_models.sharding import (
     clip_gradients,
@@ -30,67 +30,6 @@ from bahe_models.sharding import (
     whole_tensors,
 )
 from bahe_models.timelines import Int64
-
-_NOT_OF_THE_WEIGHTS = ("checkpoint_seconds", "recompute")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingConfig:
-    """How the model is trained."""
-
-    epochs: int = 4
-    """Most passes over the training impressions."""
-    pretraining_epochs: int = 0
-    """Passes over the timelines before the impressions' turn; see `bahe_models.pretraining`."""
-    patience: int = 1
-    """Epochs without a better validation AUC before training stops."""
-    impressions_per_step: int = 1000
-    accumulate: int = 1
-    """Steps whose gradients make one update: large updates in the memory of small steps."""
-    learning_rate: float = 1e-3
-    """Peak rate of everything but the deep layers."""
-    deep_learning_rate: float = 1e-4
-    """Peak rate of the deep layers."""
-    weight_decay: float = 0.01
-    warm_up: float = 0.1
-    """Share of the updates in which the rates rise; they fall as a cosine afterwards."""
-    gradient_norm: float = 1.0
-    """Gradients are clipped to this norm."""
-    positive_weight: float = 1.0
-    """Weight of a clicked impression in the loss; predictions are corrected for it."""
-    negative_rate: float = 1.0
-    """Share of the unclicked impressions that each epoch draws; predictions are corrected for it."""
-    bfloat16: bool | None = None
-    """Mixed precision; by default where the hardware multiplies bfloat16 matrices itself."""
-    recompute: bool = False
-    """Deep layers compute their activations again in the backward pass instead of keeping them: less
-    memory, more time, the same weights."""
-    seed: int = 0
-    checkpoint_seconds: float = 60.0
-    """Most training that a kill costs, for a run with a checkpoint; no effect on the weights."""
-
-    def __post_init__(self) -> None:
-        if self.epochs < 1 or self.impressions_per_step < 1:
-            raise ValueError("`epochs` and `impressions_per_step` must be at least 1")
-        if self.pretraining_epochs < 0:
-            raise ValueError("`pretraining_epochs` must not be negative")
-        if self.accumulate < 1:
-            raise ValueError("`accumulate` must be at least 1")
-        if not 0 < self.negative_rate <= 1:
-            raise ValueError("`negative_rate` must be above 0 and at most 1")
-        if not 0 < self.positive_weight < float("inf"):
-            raise ValueError("`positive_weight` must be above 0")
-        if self.checkpoint_seconds < 0:
-            raise ValueError("`checkpoint_seconds` must not be negative")
-
-    @property
-    def logit_shift(self) -> float:
-        """Correction of the trained logits for sampling and weighting; 0 by default."""
-        return sampling.logit_shift(self.negative_rate, self.positive_weight)
-
-    def of_the_weights(self) -> dict[str, Any]:
-        """The fields that move the trained weights."""
-        return {name: value for name, value in asdict(self).items() if name not in _NOT_OF_THE_WEIGHTS}
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import torch
 
 from bahe_core.errors import BadInput
 from bahe_models.artifact import Artifact
+from bahe_models.config import ModelConfig
 from bahe_models.ctr_training import Batches, table_ids
-from bahe_models.model import ModelConfig
 from bahe_models.timelines import Int64
 
 _ATOM_IDS = "collaborative.atom_ids_B"

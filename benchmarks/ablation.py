@@ -21,8 +21,8 @@ from benchmarks.harness import Row, main
 if TYPE_CHECKING:
     from torch import nn
 
-    from bahe_models.backbone import Backbone, BackboneConfig
-    from bahe_models.encoder import EncoderConfig
+    from bahe_models.backbone import Backbone
+    from bahe_models.config import BackboneConfig, EncoderConfig
     from bahe_models.impressions import TrainingData
     from bahe_models.model import BaheModel
     from materialize.training.train import Settings

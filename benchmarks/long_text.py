@@ -31,8 +31,8 @@ from benchmarks.training_cost import (
 )
 
 if TYPE_CHECKING:
+    from bahe_models.config import TrainingConfig
     from bahe_models.impressions import TrainingData
-    from bahe_models.training_loop import TrainingConfig
 
 Scores = npt.NDArray[np.float64]
 Contender = Callable[[Scene, "TrainingConfig"], tuple[Scores, float]]

@@ -9,11 +9,12 @@ import torch
 from torch import nn
 
 from bahe_models.baselines.network import fit_shuffled, own_settings
+from bahe_models.config import ModelConfig, TrainingConfig
 from bahe_models.ctr_training import Scores, context_rows, id_rows
 from bahe_models.impressions import Impressions, TrainingData
-from bahe_models.model import ModelConfig, context_embedding
+from bahe_models.model import context_embedding
 from bahe_models.timelines import Int64
-from bahe_models.training_loop import Epoch, Trained, TrainingConfig, seeded
+from bahe_models.training_loop import Epoch, Trained, seeded
 
 
 class IdOnly(nn.Module):

@@ -23,8 +23,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from bahe_models.config import WindowConfig
 from bahe_models.model import BaheModel
-from bahe_models.timelines import Int64, WindowConfig, like_lengths, window_start
+from bahe_models.timelines import Int64, like_lengths, window_start
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from bahe_models.backbone import BackboneConfig
-from bahe_models.encoder import EncoderConfig
+from bahe_models.config import BackboneConfig, EncoderConfig
 from materialize.config.dataset import Dataset
 from materialize.config.fetch import DOWNLOADS, fetch
 

@@ -26,6 +26,7 @@ from bahe_models import baselines
 from bahe_models.artifact import FORMAT, Artifact, load
 from bahe_models.backbone import load_backbone
 from bahe_models.checkpoint import Checkpoint
+from bahe_models.config import ModelConfig, TrainingConfig, WindowConfig
 from bahe_models.ctr_training import (
     Batches,
     Scores,
@@ -41,12 +42,10 @@ from bahe_models.distributed import own_device, processes
 from bahe_models.encoder import encoder_version
 from bahe_models.evaluation import SplitEvaluation, evaluate
 from bahe_models.impressions import TrainingData
-from bahe_models.model import ModelConfig
 from bahe_models.options import build
 from bahe_models.sharding import gathered, require_processes
 from bahe_models.sharding import shard as shard_deep_layers
-from bahe_models.timelines import WindowConfig
-from bahe_models.training_loop import Epoch, TrainingConfig, seeded
+from bahe_models.training_loop import Epoch, seeded
 from bahe_models.warm_start import known_behaviors, known_items, start_from
 from bahe_models.warm_start import require_fit as warm_start_fits
 from materialize.config.backbone import encoder_settings
@@ -102,9 +101,9 @@ class Settings:
             training=build(TrainingConfig, dataset.training, "training"),
         )
 
-    def of_the_weights(self) -> list[dict[str, Any]]:
+    def fields_affecting_weights(self) -> list[dict[str, Any]]:
         """What a model_version is made from; how often a checkpoint is written is not in it."""
-        return [asdict(self.model), asdict(self.window), self.training.of_the_weights()]
+        return [asdict(self.model), asdict(self.window), self.training.fields_affecting_weights()]
 
 
 @dataclass(frozen=True)
@@ -150,7 +149,7 @@ def train_models(
                 frame.frame_id,
                 encoder,
                 backbone.deep_layers,
-                *settings.of_the_weights(),
+                *settings.fields_affecting_weights(),
                 warm_start,
             ]
         )

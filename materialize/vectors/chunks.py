@@ -26,8 +26,9 @@ from bahe_core.home import Home
 from bahe_core.machine import configure_threads, device, threads
 from bahe_core.read_ahead import read_ahead
 from bahe_lake.connection import connect
-from bahe_models.backbone import Backbone, BackboneConfig, load_backbone
-from bahe_models.encoder import AtomicEncoder, EncoderConfig, encoder_version
+from bahe_models.backbone import Backbone, load_backbone
+from bahe_models.config import BackboneConfig, EncoderConfig
+from bahe_models.encoder import AtomicEncoder, encoder_version
 from materialize.executors import Executor
 
 ATOMS_PER_CHUNK = 8192

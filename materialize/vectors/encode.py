@@ -28,8 +28,9 @@ from bahe_lake.connection import LAKE, lake
 from bahe_lake.sql import sql_literal
 from bahe_lake.transactions import commit
 from bahe_lake.vector_columns import vector_column
-from bahe_models.backbone import BackboneConfig, load_backbone
-from bahe_models.encoder import EncoderConfig, encoder_version
+from bahe_models.backbone import load_backbone
+from bahe_models.config import BackboneConfig, EncoderConfig
+from bahe_models.encoder import encoder_version
 from materialize.config.backbone import Settings, encoder_settings
 from materialize.config.dataset import home_dataset
 from materialize.executors import LOCAL, ExecutorConfig, start

@@ -245,4 +245,4 @@ def test_recomputed_activations_give_the_same_weights(tiny_backbone: Path) -> No
     again, _, _ = fit_toy(data, tiny_backbone, epochs=1, recompute=True)
     for name, value in kept.model.state_dict().items():
         torch.testing.assert_close(again.model.state_dict()[name], value, atol=1e-6, rtol=0)
-    assert toy_config(recompute=True).of_the_weights() == toy_config().of_the_weights()
+    assert toy_config(recompute=True).fields_affecting_weights() == toy_config().fields_affecting_weights()

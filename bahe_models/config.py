@@ -1,0 +1,203 @@
+"""How the model is cut, read, shaped and trained: the sections of dataset.yaml. Imports nothing heavy."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+DEFAULT_BACKBONE = "smollm2-135m"
+"""What `bahe fetch` calls the demo's language model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneConfig:
+    """Which language model, and where it is cut."""
+
+    path: str = DEFAULT_BACKBONE
+    """A hub name, a local folder, or a local .gguf file, of a family in `bahe_models.backbone.FAMILIES`; by
+    default SmolLM2-135M-Instruct, which is fetched when it is needed."""
+    shallow_layers: int = 8
+    """The first layers, frozen: they encode atoms."""
+    deep_layers: int = 2
+    """How many of the layers after the cut are kept and trained (a prefix of what is left)."""
+
+    def __post_init__(self) -> None:
+        for name in ("shallow_layers", "deep_layers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` is {getattr(self, name)}; it must be at least 1")
+
+
+Pooling = Literal["mean", "last"]
+
+
+Storage = Literal["float32", "float16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderConfig:
+    """How an atom's text becomes tokens, and its token states become one vector."""
+
+    pooling: Pooling = "mean"
+    """`mean`: over the tokens without the first, which is an attention sink; `last`: last token."""
+    template: str = "{text}"
+    """Text given to the model; `{channel}` and `{text}` are filled in."""
+    max_tokens: int = 128
+    """Longer texts are cut at this many tokens."""
+    storage: Storage = "float32"
+    """`float16`: vectors are rounded to half precision, which halves what they take on disk."""
+    bfloat16: bool | None = None
+    """Precision of the computation; by default bfloat16 where the hardware multiplies it itself."""
+    compile: bool = False
+    """Fuse the layers' operations by `torch.compile`, which takes a minute and a C++ compiler first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowConfig:
+    """How much of a timeline one pass reads."""
+
+    size: int = 512
+    """Most behaviors in one window (per channel)."""
+    overlap: int = 256
+    """Every impression of a longer timeline sees at least this many behaviors."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.overlap < self.size:
+            raise ValueError(
+                f"`overlap` is {self.overlap}; it must be at least 0 and below `size`, {self.size}"
+            )
+
+
+HeadName = Literal["dnn", "dcn", "target"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Shape and regularisation of what is trained on top of the atom vectors."""
+
+    channels: Literal["parallel", "merged"] = "parallel"
+    """`parallel`: the deep layers read each channel's timeline by itself, as in the paper, and their
+    states stand side by side; `merged`: one timeline of all channels in time order, one pass, one
+    state, with a learned embedding of each behavior's channel. At one instant, channels come in the
+    dataset's order."""
+    time_gaps: bool = False
+    """Whether the deep layers also read how long before a behavior the one before it was, by a learned
+    embedding of `timelines.gap_buckets`. It speaks of behaviors alone, not of the impression's time, so
+    that stored states stay right."""
+    deep_width: int = 64
+    """Width of the deep part of the stored user and item vectors."""
+    profile_width: int = 48
+    """Width of the profile part."""
+    head: HeadName = "dnn"
+    """`dnn`, `dcn`: cross layers (DCN-V2) before the DNN, or `target`: the candidate item's attention
+    over the user's latest behaviors (DIN) beside the user vector, then the DNN. A `target` model reads
+    the raw history for every pair, so that stored vectors no longer suffice to score: it is for use
+    offline, and cannot be embedded, published or served."""
+    head_width: int = 128
+    """Width of the head's hidden layer."""
+    cross_layers: int = 2
+    """Cross layers of the `dcn` head."""
+    target_history: int = 50
+    """Latest behaviors of each channel that the `target` head attends to."""
+    dropout: float = 0.2
+    """Dropout on the user state and in the head."""
+    behavior_ids: bool = True
+    """Whether vectors have a collaborative part, from ID embeddings of behaviors and items."""
+    id_width: int = 16
+    """Width of the collaborative part."""
+    item_ids: bool = True
+    """Whether the deep part of an item's vector has an ID embedding beside the text."""
+    item_id_dropout: float = 0.3
+    """Share of items whose ID embedding is hidden in a training step, so that text is learned too."""
+    context_buckets: int = 2**14
+    """Rows of each context column's embedding table; values that share one are told apart no more."""
+    context_width: int = 8
+    """Width of each context column's embedding."""
+    context_dropout: float = 0.1
+    """Share of context values hidden in a training step, so that a missing one is learned too."""
+
+    def __post_init__(self) -> None:
+        if self.context_buckets < 1 or self.context_width < 1:
+            raise ValueError("`context_buckets` and `context_width` must be at least 1")
+        if self.target_history < 1:
+            raise ValueError("`target_history` must be at least 1")
+        if not 0 <= self.context_dropout < 1:
+            raise ValueError("`context_dropout` must be at least 0 and below 1")
+
+    @property
+    def merged(self) -> bool:
+        """Whether the channels make one sequence."""
+        return self.channels == "merged"
+
+    @property
+    def vector_width(self) -> int:
+        """Width of the stored vectors."""
+        return self.deep_width + self.profile_width + (self.id_width if self.behavior_ids else 0)
+
+    @property
+    def vectors_suffice(self) -> bool:
+        """Whether a score needs nothing of user and item but their vectors, so that it can be served."""
+        return self.head != "target"
+
+
+_NO_EFFECT_ON_WEIGHTS = ("checkpoint_seconds", "recompute")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """How the model is trained."""
+
+    epochs: int = 4
+    """Most passes over the training impressions."""
+    pretraining_epochs: int = 0
+    """Passes over the timelines before the impressions' turn; see `bahe_models.pretraining`."""
+    patience: int = 1
+    """Epochs without a better validation AUC before training stops."""
+    impressions_per_step: int = 1000
+    accumulate: int = 1
+    """Steps whose gradients make one update: large updates in the memory of small steps."""
+    learning_rate: float = 1e-3
+    """Peak rate of everything but the deep layers."""
+    deep_learning_rate: float = 1e-4
+    """Peak rate of the deep layers."""
+    weight_decay: float = 0.01
+    warm_up: float = 0.1
+    """Share of the updates in which the rates rise; they fall as a cosine afterwards."""
+    gradient_norm: float = 1.0
+    """Gradients are clipped to this norm."""
+    positive_weight: float = 1.0
+    """Weight of a clicked impression in the loss; predictions are corrected for it."""
+    negative_rate: float = 1.0
+    """Share of the unclicked impressions that each epoch draws; predictions are corrected for it."""
+    bfloat16: bool | None = None
+    """Mixed precision; by default where the hardware multiplies bfloat16 matrices itself."""
+    recompute: bool = False
+    """Deep layers compute their activations again in the backward pass instead of keeping them: less
+    memory, more time, the same weights."""
+    seed: int = 0
+    checkpoint_seconds: float = 60.0
+    """Most training that a kill costs, for a run with a checkpoint; no effect on the weights."""
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1 or self.impressions_per_step < 1:
+            raise ValueError("`epochs` and `impressions_per_step` must be at least 1")
+        if self.pretraining_epochs < 0:
+            raise ValueError("`pretraining_epochs` must not be negative")
+        if self.accumulate < 1:
+            raise ValueError("`accumulate` must be at least 1")
+        if not 0 < self.negative_rate <= 1:
+            raise ValueError("`negative_rate` must be above 0 and at most 1")
+        if not 0 < self.positive_weight < float("inf"):
+            raise ValueError("`positive_weight` must be above 0")
+        if self.checkpoint_seconds < 0:
+            raise ValueError("`checkpoint_seconds` must not be negative")
+
+    @property
+    def logit_shift(self) -> float:
+        """Correction of the trained logits for sampling and weighting; 0 by default."""
+        from bahe_models.sampling import logit_shift
+
+        return logit_shift(self.negative_rate, self.positive_weight)
+
+    def fields_affecting_weights(self) -> dict[str, Any]:
+        """The fields that move the trained weights, by name."""
+        return {name: value for name, value in asdict(self).items() if name not in _NO_EFFECT_ON_WEIGHTS}
