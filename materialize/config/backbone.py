@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from bahe_models.config import BackboneConfig, EncoderConfig
+from dataclasses import replace
+
+from bahe_models.config import DEFAULT_BACKBONE, BackboneConfig, EncoderConfig
 from materialize.config.dataset import Dataset
 from materialize.config.fetch import DOWNLOADS, fetch
 
@@ -10,18 +12,13 @@ Settings = tuple[BackboneConfig, EncoderConfig]
 
 
 def backbone_config(dataset: Dataset) -> BackboneConfig:
-    """The dataset's backbone; without a `path`, SmolLM2-135M-Instruct, fetched when needed."""
-    from bahe_models.options import build
-
-    settings = dict(dataset.backbone)
-    if "path" not in settings:
-        folder = fetch("smollm2-135m")
-        settings["path"] = str(folder / DOWNLOADS["smollm2-135m"].names[0])
-    return build(BackboneConfig, settings, "backbone")
+    """The dataset's backbone; the default one, SmolLM2-135M-Instruct, is fetched when needed."""
+    if dataset.backbone.path != DEFAULT_BACKBONE:
+        return dataset.backbone
+    folder = fetch(DEFAULT_BACKBONE)
+    return replace(dataset.backbone, path=str(folder / DOWNLOADS[DEFAULT_BACKBONE].names[0]))
 
 
 def encoder_settings(dataset: Dataset) -> Settings:
-    """Backbone and encoder of a dataset, checked."""
-    from bahe_models.options import build
-
-    return backbone_config(dataset), build(EncoderConfig, dataset.encoder, "encoder")
+    """Backbone and encoder of a dataset."""
+    return backbone_config(dataset), dataset.encoder

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from bahe_core.errors import BadInput, NotReady
+from bahe_core.errors import NotReady
 from bahe_core.home import Home
 from bahe_core.lake_location import LakeConfig
+from bahe_models.config import BackboneConfig, EncoderConfig, ModelConfig, TrainingConfig, WindowConfig
+from materialize.config.problems import problems_of, read_yaml, refusal
 
 
 class _Section(BaseModel):
@@ -129,54 +131,44 @@ class Dataset(_Section):
     freshness: Literal["event", "hourly", "daily"] = "event"
     """How fresh the features are that serving reads. An impression of a training frame sees what was known
     strictly before its own instant, the start of its hour, or the start of its day (UTC)."""
-    backbone: dict[str, Any] = Field(default_factory=dict)
-    """See bahe_models.BackboneConfig; `path` defaults to the fetched SmolLM2-135M-Instruct."""
-    encoder: dict[str, Any] = Field(default_factory=dict)
-    """See bahe_models.EncoderConfig."""
-    window: dict[str, Any] = Field(default_factory=dict)
-    """See bahe_models.WindowConfig."""
-    model: dict[str, Any] = Field(default_factory=dict)
-    """See bahe_models.ModelConfig."""
-    training: dict[str, Any] = Field(default_factory=dict)
-    """See bahe_models.TrainingConfig."""
+    backbone: BackboneConfig = BackboneConfig()
+    """Which language model; a `path` that exists beside dataset.yaml is a folder or a .gguf file."""
+    encoder: EncoderConfig = EncoderConfig()
+    window: WindowConfig = WindowConfig()
+    model: ModelConfig = ModelConfig()
+    training: TrainingConfig = TrainingConfig()
+
+    @field_validator("channels")
+    @classmethod
+    def _distinct_channels(cls, channels: list[str]) -> list[str]:
+        if len(set(channels)) != len(channels):
+            raise ValueError("names one channel twice")
+        if "item" in channels:
+            raise ValueError("`item` is reserved for item texts; rename that channel")
+        return channels
 
     @model_validator(mode="after")
-    def _channels(self) -> Dataset:
-        if len(set(self.channels)) != len(self.channels):
-            raise ValueError("`channels` names one channel twice")
-        if "item" in self.channels:
-            raise ValueError("`item` is reserved for item texts; rename that channel")
+    def _known_channel(self) -> Dataset:
         if self.behaviors.channel is not None and self.behaviors.channel not in self.channels:
             raise ValueError(f"`behaviors.channel` is {self.behaviors.channel}, not in `channels`")
         return self
 
 
 def load_dataset(path: Path) -> Dataset:
-    """Read and check a dataset.yaml. Raises BadInput, naming the field, when it is wrong."""
-    try:
-        raw = yaml.safe_load(path.read_text())
-    except FileNotFoundError:
-        raise BadInput(
-            f"{path} does not exist; write one (README, 'Your own log') or run `bahe fetch`."
-        ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        where = getattr(error, "problem_mark", None)
-        line = f", line {where.line + 1}" if where is not None else ""
-        raise BadInput(f"{path}{line} is not valid YAML; correct it.") from None
-    if not isinstance(raw, dict):
-        raise BadInput(f"{path} must hold a mapping with `name`, `behaviors`, `impressions`, `items`.")
+    """Read and check a dataset.yaml. Raises BadInput with every problem in it, each with its line."""
+    raw, lines = read_yaml(path)
     lake = raw.get("lake")
     if isinstance(lake, dict) and isinstance(lake.get("data"), str) and "://" not in lake["data"]:
         lake["data"] = str((path.parent / Path(lake["data"]).expanduser()).resolve())
+    backbone = raw.get("backbone")
+    if isinstance(backbone, dict) and isinstance(backbone.get("path"), str):
+        beside = path.parent / backbone["path"]
+        if beside.exists():  # anything else is a name on the hub
+            backbone["path"] = str(beside.resolve())
     try:
-        dataset = Dataset.model_validate(raw)
-    except ValidationError as error:
-        raise BadInput(f"{path}: {_first_problem(error)}") from None
-    backbone = dataset.backbone.get("path")
-    if isinstance(backbone, str) and (path.parent / backbone).exists():
-        # A model beside dataset.yaml; anything else is an absolute path or a name on the hub.
-        dataset.backbone["path"] = str((path.parent / backbone).resolve())
-    return dataset
+        return Dataset.model_validate(raw)
+    except ValidationError:
+        raise refusal(path, problems_of(Dataset, raw, lines)) from None
 
 
 def save_dataset(dataset: Dataset, path: Path) -> None:
@@ -186,19 +178,6 @@ def save_dataset(dataset: Dataset, path: Path) -> None:
         yaml.safe_dump(dataset.model_dump(mode="json", exclude_defaults=True), sort_keys=False)
     )
     temporary.replace(path)
-
-
-def _first_problem(error: ValidationError) -> str:
-    first = error.errors()[0]
-    field = ".".join(str(part) for part in first["loc"] if part != "ClickRule") or "top level"
-    more = error.error_count() - 1
-    rest = f" (and {more} more)" if more else ""
-    if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        return f"`{field}` is not a known field; check its spelling{rest}."
-    if first["type"] == "missing":
-        return f"`{field}` is missing; add it{rest}."
-    message = first["msg"].removeprefix("Value error, ")
-    return f"`{field}`: {message}{rest}."
 
 
 def home_dataset(home: Home) -> Dataset:

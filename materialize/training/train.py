@@ -42,7 +42,6 @@ from bahe_models.distributed import own_device, processes
 from bahe_models.encoder import encoder_version
 from bahe_models.evaluation import SplitEvaluation, evaluate
 from bahe_models.impressions import TrainingData
-from bahe_models.options import build
 from bahe_models.sharding import gathered, require_processes
 from bahe_models.sharding import shard as shard_deep_layers
 from bahe_models.training_loop import Epoch, seeded
@@ -94,11 +93,11 @@ class Settings:
 
     @classmethod
     def of(cls, dataset: Dataset) -> Settings:
-        """The dataset's settings, checked. Raises BadInput."""
+        """The dataset's."""
         return cls(
-            model=build(ModelConfig, dataset.model, "model"),
-            window=build(WindowConfig, dataset.window, "window"),
-            training=build(TrainingConfig, dataset.training, "training"),
+            model=dataset.model,
+            window=dataset.window,
+            training=dataset.training,
         )
 
     def fields_affecting_weights(self) -> list[dict[str, Any]]:

@@ -10,9 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from bahe_core.errors import BadInput
 from bahe_models import TrainingConfig, load, train
-from bahe_models.options import build
 from bahe_models.sampling import logit_shift, sampled_rows
 from bahe_models.training_loop import seeded
 from tests.support.toy import toy_artifact, toy_batches, toy_config, toy_data
@@ -92,5 +90,5 @@ def test_every_click_and_a_share_of_the_rest_is_drawn() -> None:
     ],
 )
 def test_wrong_settings_are_refused_by_name(wrong: dict[str, Any]) -> None:
-    with pytest.raises(BadInput, match=next(iter(wrong))):
-        build(TrainingConfig, wrong, "training")
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        TrainingConfig(**wrong)
