@@ -124,13 +124,14 @@ def _warn_of_the_future(task: MaterializationTask) -> None:
     view, now = task.feature_view.name, datetime.now(UTC)
     if task.start_time > now:
         _warn(
-            f"view {view} was materialized up to {task.start_time:%Y-%m-%d}, which is in the future, so"
-            f" `feast materialize-incremental` brings nothing online until then; {_EVERY_NIGHT} does."
+            f"view {view} was materialized up to {task.start_time:%Y-%m-%d %H:%M}, which is in the future,"
+            f" so `feast materialize-incremental` brings nothing online until then; {_EVERY_NIGHT} does."
         )
     elif task.end_time > now + timedelta(hours=1):
         _warn(
-            f"view {view} is materialized up to {task.end_time:%Y-%m-%d}, which is in the future, so `feast"
-            f" materialize-incremental` will bring nothing more online until then; {_EVERY_NIGHT} will."
+            f"view {view} is materialized up to {task.end_time:%Y-%m-%d %H:%M}, which is in the future,"
+            " so `feast materialize-incremental` will bring nothing more online until then;"
+            f" {_EVERY_NIGHT} will."
         )
 
 
@@ -158,21 +159,20 @@ def _batches(job: RetrievalJob, size: int) -> Iterator[pa.RecordBatch]:
 
 
 def _as_view(view: FeatureView, batch: pa.RecordBatch) -> pa.RecordBatch:
-    """The batch with the view's column names."""
+    """The batch with the view's column names and types. Raises BadInput when one does not fit."""
     mapping = view.batch_source.field_mapping or {}
     batch = batch.rename_columns([mapping.get(name, name) for name in batch.schema.names])
     if DUMMY_ENTITY_ID in _join_key_types(view) and DUMMY_ENTITY_ID not in batch.schema.names:
         batch = batch.append_column(DUMMY_ENTITY_ID, pa.repeat(DUMMY_ENTITY_VAL, batch.num_rows))
-    wanted = [*_join_key_types(view), *(field.name for field in view.features)]
-    missing = [name for name in wanted if name not in batch.schema.names]
+    missing = [name for name in _value_types(view) if name not in batch.schema.names]
     if missing:
         raise BadInput(
             f"view {view.name}: its source has no column {missing[0]}; it has"
             f" {', '.join(batch.schema.names)}."
         )
     types = {name: arrow_type(kind) for name, kind in _value_types(view).items()}
-    exact = {name: kind for name, kind in types.items() if kind is not None}
-    table = converted_table(pa.Table.from_batches([batch]), exact, f"view {view.name}")
+    convertible = {name: kind for name, kind in types.items() if kind is not None}
+    table = converted_table(pa.Table.from_batches([batch]), convertible, f"view {view.name}")
     return table.combine_chunks().to_batches()[0] if table.num_rows else batch
 
 

@@ -1,4 +1,4 @@
-"""The entity frame: whichever form it is given in, checked, and as one SQL relation."""
+"""The entity frame, in whichever form it is given: checked, and as one SQL relation."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class EntityFrame:
 def read_entities(
     connection: duckdb.DuckDBPyConnection, given: EntityFrameLike, keys: dict[str, str]
 ) -> EntityFrame:
-    """Check an entity frame that must have these join keys (each with the view that wants it).
+    """Check an entity frame that must have these join keys (each with a view that is looked up by it).
 
     The moment of a row is in the column `event_timestamp`, else in the only column that holds timestamps,
     as Feast infers it. Times without a zone are taken as UTC, others are converted; Python shows the
@@ -72,29 +72,30 @@ def read_entities(
     if table is not None:
         connection.register(GIVEN, table)
     try:
-        found = columns(connection, source)
+        types = columns(connection, source)
     except duckdb.Error as error:
         raise BadInput(f"entity frame: {given} cannot be read ({one_line(error)}).") from None
-    names = list(found) if table is None else table.column_names  # DuckDB renames what is there twice
+    names = list(types) if table is None else table.column_names  # DuckDB renames what is there twice
     folded = [column.lower() for column in names]
     for column in names:
         if folded.count(column.lower()) > 1:
             raise BadInput(
                 f"entity frame: column {column} is there twice (capitals do not count); rename one."
             )
-    timestamp = _timestamp_column(found)
-    _warn_of_zone(timestamp, found[timestamp], table)
+    timestamp = _timestamp_column(types)
+    _warn_of_zone(timestamp, types[timestamp], table)
     for key, view in keys.items():
-        if key not in found:
+        if key not in types:
             raise BadInput(
-                f"entity frame has no column {key}, a join key of {view}; it has {', '.join(found)}."
+                f"entity frame has no column {key}, a join key of {view}; it has {', '.join(types)}."
             )
     time = f"{sql_identifier(timestamp)}::TIMESTAMPTZ"
     needed = [timestamp, *keys]
     counts = ", ".join(f"count({sql_identifier(column)})" for column in needed)
-    row = connection.execute(
-        f"SELECT min({time}), max({time}), count(*), {counts} FROM {source}"
-    ).fetchone()
+    row = connection.execute(f"""
+        SELECT min({time}), max({time}), count(*), {counts}
+        FROM {source}
+    """).fetchone()
     assert row is not None
     earliest, latest, rows, *present = row
     for column, count in zip(needed, present, strict=True):
@@ -111,7 +112,7 @@ def read_entities(
         ),
         given=table,
         dtypes=_dtypes(given, timestamp),
-        columns=found,
+        columns=types,
         timestamp=timestamp,
         row_number=number,
         rows=rows,
@@ -137,19 +138,19 @@ def _source(given: EntityFrameLike) -> tuple[str, pa.Table | None]:
     )
 
 
-def _timestamp_column(found: dict[str, str]) -> str:
-    timestamps = [column for column, kind in found.items() if kind.startswith("TIMESTAMP")]
-    if EVENT_TIMESTAMP in found:
+def _timestamp_column(types: dict[str, str]) -> str:
+    timestamps = [column for column, kind in types.items() if kind.startswith("TIMESTAMP")]
+    if EVENT_TIMESTAMP in types:
         if EVENT_TIMESTAMP not in timestamps:
             raise BadInput(
-                f"entity frame: {EVENT_TIMESTAMP} is {found[EVENT_TIMESTAMP]}, not a timestamp; convert it."
+                f"entity frame: {EVENT_TIMESTAMP} is {types[EVENT_TIMESTAMP]}, not a timestamp; convert it."
             )
         return EVENT_TIMESTAMP
     if len(timestamps) == 1:
         return timestamps[0]
     which = f"several ({', '.join(timestamps)})" if timestamps else "none"
     raise BadInput(
-        f"entity frame has no column {EVENT_TIMESTAMP}; of its columns {', '.join(found)}, exactly one"
+        f"entity frame has no column {EVENT_TIMESTAMP}; of its columns {', '.join(types)}, exactly one"
         f" would have to be a timestamp, and {which} is."
     )
 

@@ -63,13 +63,11 @@ def point_in_time_query(
         joins.append(f"ASOF LEFT JOIN ({ranked}) {v} ON {' AND '.join(on)}")
         values = v
         if late:
-            # Sorting numbers instead of lists, and fetching the lists of the rows that were found.
+            # Numbers are sorted instead of lists, and the lists are fetched for the rows that matched.
             values = f"w{index}"
             lists = ", ".join(f"{sql_identifier(c)} AS f{i}" for i, c in enumerate(view.features.values()))
-            lookups.append(
-                f"LEFT JOIN (SELECT rowid AS id, {lists} FROM {view.relation}) {values}"
-                f" ON {values}.id = {v}.id"
-            )
+            fetched = f"SELECT rowid AS id, {lists} FROM {view.relation}"
+            lookups.append(f"LEFT JOIN ({fetched}) {values} ON {values}.id = {v}.id")
         for i, feature in enumerate(view.features):
             value = f"{values}.f{i}"
             if view.ttl:
@@ -80,10 +78,13 @@ def point_in_time_query(
     if shard is not None:
         entities = f"FROM ({entities}) WHERE {shard.holds(shard.key)}"
         selected.append(f"e.{frame.row_number}")
-    return (
-        f"WITH {_ENTITIES} AS ({entities}) SELECT {', '.join(selected)} FROM {_ENTITIES} e"
-        f" {' '.join([*joins, *lookups])} ORDER BY e.{frame.row_number}"
-    )
+    return f"""
+        WITH {_ENTITIES} AS ({entities})
+        SELECT {", ".join(selected)}
+        FROM {_ENTITIES} e
+        {" ".join([*joins, *lookups])}
+        ORDER BY e.{frame.row_number}
+    """
 
 
 def _ranked(
@@ -102,23 +103,27 @@ def _ranked(
     if view.ttl:
         selected.append(f"{time} AS time")
     # Bounds that hold for every row, by which whole files can be left out.
-    where = [f"{time} <= TIMESTAMPTZ {sql_literal(frame.latest.isoformat())}"]
+    bounds = [f"{time} <= {sql_literal(frame.latest)}"]
     if view.ttl:
-        where.append(f"{time} >= TIMESTAMPTZ {sql_literal(frame.earliest.isoformat())} - {_ttl(view)}")
+        bounds.append(f"{time} >= {sql_literal(frame.earliest)} - {_ttl(view)}")
     if shard is not None and shard.key in view.keys:
-        where.append(shard.holds(view.keys[shard.key]))
+        bounds.append(shard.holds(view.keys[shard.key]))
     cut_off = known_by_then and created is not None
     if cut_off:
-        where.append(f"{created} IS NOT NULL")
+        bounds.append(f"{created} IS NOT NULL")
         visible = f"greatest({time}{f' + {_MICROSECOND}' if strict else ''}, {created})"
         selected += [f"{order} AS ranked", f"{visible} AS since"]
     else:
         selected.append(f"{order} AS since")
-    query = f"SELECT {', '.join(selected)} FROM {view.relation} WHERE {' AND '.join(where)}"
+    query = f"""
+        SELECT {", ".join(selected)}
+        FROM {view.relation}
+        WHERE {" AND ".join(bounds)}
+    """
     keys = ", ".join(f"k{i}" for i in range(len(view.keys)))
     if keys and frame.rows <= FEW_ROWS:
-        wanted = " AND ".join(f"e.{sql_identifier(key)} = r.k{i}" for i, key in enumerate(view.keys))
-        query = f"SELECT * FROM ({query}) r SEMI JOIN {_ENTITIES} e ON {wanted}"
+        same_key = " AND ".join(f"e.{sql_identifier(key)} = r.k{i}" for i, key in enumerate(view.keys))
+        query = f"SELECT * FROM ({query}) r SEMI JOIN {_ENTITIES} e ON {same_key}"
     if cut_off:
         # A row can be seen from `since` on, unless a later one was visible by then: such a row never is.
         partition = f"PARTITION BY {keys} " if keys else ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from datetime import datetime
 
 import duckdb
 from feast.data_source import DataSource
@@ -35,7 +35,7 @@ def pull(
     columns = list(dict.fromkeys([*columns, timestamp_field, *([created] if created else [])]))
     relation = relation_of(source, config)
     bounds = [
-        f"{sql_identifier(timestamp_field)} {sign} {sql_moment(moment)}"
+        f"{sql_identifier(timestamp_field)} {sign} {sql_literal(moment)}"
         for sign, moment in ((">=", start), ("<=", end))
         if moment is not None
     ]
@@ -62,12 +62,6 @@ def pull(
         else:
             query = f"{query} {latest}"
     return DuckLakeRetrievalJob(config=config, query=query, snapshot=number)
-
-
-def sql_moment(moment: datetime) -> str:
-    """A SQL literal of a moment; without a zone it is in UTC, as everywhere in Feast."""
-    utc = moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
-    return f"TIMESTAMPTZ {sql_literal(utc.isoformat())}"
 
 
 def _latest(keys: list[str], time: str, created: str | None, rows_are_numbered: bool) -> str:

@@ -74,11 +74,11 @@ class DuckLakeSource(DataSource):
     @staticmethod
     def from_proto(data_source: DataSourceProto) -> DuckLakeSource:
         """Read from the registry."""
-        where = data_source.bigquery_options
-        table, query = where.table or None, where.query or None
-        if table is None and query is None:  # as registries of before have it
-            before = json.loads(data_source.custom_options.configuration)
-            table, query = before["table"], before["query"]
+        options = data_source.bigquery_options
+        table, query = options.table or None, options.query or None
+        if table is None and query is None:  # a registry older than `bigquery_options`
+            older = json.loads(data_source.custom_options.configuration)
+            table, query = older["table"], older["query"]
         return DuckLakeSource(
             name=data_source.name,
             table=table,
@@ -169,8 +169,7 @@ def relation_of(source: DataSource, config: RepoConfig) -> str:
 
 def local_path(path: str, config: RepoConfig) -> Path:
     """A path of the repository: a relative one is relative to feature_store.yaml."""
-    found = Path(path).expanduser()
-    return found if found.is_absolute() or config.repo_path is None else Path(config.repo_path) / found
+    return Path(config.repo_path or "", Path(path).expanduser())
 
 
 class SavedDatasetDuckLakeStorage(SavedDatasetStorage):

@@ -22,11 +22,11 @@ from pydantic import Field, model_validator
 from bahe_core.errors import BadInput
 from bahe_core.lake_location import LakeConfig
 from bahe_lake.catalogue import snapshot
-from bahe_lake.sql import sql_identifier
+from bahe_lake.sql import sql_identifier, sql_literal
 from feast_ducklake.offline.entities import EVENT_TIMESTAMP, EntityFrame, EntityFrameLike, read_entities
 from feast_ducklake.offline.lakes import open_lake, open_lake_to_write
 from feast_ducklake.offline.point_in_time import point_in_time_query
-from feast_ducklake.offline.pull import pull, sql_moment
+from feast_ducklake.offline.pull import pull
 from feast_ducklake.offline.retrieval import DuckLakeRetrievalJob
 from feast_ducklake.offline.source import (
     DuckLakeLoggingDestination,
@@ -259,7 +259,7 @@ def _keys_and_times(view: View, keys: Iterable[str], start: datetime, end: datet
     return f"""
         SELECT {", ".join([*named_keys, f"{time} AS {EVENT_TIMESTAMP}"])}
         FROM {view.relation}
-        WHERE {time} BETWEEN {sql_moment(start)} AND {sql_moment(end)}
+        WHERE {time} BETWEEN {sql_literal(start)} AND {sql_literal(end)}
     """
 
 

@@ -75,16 +75,16 @@ def requested_views(
         feature_refs, feature_views, registry, project, (now, now)
     )
     by_name = {view.projection.name_to_use(): view for view in feature_views}
-    known_tables = tables(connection)
+    lake_tables = tables(connection)
     return [
-        _view(connection, relation, known_tables, by_name[context.name], context) for context in contexts
+        _view(connection, relation, lake_tables, by_name[context.name], context) for context in contexts
     ]
 
 
 def _view(
     connection: duckdb.DuckDBPyConnection,
     relation: Callable[[DataSource], str],
-    known_tables: set[str],
+    lake_tables: set[str],
     view: FeatureView,
     context: Any,
 ) -> View:
@@ -96,15 +96,15 @@ def _view(
         for key, selection in zip(context.entities, context.entity_selections, strict=True)
         if key != DUMMY_ENTITY_ID
     }
-    where = relation(source)
+    read_from = relation(source)
     created = context.created_timestamp_column or None
-    wanted = [*keys.values(), *features.values(), context.timestamp_field, *([created] if created else [])]
-    types = source_columns(connection, source.name, where, wanted)
+    needed = [*keys.values(), *features.values(), context.timestamp_field, *([created] if created else [])]
+    types = source_columns(connection, source.name, read_from, needed)
     table = getattr(source, "table", None)
     return View(
         name=context.name,
-        relation=where,
-        table=table if table in known_tables else None,
+        relation=read_from,
+        table=table if table in lake_tables else None,
         keys=keys,
         features=features,
         time=context.timestamp_field,
@@ -115,23 +115,23 @@ def _view(
 
 
 def source_columns(
-    connection: duckdb.DuckDBPyConnection, source_name: str, relation: str, wanted: Iterable[str] = ()
+    connection: duckdb.DuckDBPyConnection, source_name: str, relation: str, needed: Iterable[str] = ()
 ) -> dict[str, str]:
-    """Columns of a data source with DuckDB's types. Raises BadInput when it or a wanted one is missing."""
+    """Columns of a data source with DuckDB's types. Raises BadInput when it or a needed one is missing."""
     try:
-        found = columns(connection, relation)
+        types = columns(connection, relation)
     except duckdb.Error as error:
         raise BadInput(
             f"data source {source_name}: {relation.removeprefix(f'{LAKE}.main.')} cannot be read"
             f" ({one_line(error)}); run the job that writes it first."
         ) from None
-    for column in wanted:
-        if column not in found:
+    for column in needed:
+        if column not in types:
             raise BadInput(
                 f"data source {source_name} has no column {column} in the lake (any more); it has"
-                f" {', '.join(found)}. Run the job that writes it, or `bahe apply`."
+                f" {', '.join(types)}. Run the job that writes it, or `bahe apply`."
             )
-    return found
+    return types
 
 
 def check_key_types(view: View, entity_columns: dict[str, str]) -> None:

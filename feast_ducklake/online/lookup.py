@@ -36,7 +36,8 @@ def checked_entities(
     _, _, key_of_entity, types, _, grouped_features, _, request_data, _ = context
     views: dict[str, str] = {}
     for view, _ in grouped_features:
-        for key in view.join_keys:
+        for column in view.entity_columns:  # not `join_keys`, which typeguard makes slow
+            key = column.name
             views.setdefault(view.projection.join_key_map.get(key, key), view.name)
     views.pop(DUMMY_ENTITY_ID, None)
     # Feast also takes an entity's name for its join key, with a warning.
@@ -87,7 +88,8 @@ def _values(name: str, values: Any, kind: ValueType) -> Any:
     if not isinstance(values, Sequence) or (values and isinstance(values[0], Value)):
         return values  # protocol buffers, from Feast's servers
     if kind in _BITS:
-        return [_integer(name, value, _BITS[kind]) for value in values]
+        bits = _BITS[kind]
+        return [_integer(name, value, bits) for value in values]
     if kind == ValueType.STRING:
         for value in values:
             if not isinstance(value, str):
@@ -97,7 +99,7 @@ def _values(name: str, values: Any, kind: ValueType) -> Any:
 
 def _integer(name: str, value: Any, bits: int) -> int:
     """A whole number, which the command line gives as text and pandas, beside nulls, as a float."""
-    whole = isinstance(value, Integral)
+    whole = isinstance(value, (int, Integral))
     whole = whole or (isinstance(value, Real) and float(value).is_integer())
     whole = whole or (isinstance(value, str) and re.fullmatch(r"-?\d+", value, re.ASCII) is not None)
     number = int(value) if whole and not isinstance(value, bool) else None

@@ -11,7 +11,6 @@ import contextlib
 import os
 import sqlite3
 import threading
-import time
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from feast import Entity, FeatureView
 from feast.infra.online_stores.helpers import compute_table_id, extract_text_and_num
 from feast.protos.feast.types.Value_pb2 import Value
 from feast.repo_config import FeastConfigBaseModel, RepoConfig
+from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_fixed
 
 from bahe_lake.sql import sql_identifier
 from feast_ducklake.online.rows import NO_TIME, EncodedRows, Request, StoredValues
@@ -196,16 +196,14 @@ def _connect(path: Path, busy_seconds: float) -> sqlite3.Connection:
     connection = sqlite3.connect(path, timeout=busy_seconds, isolation_level=None)
     # Of a new file only. Three embeddings would fill SQLite's usual page, with a third of it wasted.
     connection.execute("PRAGMA page_size = 8192")
-    deadline = time.monotonic() + busy_seconds
-    while True:
-        try:
-            connection.execute("PRAGMA journal_mode = WAL")
-            break
-        except sqlite3.OperationalError as error:
-            # Two processes that turn a new file into WAL mode do not wait for each other by themselves.
-            if "locked" not in str(error) or time.monotonic() > deadline:
-                raise
-            time.sleep(0.01)
+    # Two processes that turn a new file into WAL mode do not wait for each other by themselves.
+    retrying = Retrying(
+        retry=retry_if_exception(lambda error: "locked" in str(error)),
+        stop=stop_after_delay(busy_seconds),
+        wait=wait_fixed(0.01),
+        reraise=True,
+    )
+    retrying(connection.execute, "PRAGMA journal_mode = WAL")
     # A crash of the machine may lose the last commits, never the file; materialization then runs again.
     connection.execute("PRAGMA synchronous = NORMAL")
     # Writers move the log into the file every 32 MB, not every 8: in a batch's random keys many pages
@@ -289,11 +287,12 @@ def _read(connection: sqlite3.Connection, table: str, request: Request) -> Store
     times: dict[bytes, int] = {}
     for start in range(0, len(keys), _KEYS_PER_QUERY):
         some = keys[start : start + _KEYS_PER_QUERY]
-        query = (
-            f"SELECT entity_key, feature_name, value, {_exact('event')} FROM {table}"
-            f" WHERE entity_key IN ({', '.join('?' * len(some))})"
-            f" AND feature_name IN ({', '.join('?' * len(features))})"
-        )
+        query = f"""
+            SELECT entity_key, feature_name, value, {_exact("event")}
+            FROM {table}
+            WHERE entity_key IN ({", ".join("?" * len(some))})
+                AND feature_name IN ({", ".join("?" * len(features))})
+        """
         for key, feature, value, event_us in _rows(connection, table, query, [*some, *features]):
             values[feature][key] = value
             if event_us > times.get(key, NO_TIME):

@@ -137,13 +137,13 @@ def test_the_trap_of_an_interval_that_ends_in_the_future_is_named(repository: Pa
     _, said = feast(repository, *incremental)
     assert online(repository) == [None, None, None]
     assert len(said) == 2
-    assert "clicks is materialized up to 2130-01-01, which is in the future" in said[0]
+    assert "clicks is materialized up to 2130-01-01 00:00, which is in the future" in said[0]
     assert "clicks: nothing was materialized, since all its rows are from before" in said[1]
     add(home, "a", "2019-05-02", 10)
     _, said = feast(repository, *incremental)
     assert online(repository) == [None, None, None]
     assert len(said) == 1
-    assert "clicks was materialized up to 2130-01-01, which is in the future" in said[0]
+    assert "clicks was materialized up to 2130-01-01 00:00, which is in the future" in said[0]
     assert "`feast materialize --disable-event-timestamp`" in said[0]
     assert feast(repository, "materialize", "--disable-event-timestamp")[1] == []
     assert online(repository) == [10, 2, None]

@@ -182,7 +182,7 @@ def store(request: pytest.FixtureRequest, filled: Home, tmp_path: Path) -> Itera
 
 
 def materialize(store: FeatureStore, *views: str) -> None:
-    store.materialize(NOW - 24 * HOUR, NOW + HOUR, feature_views=list(views) or None)
+    store.materialize(NOW - 24 * HOUR, datetime.now(UTC), feature_views=list(views) or None)
 
 
 def entities(rows: pd.DataFrame) -> list[dict[str, Any]]:
@@ -533,7 +533,7 @@ def test_what_is_stored_is_not_written_again(store: FeatureStore, tmp_path: Path
     with sqlite3.connect(tmp_path / "online.db") as watcher:
         before = dump(tmp_path / "online.db", f"{store.project}_profile")
         (version,) = watcher.execute("PRAGMA data_version").fetchone()
-        store.materialize_incremental(NOW + 2 * HOUR, feature_views=["profile"])
+        store.materialize_incremental(datetime.now(UTC), feature_views=["profile"])
         assert watcher.execute("PRAGMA data_version").fetchone() == (version,)
         materialize(store)
         assert dump(tmp_path / "online.db", f"{store.project}_profile") == before
