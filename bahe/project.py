@@ -102,12 +102,15 @@ class Project:
                 where=executor or LOCAL,
             )
 
-    def apply(self) -> str:
-        """Register entities, views and services with Feast; returns how many, in words."""
+    def apply(self, target: str | None = None) -> str:
+        """Register entities, views and services with Feast; returns how many, in words.
+
+        `target` says where online values lie from now on: sqlite, redis, postgres, or a file of settings.
+        """
         from feature_repo.store import apply
 
         with job("apply"):
-            registered = apply(self.home)
+            registered = apply(self.home, target)
             say(f"  registered {registered}")
         return registered
 

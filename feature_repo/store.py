@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sqlite3
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -26,43 +27,119 @@ logging.getLogger("feast.repo_config").addFilter(
     lambda record: "serve_features_while_materializing" not in record.getMessage()
 )
 
-TEMPLATE = Path(__file__).resolve().parent / "feature_store.yaml"
+FOLDER = Path(__file__).resolve().parent
+TEMPLATE = FOLDER / "feature_store.yaml"
+TARGETS = FOLDER / "targets.yaml"
+
+_LEGACY_CLASS = re.compile(r"^materialize\.feast_(?:engine|offline|redis|registry|sqlite)\.(\w+)$")
+"""Where version 0.1 had the plug-ins."""
 
 
-def write_configuration(home: Home) -> Path:
-    """The settings of the template with this home's paths, written to the home.
+def configuration(home: Home, target: str | None = None) -> dict[str, Any]:
+    """Feast's settings for this home: the target's, or without one those that the home keeps.
 
-    The template is BAHE_FEATURE_STORE, which may name another online store, else
-    feature_repo/feature_store.yaml. Raises BadInput when it cannot be read.
+    A target is a name in targets.yaml, or the path of a file that holds a section `online_store` or a whole
+    feature_store.yaml. A home without settings gets the default, SQLite. Raises BadInput on an unknown or
+    unreadable target, Damaged when the home's own settings cannot be read.
     """
-    template = Path(os.environ.get("BAHE_FEATURE_STORE") or TEMPLATE).expanduser()
+    settings = _mapping(TEMPLATE)
+    if target is not None:
+        settings |= _target(target)
+    elif home.feature_store_yaml.is_file():
+        try:
+            settings |= _current_names(_mapping(home.feature_store_yaml))
+        except (OSError, ValueError) as error:
+            raise Damaged(
+                f"{home.feature_store_yaml} cannot be read ({one_line(error)}); delete it and run `bahe"
+                " apply`, with the --target that holds this home's online values."
+            ) from None
+    settings["registry"]["path"] = str(home.registry)
+    if "path" in settings["online_store"]:  # a file; a server is where it is
+        settings["online_store"]["path"] = str(home.online_store)
+    settings["offline_store"]["home"] = str(home.root)
+    return settings
+
+
+def write_configuration(home: Home, target: str | None = None) -> Path:
+    """Write `configuration` to the home's feature_store.yaml, whole or not at all, where it differs.
+
+    The home may have been moved, and its paths with it.
+    """
+    text = _text(configuration(home, target))
+    path = home.feature_store_yaml
+    if not path.is_file() or path.read_text() != text:
+        _beside(path, text).replace(path)
+    return path
+
+
+def _text(settings: dict[str, Any]) -> str:
+    header = "# Written by `bahe apply`; `bahe apply --target NAME` changes the online store.\n"
+    return header + yaml.safe_dump(settings, sort_keys=False)
+
+
+def _beside(path: Path, text: str) -> Path:
+    """A file in the same folder that takes the path's place when it is complete."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part.write_text(text)
+    return part
+
+
+def _mapping(path: Path) -> dict[str, Any]:
+    """What a file of settings holds. Raises OSError or ValueError where it is none."""
     try:
-        settings = yaml.safe_load(template.read_text())
-        settings["registry"]["path"] = str(home.registry)
-        if "path" in settings["online_store"]:  # a file; a server is where it is
-            settings["online_store"]["path"] = str(home.online_store)
-        settings["offline_store"]["home"] = str(home.root)
-    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+        settings = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(one_line(error)) from None
+    sections = ("registry", "online_store", "offline_store")
+    if not isinstance(settings, dict) or any(not isinstance(settings.get(s, {}), dict) for s in sections):
+        raise ValueError("it holds no settings of Feast")
+    return settings
+
+
+def _target(target: str) -> dict[str, Any]:
+    named = _mapping(TARGETS)
+    if target in named:
+        return {"online_store": named[target]}
+    path = Path(target).expanduser()
+    try:
+        settings = _mapping(path)
+        if "online_store" not in settings:
+            raise ValueError("it has no section `online_store`")
+    except (OSError, ValueError) as error:
         raise BadInput(
-            f"BAHE_FEATURE_STORE is {template}, which is no such file as feature_repo/profiles/redis.yaml"
-            f" ({one_line(error)}); correct it or unset it."
+            f"the target {target} is not one of {', '.join(named)}, and no file with a section"
+            f" `online_store` ({one_line(error)}); correct --target or BAHE_FEATURE_STORE."
         ) from None
-    text = f"# Written by `bahe apply`; settings come from {template.name}.\n"
-    text += yaml.safe_dump(settings, sort_keys=False)
-    if not home.feature_store_yaml.is_file() or home.feature_store_yaml.read_text() != text:
-        home.feature_store_yaml.write_text(text)
-    return home.feature_store_yaml
+    return settings
+
+
+def _current_names(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings with the plug-ins under the names that they have now; others are returned as they are."""
+
+    def renamed(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: renamed(inner) for key, inner in value.items()}
+        return _LEGACY_CLASS.sub(r"feast_ducklake.\1", value) if isinstance(value, str) else value
+
+    current: dict[str, Any] = renamed(settings)
+    if current != settings and current.get("provider") == "local":
+        del current["provider"]  # version 0.1 had no other
+    return current
 
 
 def open_store(home: Home) -> FeatureStore:
     """The home's feature store. Raises NotReady before the first `bahe apply`."""
     if not home.registry.is_file():
         raise NotReady(f"{home.root} has no feature store yet; run `bahe apply` first.")
+    if not home.feature_store_yaml.is_file():
+        raise Damaged(
+            f"{home.feature_store_yaml} is gone, and with it which online store this home uses; run `bahe"
+            " apply`, with --target unless that was SQLite."
+        )
     from feast import FeatureStore
     from google.protobuf.message import DecodeError
 
     try:
-        # Written anew, since the home may have been moved since.
         store = FeatureStore(fs_yaml_file=write_configuration(home))
         store.list_projects()
     except DecodeError:
@@ -92,10 +169,12 @@ def online_errors(home: Home) -> Iterator[None]:
         ) from None
 
 
-def apply(home: Home) -> str:
+def apply(home: Home, target: str | None = None) -> str:
     """Register feature_repo's definitions in the home's registry; returns what is registered, in words.
 
-    Raises NotReady before the first ingest, since Feast infers types from the lake.
+    `target`, else BAHE_FEATURE_STORE, says where online values shall lie from now on (see `configuration`);
+    else they stay where they are. The home keeps the choice once Feast has registered all with it. Raises
+    NotReady before the first ingest, since Feast infers types from the lake.
     """
     require_catalogue(home)
     from feast import Entity, FeatureService, FeatureStore, FeatureView
@@ -105,17 +184,24 @@ def apply(home: Home) -> str:
         warnings.simplefilter("ignore", DeprecationWarning)
         from feature_repo import definitions
 
+    objects = [
+        thing
+        for thing in vars(definitions).values()
+        if isinstance(thing, Entity | FeatureView | FeatureService)
+    ]
     with home.exclusive():
-        store = FeatureStore(fs_yaml_file=write_configuration(home))
-        found = [
-            thing
-            for thing in vars(definitions).values()
-            if isinstance(thing, Entity | FeatureView | FeatureService)
-        ]
-        with online_errors(home):
-            store.apply(found)
-    count = {
-        kind: sum(isinstance(t, kind) for t in found) for kind in (Entity, FeatureView, FeatureService)
-    }
-    entities, views, services = count.values()
-    return f"{entities} entities, {views} feature views, {services} feature services"
+        before = configuration(home)["online_store"] if home.feature_store_yaml.is_file() else None
+        settings = configuration(home, target or os.environ.get("BAHE_FEATURE_STORE") or None)
+        candidate = _beside(home.feature_store_yaml, _text(settings))
+        try:
+            with online_errors(home):
+                FeatureStore(fs_yaml_file=candidate).apply(objects)
+            candidate.replace(home.feature_store_yaml)
+        finally:
+            candidate.unlink(missing_ok=True)
+    entities, views, services = (
+        sum(isinstance(thing, kind) for thing in objects) for kind in (Entity, FeatureView, FeatureService)
+    )
+    moved = before is not None and before != settings["online_store"]
+    also = "; the online store is another one now, so run `bahe publish`" if moved else ""
+    return f"{entities} entities, {views} feature views, {services} feature services{also}"

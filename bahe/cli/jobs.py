@@ -50,9 +50,22 @@ def encode(
 
 
 @app.command()
-def apply(home: HomeOption = None) -> None:
-    """Register entities, views and services of feature_repo/ with Feast, for this home."""
-    bahe.open(home).apply()
+def apply(
+    home: HomeOption = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            help="Where online values lie from now on: sqlite, redis, postgres, or a file of settings.",
+            envvar="BAHE_FEATURE_STORE",
+            show_default="where they are; sqlite in a new home",
+        ),
+    ] = None,
+) -> None:
+    """Register entities, views and services of feature_repo/ with Feast, for this home.
+
+    The home keeps the target, so no other command has to be told.
+    """
+    bahe.open(home).apply(target)
 
 
 @app.command()

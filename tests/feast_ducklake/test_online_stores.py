@@ -16,14 +16,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import redis
-import yaml
 from feast import Entity, FeatureService, FeatureStore, FeatureView, Field, RepoConfig, ValueType
 from feast.errors import FeatureViewNotFoundException
 from feast.feature_view import FeatureViewState
 from feast.on_demand_feature_view import on_demand_feature_view
 from feast.protos.feast.types.EntityKey_pb2 import EntityKey
 from feast.protos.feast.types.Value_pb2 import Value
-from feast.repo_config import load_repo_config
 from feast.types import Array, Bool, Float32, Float64, Int64, String, UnixTimestamp
 
 from bahe_core.errors import BadInput
@@ -31,7 +29,6 @@ from bahe_core.home import Home
 from bahe_lake.connection import lake
 from feast_ducklake.offline.source import DuckLakeSource
 from feast_ducklake.online.vectors import VectorReader, view_keys
-from feature_repo.store import TEMPLATE
 from tests.support.services import require_service
 
 STORES: dict[str, dict[str, Any]] = {
@@ -578,18 +575,3 @@ def test_a_replaced_file_is_opened_anew(store: FeatureStore, tmp_path: Path) -> 
     assert read(store) == (None, None)
     write(store, 2, NOW - HOUR)
     assert read(store) == (NOW - HOUR, 2)
-
-
-@pytest.mark.parametrize("profile_name", ["redis", "postgres"])
-def test_a_profile_differs_in_its_online_store_only(
-    profile_name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("BAHE_POSTGRES_PASSWORD", "secret")
-    folder = TEMPLATE.parent
-    config = load_repo_config(folder, folder / "profiles" / f"{profile_name}.yaml")
-    assert config.online_store.type == STORES[profile_name]["type"]
-    left, right = (
-        yaml.safe_load(path.read_text())
-        for path in (TEMPLATE, folder / "profiles" / f"{profile_name}.yaml")
-    )
-    assert left | {"online_store": right["online_store"]} == right

@@ -21,7 +21,7 @@ from bahe_lake.catalogue import written_since
 from bahe_lake.connection import lake
 from bahe_lake.runs import last
 from feast_ducklake.online.sqlite import GuardedSqliteOnlineStore
-from feature_repo.store import TEMPLATE, open_store
+from feature_repo.store import TARGETS, TEMPLATE, open_store
 from materialize.release import pointer
 from serving.lookup import OnlineLookup
 from tests.support.cli import call
@@ -264,7 +264,8 @@ def test_refused_rollbacks(filled: tuple[Home, Path], twice: Home, tmp_path: Pat
 def in_redis(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A project of its own in Redis, for every feature store that is opened meanwhile."""
     require_service("redis")
-    settings = yaml.safe_load((TEMPLATE.parent / "profiles" / "redis.yaml").read_text())
+    settings = yaml.safe_load(TEMPLATE.read_text())
+    settings["online_store"] = yaml.safe_load(TARGETS.read_text())["redis"]
     settings["project"] = project = f"test{tmp_path.stat().st_ino}"
     (tmp_path / "redis.yaml").write_text(yaml.safe_dump(settings))
     monkeypatch.setenv("BAHE_FEATURE_STORE", str(tmp_path / "redis.yaml"))
@@ -275,10 +276,11 @@ def in_redis(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("in_redis")
-def test_a_store_in_redis(twice: Home, tmp_path: Path) -> None:
+def test_a_store_in_redis(twice: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     home = copy_of(twice, tmp_path)
     before = home.online_store.read_bytes()
-    call("apply", home=home)
+    assert "run `bahe publish`" in call("apply", home=home).stderr
+    monkeypatch.delenv("BAHE_FEATURE_STORE")  # another shell: the home knows
     call("publish", home=home)  # to a store that has nothing yet
     assert published(home)["since"] is None
     assert online(home, "u3") == offline(home, "u3")
@@ -289,14 +291,10 @@ def test_a_store_in_redis(twice: Home, tmp_path: Path) -> None:
     assert home.online_store.read_bytes() == before
 
 
-def test_a_store_that_does_not_answer(twice: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_that_does_not_answer(twice: Home, tmp_path: Path) -> None:
     home = copy_of(twice, tmp_path)
-    settings = yaml.safe_load((TEMPLATE.parent / "profiles" / "redis.yaml").read_text())
-    settings["online_store"]["url"] = "redis://127.0.0.1:9/0"
-    (tmp_path / "redis.yaml").write_text(yaml.safe_dump(settings))
-    monkeypatch.setenv("BAHE_FEATURE_STORE", str(tmp_path / "redis.yaml"))
+    section = yaml.safe_load(TARGETS.read_text())["redis"] | {"url": "redis://127.0.0.1:9/0"}
+    (tmp_path / "redis.yaml").write_text(yaml.safe_dump({"online_store": section}))
+    call("apply", "--target", tmp_path / "redis.yaml", home=home)
     with pytest.raises(NotReady, match="does not answer"):
-        call("publish", home=home)
-    monkeypatch.setenv("BAHE_FEATURE_STORE", str(tmp_path / "nothing.yaml"))
-    with pytest.raises(BadInput, match=r"BAHE_FEATURE_STORE is .*nothing.yaml"):
         call("publish", home=home)
