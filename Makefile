@@ -2,7 +2,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow check format bench lock clean
+.PHONY: help install demo test test-slow check format bench schema lock clean
 
 help: ## list these targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -47,6 +47,10 @@ bench: install ## every figure of the README, briefly; a whole one: python -m be
 	$(BIN)/python -m benchmarks.encode --quick # its peer: pip install 'bahe[bench]'
 	$(BIN)/python -m benchmarks.scale --quick
 	$(BIN)/python -m benchmarks.crash --quick
+
+schema: install ## write the JSON schema of dataset.yaml, for editors
+	$(BIN)/python -c 'import json; from materialize.config.dataset import json_schema; print(json.dumps(json_schema(), indent=2))' > dataset.schema.json.new
+	mv dataset.schema.json.new materialize/config/dataset.schema.json
 
 lock: install ## write constraints.txt from what is installed now
 	{ echo "# The versions that were tested together; written by 'make lock'. Used by 'make install'."; \

@@ -13,7 +13,7 @@ import importlib
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-from bahe.project import Project, open
+from bahe.project import Project, check, open
 from bahe_core.errors import (
     BadInput,
     BaheError,
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from bahe_lake.runs import Run
     from materialize.executors import ExecutorConfig
     from materialize.frames.frame import Frame
+    from materialize.ingest.check import Checked
     from materialize.ingest.ingest import Ingested
     from materialize.ingest.quarantine import Held
     from materialize.release.publish import Published
@@ -51,6 +52,7 @@ except PackageNotFoundError:  # a checkout that is not installed
 
 _RESULTS = {
     "Answer": "serving.lookup",
+    "Checked": "materialize.ingest.check",
     "Compacted": "materialize.upkeep.compact",
     "Day": "bahe.daily",
     "Embedded": "materialize.vectors.embed",
@@ -74,6 +76,7 @@ __all__ = [
     "BadInput",
     "BaheError",
     "Busy",
+    "Checked",
     "Compacted",
     "Damaged",
     "Day",
@@ -98,6 +101,7 @@ __all__ = [
     "Unreachable",
     "UserFeatures",
     "__version__",
+    "check",
     "open",
 ]
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from bahe_models.context import Value
     from materialize.executors import ExecutorConfig
     from materialize.frames.frame import Frame
+    from materialize.ingest.check import Checked
     from materialize.ingest.ingest import Ingested
     from materialize.ingest.quarantine import Held
     from materialize.release.publish import Published
@@ -46,6 +47,16 @@ def open(home: Path | str | None = None) -> Project:
     """
     configure_threads()
     return Project(Home.at(home))
+
+
+def check(dataset: Path | str) -> Checked:
+    """Look for everything that is wrong with a dataset.yaml, its files and columns, without reading a row.
+
+    Raises BadInput with all problems at once, each with its line.
+    """
+    from materialize.ingest.check import check
+
+    return check(Path(dataset))
 
 
 class Project:

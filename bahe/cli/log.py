@@ -94,6 +94,16 @@ def synth(
 
 
 @app.command()
+def check(dataset: DatasetArgument) -> None:
+    """Look for everything that is wrong with a dataset.yaml, its files and columns; count rows, read none.
+
+    Names every problem with its line. What single values are is looked at by `bahe ingest`.
+    """
+    for line in bahe.check(dataset).summary:
+        typer.echo(line)
+
+
+@app.command()
 def ingest(dataset: DatasetArgument, home: HomeOption = None) -> None:
     """Read a log into the lake: atoms, timelines, point-in-time statistics. Then the ingest gate."""
     bahe.open(home).ingest(dataset)

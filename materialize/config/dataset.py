@@ -186,3 +186,12 @@ def home_dataset(home: Home) -> Dataset:
     if not path.is_file():
         raise NotReady(f"{home.root} holds no data yet; run `bahe ingest dataset.yaml` first.")
     return load_dataset(path)
+
+
+def json_schema() -> dict[str, object]:
+    """What `dataset.schema.json` holds, for editors: `make schema` writes it."""
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "dataset.yaml of bahe",
+        **Dataset.model_json_schema(),
+    }

@@ -98,7 +98,7 @@ def problems_of(model: type[BaseModel], raw: dict[str, Any], lines: dict[Place, 
                     continue  # of `text or rule` the rule is meant, and has errors of its own
                 # A union's own members are no keys of the file.
                 place = tuple(part for part in one["loc"] if part not in ("ClickRule", "str"))
-                problem = Problem(line=_line(place, lines), sentence=_sentence(one, place, model))
+                problem = Problem(line=line_of(place, lines), sentence=_sentence(one, place, model))
                 found.setdefault((place, one["type"]), problem)
                 if one["type"] in _UNKNOWN:
                     unknown.append(place)
@@ -111,8 +111,8 @@ def problems_of(model: type[BaseModel], raw: dict[str, Any], lines: dict[Place, 
             section.pop(place[-1], None)
 
 
-def _line(place: Place, lines: dict[Place, int]) -> int | None:
-    """Of the key itself, or of the nearest section around it."""
+def line_of(place: Place, lines: dict[Place, int]) -> int | None:
+    """The line of the key itself, or of the nearest section around it."""
     for end in range(len(place), 0, -1):
         if place[:end] in lines:
             return lines[place[:end]]

@@ -145,8 +145,10 @@ def _attributes(
     said: dict[str, list[Layout]] = {}
     for layout in of_table:
         for column in layout.columns:
-            if not layout.empty:
-                said.setdefault(renamed.get(column, column), []).append(layout)
+            target = renamed.get(column, column)
+            # A column that dataset.yaml takes from elsewhere is not read under its own name.
+            if not layout.empty and source_column(section, target) == column:
+                said.setdefault(target, []).append(layout)
     types = dict(held)
     for target, named in section.types.items():
         types.setdefault(target, values.NAMED_TYPES[named])

@@ -24,11 +24,11 @@ from bahe_lake.catalogue import scalar, tables
 from bahe_lake.connection import lake
 from bahe_lake.sql import sql_literal
 from bahe_lake.transactions import transact
-from materialize.config.dataset import Dataset, Table, load_dataset, save_dataset
+from materialize.config.dataset import Dataset, load_dataset, save_dataset
 from materialize.gate import gated
 from materialize.ingest import derive, quarantine, repair, sources
 from materialize.ingest.adding import add
-from materialize.ingest.column_types import TABLES
+from materialize.ingest.check import sections
 from materialize.ingest.reading import Read, check_rows, read_new
 
 JOB = "ingest"
@@ -80,7 +80,7 @@ def ingest(home: Home, dataset_path: Path) -> Ingested:
         check_same_dataset(home, dataset, dataset_path)
         with lake(home, create=True) as connection:
             connection.execute(f"SET file_search_path = {sql_literal(str(folder))}")
-            found = sources.find_sources(connection, _sections(dataset), folder)
+            found = sources.find_sources(connection, sections(dataset), folder)
             last = runs.last(connection, JOB)
             _check_same_lake(home, dataset, last)
             repaired = repair.due(connection, last, runs.last(connection, f"gate {JOB}"))
@@ -120,11 +120,6 @@ def check_same_dataset(home: Home, dataset: Dataset, path: Path) -> None:
             f"{path}: `channels` is {dataset.channels}, but {home.root} was filled with"
             f" {held.channels}; use a new --home to change channels."
         )
-
-
-def _sections(dataset: Dataset) -> dict[str, Table]:
-    given = {table: getattr(dataset, table) for table in TABLES}
-    return {table: section for table, section in given.items() if section is not None}
 
 
 def _check_same_lake(home: Home, dataset: Dataset, last: runs.Run | None) -> None:
@@ -202,5 +197,5 @@ def _totals(connection: duckdb.DuckDBPyConnection) -> dict[str, int]:
 def is_current(connection: duckdb.DuckDBPyConnection, path: Path) -> bool:
     """Whether the lake has all of this dataset.yaml's sources as they are now. Raises BadInput."""
     dataset = load_dataset(path)
-    found = sources.find_sources(connection, _sections(dataset), path.resolve().parent)
+    found = sources.find_sources(connection, sections(dataset), path.resolve().parent)
     return not any(source.unread for source in found.values())

@@ -59,7 +59,7 @@ def read_new(
             for layout in opened[table]:
                 check_nanoseconds(layout)
     types = column_types(connection, sections, opened)
-    projections = {table: _projections(dataset, table, opened[table], types, latest) for table in opened}
+    by_table = {table: projections(dataset, table, opened[table], types, latest) for table in opened}
     reads: dict[str, Read] = {}
     for table, source in sources.items():
         again = quarantine.released(connection, table, latest, new_items=_has_rows(reads, "items"))
@@ -69,7 +69,7 @@ def read_new(
         if len(files) > len(source.unread):
             opened[table] = layouts(connection, source, files)
             types = column_types(connection, sections, opened)
-            projections[table] = _projections(dataset, table, opened[table], types, latest)
+            by_table[table] = projections(dataset, table, opened[table], types, latest)
         many = f" ({len(files)} of {len(source.files)} files)" if len(source.files) > 1 else ""
         say(f"  reading {table}{many}")
         try:
@@ -79,7 +79,7 @@ def read_new(
                     dataset,
                     source,
                     files,
-                    projections[table],
+                    by_table[table],
                     types,
                     new_items=_has_rows(reads, "items"),
                 )
@@ -92,7 +92,7 @@ def _has_rows(reads: Mapping[str, Read], table: str) -> bool:
     return table in reads and reads[table].rows > 0
 
 
-def _projections(
+def projections(
     dataset: Dataset, table: str, of_table: Sequence[Layout], types: ColumnTypes, latest: datetime
 ) -> list[tuple[Layout, Projection]]:
     """How each layout becomes the table; those without rows are left out."""

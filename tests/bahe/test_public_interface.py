@@ -19,6 +19,7 @@ PUBLIC = [
     "BadInput",
     "BaheError",
     "Busy",
+    "Checked",
     "Compacted",
     "Damaged",
     "Day",
@@ -43,6 +44,7 @@ PUBLIC = [
     "Unreachable",
     "UserFeatures",
     "__version__",
+    "check",
     "open",
 ]
 METHODS = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import yaml
 
 from bahe_core.errors import BadInput
 from bahe_models import BackboneConfig, TrainingConfig
-from materialize.config.dataset import load_dataset, save_dataset
+from materialize.config.dataset import json_schema, load_dataset, save_dataset
 from tests.support import REPOSITORY
 from tests.support.logs import small_log, write_dataset
 
@@ -138,3 +139,8 @@ def test_reading_a_configuration_loads_nothing_heavy(tmp_path: Path) -> None:
         [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "[]"
+
+
+def test_the_schema_for_editors_is_the_model() -> None:
+    shipped = (REPOSITORY / "materialize" / "config" / "dataset.schema.json").read_text()
+    assert json.loads(shipped) == json_schema(), "run `make schema`"
