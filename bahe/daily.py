@@ -14,6 +14,7 @@ from datetime import UTC, date, datetime, timedelta
 from typing import Any, Literal
 
 from bahe_core.errors import BadInput, BaheError, Damaged, NotReady
+from bahe_core.files import replace_atomically
 from bahe_core.home import Home
 from bahe_core.progress import job, say
 from bahe_lake import runs
@@ -259,8 +260,5 @@ def _read(when: str, home: Home) -> Day:
 
 
 def _write(home: Home, day: Day) -> None:
-    home.days.mkdir(parents=True, exist_ok=True)
-    path = home.days / f"{day.date}.json"
-    temporary = path.with_suffix(".part")
-    temporary.write_text(json.dumps(asdict(day), indent=2) + "\n")
-    temporary.replace(path)
+    with replace_atomically(home.days / f"{day.date}.json") as part:
+        part.write_text(json.dumps(asdict(day), indent=2) + "\n")

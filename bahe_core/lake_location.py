@@ -15,11 +15,16 @@ from urllib.parse import parse_qsl, urlsplit
 import yaml
 
 from bahe_core.errors import BadInput, Busy, Damaged, Unreachable, last_line
+from bahe_core.files import replace_atomically
 
 if TYPE_CHECKING:
     import psycopg
 
-os.environ.setdefault("PGCONNECT_TIMEOUT", "10")  # seconds; libpq would wait for minutes
+
+def bound_postgres_wait() -> None:
+    """Let connections to PostgreSQL, also DuckDB's and Feast's, give up after 10 s unless the user says
+    otherwise; libpq, which reads the environment, would wait for minutes."""
+    os.environ.setdefault("PGCONNECT_TIMEOUT", "10")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +123,7 @@ class LakeLocation:
     @contextmanager
     def _session(self) -> Iterator[psycopg.Connection]:
         library = _psycopg()
+        bound_postgres_wait()
         try:
             # Kept alive, or a firewall drops the silent connection of a long job, and the lock with it.
             session = library.connect(
@@ -185,7 +191,6 @@ def write_lake_config(config: LakeConfig, path: Path) -> None:
     if config == LakeConfig():
         path.unlink(missing_ok=True)
         return
-    temporary = path.with_suffix(".part")
     text = "# Where the lake of this home lies; written by the first `bahe ingest`.\n"
-    temporary.write_text(text + yaml.safe_dump(asdict(config), sort_keys=False))
-    temporary.replace(path)
+    with replace_atomically(path) as part:
+        part.write_text(text + yaml.safe_dump(asdict(config), sort_keys=False))

@@ -20,6 +20,7 @@ from bahe_core.errors import (
     storage_problem,
 )
 from bahe_core.home import Home
+from bahe_core.lake_location import bound_postgres_wait
 from bahe_core.machine import memory_limit, threads
 from bahe_lake.extensions import load_extension, open_object_storage
 from bahe_lake.sql import sql_literal
@@ -75,6 +76,8 @@ def connect(home: Home, *, create: bool = False, as_of: int | None = None) -> du
 
 def _attach(connection: duckdb.DuckDBPyConnection, home: Home, *, create: bool, as_of: int | None) -> None:
     location = home.lake
+    if location.postgres:
+        bound_postgres_wait()
     for extension in ("postgres_scanner" if location.postgres else "sqlite_scanner", "ducklake"):
         load_extension(connection, extension)
     if location.data.startswith("s3://"):

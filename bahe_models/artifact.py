@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 
 from bahe_core.errors import BadInput, NotServable
+from bahe_core.files import new_folder
 from bahe_models.backbone import deep_from_config
 from bahe_models.config import ModelConfig, WindowConfig
 from bahe_models.context import hash_context
@@ -63,8 +64,6 @@ class Artifact:
         """Write the folder, beside and then renamed: it is whole or not there."""
         from safetensors.torch import save_file
 
-        temporary = folder.with_name(folder.name + ".part")
-        temporary.mkdir(parents=True, exist_ok=True)
         config = {
             "format": FORMAT,
             "model_version": self.model_version,
@@ -78,11 +77,11 @@ class Artifact:
             "logit_shift": self.logit_shift,
             "facts": self.facts,
         }
-        (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        (temporary / "item_ids.json").write_text(json.dumps(self.item_ids) + "\n")
         state = {k: v.detach().cpu().contiguous() for k, v in self.model.state_dict().items()}
-        save_file(state, temporary / "model.safetensors")
-        temporary.rename(folder)
+        with new_folder(folder) as part:
+            (part / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+            (part / "item_ids.json").write_text(json.dumps(self.item_ids) + "\n")
+            save_file(state, part / "model.safetensors")
 
     @torch.inference_mode()
     def user_vectors(

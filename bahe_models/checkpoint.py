@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 
 from bahe_core.errors import BadInput
+from bahe_core.files import part_of, replace_atomically
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,8 @@ class Checkpoint:
 
     def save(self, state: dict[str, Any]) -> None:
         """Replace the file by this state (tensors and plain values); a kill leaves the old or the new."""
-        _write(self.path, {"identity": self.identity, "state": state})
+        with replace_atomically(self.path) as part, part.open("wb") as file:
+            torch.save({"identity": self.identity, "state": state}, file)
 
     def load(self) -> dict[str, Any] | None:
         """The state on the CPU, or None without a file.
@@ -57,7 +58,7 @@ class Checkpoint:
 
     def delete(self) -> None:
         """Remove the file and what a kill while writing left of it."""
-        for path in (self.path, _part(self.path)):
+        for path in (self.path, part_of(self.path)):
             path.unlink(missing_ok=True)
 
 
@@ -72,17 +73,3 @@ def set_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["cpu"])
     if state["cuda"]:
         torch.cuda.set_rng_state_all(state["cuda"])
-
-
-def _part(path: Path) -> Path:
-    return path.with_name(path.name + ".part")
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = _part(path)
-    with part.open("wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())  # so that the new name never points to bytes that a crash took
-    part.replace(path)

@@ -26,8 +26,8 @@ from feast.repo_config import FeastConfigBaseModel
 from feast.utils import _convert_arrow_to_proto, _get_column_names, _validate_vector_field_lengths
 
 from bahe_core.errors import BadInput
+from bahe_core.machine import read_ahead
 from bahe_core.progress import progress
-from bahe_core.read_ahead import read_ahead
 from feast_ducklake.conversion import arrow_type, converted_table
 from feast_ducklake.online.encoding import Int64, entity_keys, value_bytes
 from feast_ducklake.online.rows import EPOCH, NO_TIME, EncodedRows

@@ -13,6 +13,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from bahe_core.files import replace_atomically
 from validation.measure import Finding
 from validation.suites import SUITES
 
@@ -55,9 +56,8 @@ def write_summary(gate: str, findings: Sequence[Finding], verdicts: Sequence[boo
     found = [results / f"{name}.json" for name in SUITES]
     sections = [json.loads(path.read_text()) for path in found if path.is_file()]
     page = docs / PAGE
-    temporary = page.with_suffix(".part")
-    temporary.write_text(_FRAME.format(gates="".join(map(_section, sections))))
-    temporary.replace(page)
+    with replace_atomically(page) as part:
+        part.write_text(_FRAME.format(gates="".join(map(_section, sections))))
     return page
 
 

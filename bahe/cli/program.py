@@ -13,6 +13,7 @@ import typer
 import bahe
 from bahe.cli.options import LogFormatOption
 from bahe_core.errors import BaheError, storage_problem
+from bahe_core.lake_location import bound_postgres_wait
 from bahe_core.machine import configure_threads
 from bahe_core.progress import job as job_of_lines
 from bahe_core.progress import json_log, use_log_format, write_json
@@ -57,6 +58,7 @@ def options(
 def main() -> None:
     """Entry point: errors that bahe raises on purpose become one sentence and exit code 2."""
     configure_threads()
+    bound_postgres_wait()
     # Libraries' own bars stay off: bahe shows one bar a step. Read by tqdm when it is imported.
     os.environ.setdefault("TQDM_DISABLE", "1")
     # Feast and transformers announce future changes of their own; none is for a user to act on.

@@ -23,8 +23,7 @@ import pyarrow as pa
 
 from bahe_core.errors import BadInput, BaheError
 from bahe_core.home import Home
-from bahe_core.machine import configure_threads, device, threads
-from bahe_core.read_ahead import read_ahead
+from bahe_core.machine import configure_threads, device, read_ahead, threads
 from bahe_lake.connection import connect
 from bahe_models.backbone import Backbone, load_backbone
 from bahe_models.config import BackboneConfig, EncoderConfig

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 from bahe_core.errors import BadInput
 from bahe_core.home import Home
-from bahe_models import checkpoint, load
+from bahe_models import load
+from bahe_models.checkpoint import Checkpoint
 from tests.support import REPOSITORY
 from tests.support.cli import call
 from tests.support.home_contents import copy_of
@@ -22,17 +23,18 @@ from tests.support.logs import small_log, write_dataset
 # A child process that kills itself with SIGKILL where it would write its n-th checkpoint.
 CHILD = """
 import os, signal, sys
-from bahe_models import checkpoint
+from bahe_core.files import part_of
+from bahe_models.checkpoint import Checkpoint
 nth, *arguments = sys.argv[1:]
-original, calls = checkpoint._write, 0
-def counting(path, content):
+original, calls = Checkpoint.save, 0
+def counting(self, state):
     global calls
     calls += 1
     if calls == int(nth):
-        path.with_name(path.name + ".part").write_bytes(b"half")
+        part_of(self.path).write_bytes(b"half")
         os.kill(os.getpid(), signal.SIGKILL)
-    original(path, content)
-checkpoint._write = counting
+    original(self, state)
+Checkpoint.save = counting
 from bahe import cli
 cli.app(arguments)
 """
@@ -75,14 +77,14 @@ def undisturbed(ready: Home, tmp_path_factory: pytest.TempPathFactory) -> tuple[
 
 def counted_training(home: Home, *more: str) -> int:
     written = []
-    original = checkpoint._write
+    original = Checkpoint.save
 
-    def counting(path: Path, content: dict[str, object]) -> None:
-        written.append(path)
-        original(path, content)
+    def counting(self: Checkpoint, state: dict[str, object]) -> None:
+        written.append(self.path)
+        original(self, state)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "_write", counting)
+        patch.setattr(Checkpoint, "save", counting)
         call("train", "--tracker", "none", *more, home=home)
     return len(written)
 
