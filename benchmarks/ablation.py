@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from bahe_models.config import BackboneConfig, EncoderConfig
     from bahe_models.impressions import TrainingData
     from bahe_models.model import BaheModel
-    from materialize.training.train import Settings
+    from materialize.training.train_with_baselines import Settings
 
 
 DEFAULT = "the default"
@@ -138,8 +138,8 @@ def read_scene(home: Home) -> Scene:
     from materialize.config.backbone import encoder_settings
     from materialize.config.dataset import home_dataset
     from materialize.frames.frame import latest_frame
-    from materialize.training.lake_data import read_training_data
-    from materialize.training.train import Settings
+    from materialize.training.train_with_baselines import Settings
+    from materialize.training.training_data import read_training_data
     from materialize.vectors.stored_atoms import current_encoder
 
     dataset = home_dataset(home)

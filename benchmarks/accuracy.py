@@ -26,8 +26,8 @@ def measure(quick: bool, home_path: Path) -> Iterable[Row]:
     from materialize.config.dataset import home_dataset
     from materialize.frames.frame import latest_frame
     from materialize.training import tracking
-    from materialize.training.lake_data import read_training_data
-    from materialize.training.train import Settings, train_all
+    from materialize.training.train_with_baselines import Settings, train_with_baselines
+    from materialize.training.training_data import read_training_data
     from materialize.vectors.stored_atoms import current_encoder
 
     home = Home.at(home_path)
@@ -45,7 +45,7 @@ def measure(quick: bool, home_path: Path) -> Iterable[Row]:
     for seed in range(1 if quick else 3):
         seeded = replace(settings, training=replace(settings.training, seed=seed))
         halves = load_backbone(backbone)
-        artifact, results, _, evaluations = train_all(
+        artifact, results, _, evaluations = train_with_baselines(
             data, halves, seeded, None, encoder, f"seed-{seed}", tracking.Log()
         )
         gains.append(evaluations["test"].quality["floor"].row())

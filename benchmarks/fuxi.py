@@ -355,7 +355,7 @@ def measure(quick: bool, home_path: Path) -> Iterable[Row]:
     from bahe_models.metrics import auc
     from materialize.config.dataset import home_dataset
     from materialize.frames.frame import latest_frame
-    from materialize.training.lake_data import read_training_data
+    from materialize.training.training_data import read_training_data
     from materialize.vectors.stored_atoms import current_encoder
 
     if not installed():

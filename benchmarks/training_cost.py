@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from bahe_models.ctr_training import Batches
     from bahe_models.features import DenseFeatures
     from bahe_models.impressions import Impressions, TrainingData
-    from materialize.training.train import Settings
+    from materialize.training.train_with_baselines import Settings
 
 Int64 = npt.NDArray[np.int64]
 Step = Callable[[Int64], "torch.Tensor"]
@@ -90,8 +90,8 @@ def read_scene(home: Home) -> Scene:
     from materialize.config.backbone import encoder_settings
     from materialize.config.dataset import home_dataset
     from materialize.frames.frame import latest_frame
-    from materialize.training.lake_data import read_training_data
-    from materialize.training.train import Settings
+    from materialize.training.train_with_baselines import Settings
+    from materialize.training.training_data import read_training_data
     from materialize.vectors.stored_atoms import current_encoder
 
     dataset = home_dataset(home)

@@ -28,7 +28,7 @@ from bahe_models.incremental import UserState
 from materialize.config.backbone import encoder_settings
 from materialize.config.dataset import home_dataset
 from materialize.ingest.atoms import ATOM_ID, NORMAL_TEXT
-from materialize.vectors.encode import recorded_settings
+from materialize.vectors.encoder_versions import recorded_settings
 from materialize.vectors.timelines import read_user
 from serving.lookup import Identifier, OnlineLookup, UserFeatures
 

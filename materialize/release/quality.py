@@ -91,7 +91,7 @@ def _compared(
 ) -> dict[str, Any]:
     from bahe_models.artifact import load
     from bahe_models.evaluation import evaluate
-    from materialize.training.lake_data import read_training_data
+    from materialize.training.training_data import read_training_data
 
     new, live = load(home.models / model_version), load(home.models / live_version)
     channels = home_dataset(home).channels

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from time import monotonic
 from typing import Any
@@ -31,7 +31,7 @@ from bahe_lake.vector_columns import vector_column
 from bahe_models.backbone import load_backbone
 from bahe_models.config import BackboneConfig, EncoderConfig
 from bahe_models.encoder import encoder_version
-from materialize.config.backbone import Settings, encoder_settings
+from materialize.config.backbone import encoder_settings
 from materialize.config.dataset import home_dataset
 from materialize.executors import LOCAL, ExecutorConfig, start
 from materialize.gate import gate, gated, require_gates
@@ -43,6 +43,7 @@ from materialize.vectors.chunks import (
     encode_on,
     missing_chunks,
 )
+from materialize.vectors.encoder_versions import other_versions_in_use, vector_identity
 
 JOB = "encode"
 TABLE = "atomic_behavior_embedding"
@@ -75,24 +76,6 @@ class Encoded(Result):
         return [f"{self.encoder_version}: {self.added:,} atoms encoded, {self.total:,} in all"]
 
 
-@dataclass(frozen=True)
-class VersionProgress:
-    """How far an encoder_version is."""
-
-    encoder_version: str
-    encoded: int
-    """Atoms of the lake that have its vector."""
-    atoms: int
-    """Atoms of the lake."""
-    current: bool
-    """Whether it is the one that jobs use."""
-
-    @property
-    def complete(self) -> bool:
-        """Whether nothing is missing."""
-        return self.encoded == self.atoms
-
-
 @gated("encode")
 def encode(
     home: Home,
@@ -116,7 +99,7 @@ def encode(
         raise BadInput("--processes is for --executor local; give --num-actors.")
     devices = [device_name] if where.kind == "ray" else _devices(device_name, processes)
     with lake(home) as connection:
-        others = _others_in_use(connection, home, _identity(backbone, encoder))
+        others = other_versions_in_use(connection, home, vector_identity(backbone, encoder))
         behind = {
             version: other for version, other in others.items() if missing_chunks(connection, version)
         }
@@ -132,30 +115,6 @@ def encode(
     return _encode(home, backbone, encoder, devices, where)
 
 
-def recorded_settings(connection: duckdb.DuckDBPyConnection, version: str) -> Settings | None:
-    """What a version was made with; None when no run says (a home of before that was recorded)."""
-    found = connection.execute(
-        "SELECT facts FROM runs WHERE job = ? AND (facts->>'encoder_version') = ? ORDER BY finished DESC",
-        [JOB, version],
-    ).fetchone()
-    settings = None if found is None else json.loads(found[0]).get("settings")
-    if settings is None:
-        return None
-    return BackboneConfig(**settings["backbone"]), EncoderConfig(**settings["encoder"])
-
-
-def versions(connection: duckdb.DuckDBPyConnection) -> list[VersionProgress]:
-    """Every encoder_version of the lake, the fullest first, half-built ones included."""
-    last = runs.last(connection, JOB)
-    current = None if last is None else last.facts["encoder_version"]
-    atoms = scalar(connection, "SELECT count(*) FROM atoms")
-    found = connection.execute(
-        f"SELECT encoder_version, count(*) FROM {TABLE} SEMI JOIN atoms USING (atom_id)"
-        " GROUP BY encoder_version ORDER BY count(*) DESC, encoder_version"
-    ).fetchall()
-    return [VersionProgress(name, count, atoms, name == current) for name, count in found]
-
-
 def _encode(
     home: Home,
     backbone: BackboneConfig,
@@ -169,7 +128,7 @@ def _encode(
 
     Raises BadInput when the settings do not make the version `expected` any more.
     """
-    identity = _identity(backbone, encoder)
+    identity = vector_identity(backbone, encoder)
     with home.exclusive(), lake(home) as connection:
         require_gates(connection, JOB)
         total = scalar(connection, "SELECT count(*) FROM atoms")
@@ -286,33 +245,6 @@ def _set_parquet_options(connection: duckdb.DuckDBPyConnection) -> None:
             for option, value in wanted.items()
         ],
     )
-
-
-def _identity(backbone: BackboneConfig, encoder: EncoderConfig) -> str:
-    """What of the settings moves vectors, as JSON that `recorded_settings` reads."""
-    cut = {"path": backbone.path, "shallow_layers": backbone.shallow_layers}
-    of_vectors = {k: v for k, v in asdict(encoder).items() if k not in ("bfloat16", "compile")}
-    return json.dumps({"backbone": cut, "encoder": of_vectors}, sort_keys=True)
-
-
-def _others_in_use(connection: duckdb.DuckDBPyConnection, home: Home, identity: str) -> dict[str, Settings]:
-    """Versions that jobs or models use, other than the one of these settings, where it is known how they
-    were made."""
-    last = runs.last(connection, JOB)
-    if last is None:
-        return {}
-    used = [last.facts["encoder_version"]]
-    trained, embedded = runs.last(connection, "train"), runs.last(connection, "embed")
-    models = [run.fingerprint for run in (trained, embedded) if run is not None]
-    for config in (home.models / model / "config.json" for model in models):
-        if config.is_file():
-            used.append(json.loads(config.read_text())["encoder_version"])
-    known = {version: recorded_settings(connection, version) for version in dict.fromkeys(used)}
-    return {
-        version: settings
-        for version, settings in known.items()
-        if settings is not None and _identity(*settings) != identity
-    }
 
 
 def _devices(device_name: str | None, processes: int | None) -> list[str | None]:

@@ -23,7 +23,7 @@ from feature_repo.store import apply
 from materialize.frames.frame import Frame, frame
 from materialize.gate import gate
 from materialize.ingest.ingest import ingest
-from materialize.training.torch_frames import FrameDataset
+from materialize.training.frame_dataset import FrameDataset
 from materialize.vectors.encode import encode
 from tests.support.logs import small_log, write_dataset
 

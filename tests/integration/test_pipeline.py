@@ -25,7 +25,7 @@ from bahe_lake.connection import lake
 from bahe_models.features import needed_columns
 from feature_repo.store import open_store
 from materialize.frames.frame import latest_frame
-from materialize.training.lake_data import read_training_data
+from materialize.training.training_data import read_training_data
 from materialize.vectors.stored_atoms import current_encoder
 from serving.api import create_app
 from serving.lookup import OnlineLookup

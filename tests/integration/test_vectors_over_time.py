@@ -22,7 +22,7 @@ from materialize.upkeep.prune import prune
 from materialize.vectors import chunks, encode
 from materialize.vectors import embed as embedding
 from materialize.vectors.embed import embed
-from materialize.vectors.encode import versions
+from materialize.vectors.encoder_versions import versions
 from materialize.vectors.stored_atoms import current_encoder
 from tests.support.cli import call
 from tests.support.home_contents import copy_of

@@ -11,7 +11,7 @@ from bahe_models.metrics import probability
 from bahe_models.training_loop import Epoch
 from materialize.training import tracking
 from materialize.training.report import shown, shown_auc, shown_interval, write_report
-from materialize.training.train import EVALUATED, _rows, _Scored
+from materialize.training.train_with_baselines import EVALUATED, _rows, _Scored
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """A training frame as a stream of tensors, for models of one's own.
 
     from torch.utils.data import DataLoader
-    from materialize.training.torch_frames import FrameDataset
+    from materialize.training.frame_dataset import FrameDataset
 
     train = FrameDataset(".bahe", ["user_click_rate", "item_click_rate", "clicked"], seed=0)
     for epoch in range(3):
@@ -18,10 +18,8 @@ Shape letters: N impressions of a batch, C channels, H behaviors of the history,
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -35,8 +33,15 @@ from torch.utils.data import IterableDataset, get_worker_info
 from bahe_core.errors import BadInput, Damaged, one_line
 from bahe_core.home import Home
 from materialize.frames.frame import Frame, latest_frame
-from materialize.training.column_arrays import Array, arrays_of, readable
+from materialize.training.arrow_to_numpy import Array, arrays_of, readable
 from materialize.training.frame_history import FrameHistory, frame_history, write_vectors
+from materialize.training.frame_parts import (
+    LEAST_PART,
+    Part,
+    rank_and_world_size,
+    rows_between,
+    split_counts,
+)
 
 ROW = "row"
 """The key of a batch under which each impression's row in the frame's file stands."""
@@ -44,19 +49,8 @@ ROW = "row"
 SHUFFLED_ROWS = 131_072
 """Rows that are shuffled together; a reader holds about so many in memory."""
 
-LEAST_PART = 1_024
-"""Rows below which a row group is not cut further, since each part reads the whole group."""
 
 Batch = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class _Part:
-    """Consecutive rows of those that a row group has of the split."""
-
-    group: int
-    start: int
-    stop: int
 
 
 class FrameDataset(IterableDataset[Batch]):
@@ -126,11 +120,11 @@ class FrameDataset(IterableDataset[Batch]):
             self.channels = self._history.channels
             if vectors:
                 self._encoder = write_vectors(home, made, self._history)
-        self._rank, self._ranks = _place(rank, ranks)
+        self._rank, self._ranks = rank_and_world_size(rank, ranks)
         with _opened(self.path) as file:
             schema = file.schema_arrow
             self._check_columns(schema)
-            self._counts = _split_counts(file, split)
+            self._counts = split_counts(file, split)
             groups = [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
             self._first_rows = np.cumsum([0, *groups]).tolist()
             self._nullable = {c for c in self.columns if _has_nulls(file, c)}
@@ -181,20 +175,20 @@ class FrameDataset(IterableDataset[Batch]):
             seeds = [self._seed, int(self._epoch)]
             order = np.random.default_rng(seeds)  # the same for every reader
             rows = np.random.default_rng([*seeds, readers, reader])
-        yield from self._batches(_between(self._parts(order), start, stop), sizes, rows)
+        yield from self._batches(rows_between(self._parts(order), start, stop), sizes, rows)
 
-    def _parts(self, draw: np.random.Generator | None) -> list[_Part]:
+    def _parts(self, draw: np.random.Generator | None) -> list[Part]:
         """The split in pieces, of which several fill a shuffled block."""
         most = max(LEAST_PART, self._shuffled_rows // 8)
         parts = [
-            _Part(group, start, min(start + most, count))
+            Part(group, start, min(start + most, count))
             for group, count in enumerate(self._counts)
             for start in range(0, count, most)
         ]
         return parts if draw is None else [parts[i] for i in draw.permutation(len(parts))]
 
     def _batches(
-        self, parts: list[_Part], sizes: Array, draw: np.random.Generator | None
+        self, parts: list[Part], sizes: Array, draw: np.random.Generator | None
     ) -> Iterator[Batch]:
         with _opened(self.path) as file:
             blocks = self._blocks(file, parts, draw)
@@ -206,7 +200,7 @@ class FrameDataset(IterableDataset[Batch]):
                 left = left.slice(size)
 
     def _blocks(
-        self, file: pq.ParquetFile, parts: list[_Part], draw: np.random.Generator | None
+        self, file: pq.ParquetFile, parts: list[Part], draw: np.random.Generator | None
     ) -> Iterator[pa.Table]:
         """The parts' rows with their numbers, about `shuffled_rows` at a time, shuffled if wanted."""
         held: list[pa.Table] = []
@@ -218,7 +212,7 @@ class FrameDataset(IterableDataset[Batch]):
                 held = []
                 yield block if draw is None else block.take(draw.permutation(block.num_rows))
 
-    def _read(self, file: pq.ParquetFile, part: _Part) -> pa.Table:
+    def _read(self, file: pq.ParquetFile, part: Part) -> pa.Table:
         lengths = [f"length_{c}" for c in self.channels] if self._count else []
         wanted = {*self.columns, *lengths, *(["split"] if self._split is not None else [])}
         table = file.read_row_group(part.group, sorted(wanted), use_threads=False)
@@ -301,20 +295,6 @@ def _found(frame: Frame | Home | Path | str) -> tuple[Path, Home | None, Frame |
     return path, home, frame
 
 
-def _place(rank: int | None, ranks: int | None) -> tuple[int, int]:
-    """Rank and number of ranks: those given, else torch.distributed's, else torchrun's, else one alone."""
-    if (rank is None) != (ranks is None):
-        raise BadInput("give both `rank` and `ranks`, or neither.")
-    if rank is None or ranks is None:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        else:
-            rank, ranks = (int(os.environ.get(name, one)) for name, one in (("RANK", 0), ("WORLD_SIZE", 1)))
-    if not 0 <= rank < ranks:
-        raise BadInput(f"rank {rank} of {ranks} ranks: ranks are numbered from 0.")
-    return rank, ranks
-
-
 @contextmanager
 def _opened(path: Path) -> Iterator[pq.ParquetFile]:
     """Raises Damaged when the file is no whole Parquet file."""
@@ -323,17 +303,6 @@ def _opened(path: Path) -> Iterator[pq.ParquetFile]:
             yield file
     except (pa.ArrowException, OSError) as error:
         raise Damaged(f"{path} cannot be read ({one_line(error)}); pull the frame again.") from None
-
-
-def _split_counts(file: pq.ParquetFile, split: str | None) -> list[int]:
-    """Rows that each row group has of a split."""
-    groups = range(file.num_row_groups)
-    if split is None:
-        return [file.metadata.row_group(g).num_rows for g in groups]
-    return [
-        int(pc.sum(pc.equal(file.read_row_group(g, ["split"])["split"], split)).as_py() or 0)
-        for g in groups
-    ]
 
 
 def _has_nulls(file: pq.ParquetFile, column: str) -> bool:
@@ -347,15 +316,3 @@ def _has_nulls(file: pq.ParquetFile, column: str) -> bool:
             ):
                 return True
     return False
-
-
-def _between(parts: list[_Part], start: int, stop: int) -> list[_Part]:
-    """What rows `start` to `stop` of these parts, one after the other, are."""
-    found, before = [], 0
-    for part in parts:
-        first = max(part.start, part.start + start - before)
-        last = min(part.stop, part.start + stop - before)
-        if first < last:
-            found.append(_Part(part.group, first, last))
-        before += part.stop - part.start
-    return found

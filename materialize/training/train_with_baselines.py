@@ -1,0 +1,175 @@
+"""BAHE beside its baselines on one data set: the floor, ID-only, then BAHE, scored on the same rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from bahe_core.machine import PeakMemory, device
+from bahe_core.progress import progress
+from bahe_models import baselines
+from bahe_models.artifact import Artifact
+from bahe_models.checkpoint import Checkpoint
+from bahe_models.config import ModelConfig, TrainingConfig, WindowConfig
+from bahe_models.ctr_training import (
+    Batches,
+    Scores,
+    build_model,
+    fit_dense,
+    id_rows,
+    precision,
+    table_ids,
+    train,
+)
+from bahe_models.evaluation import SplitEvaluation, evaluate
+from bahe_models.impressions import TrainingData
+from bahe_models.sharding import gathered
+from bahe_models.sharding import shard as shard_deep_layers
+from bahe_models.training_loop import Epoch, seeded
+from bahe_models.warm_start import known_behaviors, known_items, start_from
+from materialize.config.dataset import Dataset
+from materialize.training import tracking
+
+EVALUATED = ("validation", "test")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What of a dataset.yaml moves a trained model."""
+
+    model: ModelConfig
+    window: WindowConfig
+    training: TrainingConfig
+
+    @classmethod
+    def of(cls, dataset: Dataset) -> Settings:
+        """Those of a dataset."""
+        return cls(model=dataset.model, window=dataset.window, training=dataset.training)
+
+    def fields_affecting_weights(self) -> list[dict[str, Any]]:
+        """What a model_version is made from; how often a checkpoint is written is not in it."""
+        return [asdict(self.model), asdict(self.window), self.training.fields_affecting_weights()]
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """A model's logits by split, and what getting them cost."""
+
+    logits: dict[str, Scores]
+    seconds: float
+    mebibytes: float
+
+
+def train_with_baselines(
+    data: TrainingData,
+    halves: Any,
+    settings: Settings,
+    device_name: str | None,
+    encoder: str,
+    version: str,
+    log: tracking.Log,
+    *,
+    checkpoint: Checkpoint | None = None,
+    warm_start: Artifact | None = None,
+    shard: bool = False,
+) -> tuple[Artifact, list[dict[str, Any]], dict[str, list[Epoch]], dict[str, SplitEvaluation]]:
+    """Floor, ID-only and BAHE on one data set.
+
+    The BAHE artifact, the results table, each network's history and each split's evaluation.
+    """
+    where = device(device_name)
+    split = data.splits["train"]
+    dense = fit_dense(data)
+    scored: dict[str, _Scored] = {}
+    with PeakMemory() as memory:
+        scores = {name: baselines.floor_scores(dense, data.splits[name]) for name in EVALUATED}
+    scored["floor"] = _Scored(scores, 0.0, memory.mebibytes)
+
+    with progress("training ID-only", 20) as advance, PeakMemory() as memory:
+        score, id_only = baselines.train_id_only(
+            data,
+            settings.training,
+            model_config=settings.model,
+            on_epoch=lambda e: advance(1, note=f"validation AUC {e.validation_auc:.4f}"),
+        )
+    scores = {name: score(data.splits[name]) for name in EVALUATED}
+    scored["id_only"] = _Scored(scores, id_only.seconds, memory.mebibytes)
+
+    config = settings.training
+    seen, also_known = split.item_N, None
+    if warm_start is not None:
+        also_known = known_behaviors(warm_start, data.atom_ids)
+        seen = np.union1d(seen, known_items(warm_start, data.item_ids))
+    item_row_I = id_rows(seen, len(data.item_ids))
+    with seeded(config.seed):
+        model = build_model(halves.deep, data, dense, settings.model, item_row_I, also_known=also_known)
+        batches = Batches(
+            model,
+            data,
+            dense,
+            settings.window,
+            item_row_I=item_row_I,
+            device=where,
+            bfloat16=precision(config, where),
+        )
+        if warm_start is not None:
+            start_from(warm_start, batches, encoder_version=encoder)
+        if shard:
+            shard_deep_layers(model, where)
+        model.to(where)
+        total = len(split) * config.epochs
+        with progress("training BAHE", total) as advance, PeakMemory() as memory:
+            note = ""
+
+            def on_epoch(row: Epoch) -> None:
+                nonlocal note
+                note = f"epoch {row.epoch}: validation AUC {row.validation_auc:.4f}"
+                advance(0, note=note)
+                log.epoch(row)
+
+            trained = train(
+                batches,
+                config,
+                checkpoint=checkpoint,
+                on_step=lambda n, loss: advance(n, note=f"loss {loss:.4f}  {note}"),
+                on_epoch=on_epoch,
+                on_pretraining=lambda n, loss: advance(0, note=f"pre-training, loss {loss:.3f}"),
+            )
+    scores = {name: batches.predict(data.splits[name]) for name in EVALUATED}
+    scored["bahe"] = _Scored(scores, trained.seconds, memory.mebibytes)
+    evaluations = {
+        name: evaluate(data.splits[name], {model: s.logits[name] for model, s in scored.items()})
+        for name in EVALUATED
+    }
+    artifact = Artifact(
+        model=gathered(model) if shard else model.cpu(),
+        model_version=version,
+        encoder_version=encoder,
+        deep_config=halves.deep.config.to_dict(),
+        window=settings.window,
+        dense=batches.dense,
+        item_ids=table_ids(item_row_I, data.item_ids),
+        facts={},
+        logit_shift=batches.logit_shift,
+    )
+    histories = {"id_only": id_only.history, "bahe": trained.history}
+    return artifact, _rows(scored, evaluations), histories, evaluations
+
+
+def _rows(
+    scored: Mapping[str, _Scored], evaluations: Mapping[str, SplitEvaluation]
+) -> list[dict[str, Any]]:
+    return [
+        {
+            "model": model,
+            "split": name,
+            **evaluations[name].quality[model].row(),
+            "train_seconds": round(facts.seconds, 2),
+            "peak_memory_mb": round(facts.mebibytes, 1),
+        }
+        for model, facts in scored.items()
+        for name in EVALUATED
+    ]
