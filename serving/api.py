@@ -16,7 +16,7 @@ from serving.live import LiveLookup
 from serving.lookup import Answer, Identifier, OnlineLookup, parsed_context
 
 _STATUS = {UnknownEntity: 404, NotReady: 503, Damaged: 503, Unreachable: 503}
-"""HTTP status by error; any other that bahe raises on purpose is the request's fault."""
+"""HTTP status by error; any other error of bahe's is the request's fault (400)."""
 
 
 class ScoreRequest(BaseModel):
@@ -130,8 +130,8 @@ def create_app(home: Home, *, live: bool = False) -> FastAPI:
         context: Annotated[list[str] | None, Query(description="device=phone; may be repeated")] = None,
     ) -> ScoreAnswer:
         """The k items that the user will most likely click."""
-        known = parsed_context(context or ())
-        return _answer(lookup.recommend(user_id, k, at, include_seen=include_seen, context=known))
+        values = parsed_context(context or ())
+        return _answer(lookup.recommend(user_id, k, at, include_seen=include_seen, context=values))
 
     if isinstance(lookup, LiveLookup):
         _add_behaviors(app, lookup)

@@ -1,10 +1,10 @@
-"""Behaviors that reach a running service: their user's next answer knows them.
+"""Behaviors sent to a running service: the user's next answer takes them into account.
 
-A service started with `--live` holds the shallow layers as well. A behavior sent to it is encoded and
-appended to its user's `UserState`, which is made from the lake when the user first sends one. The states
-live in this process alone: they bridge the time between two publishes, and replace no ingest. A user's
-state is dropped when another model goes live, when a publish brings a vector of more behaviors than the
-one it went beyond, and when too many others were used since.
+A service started with `--live` holds the shallow layers as well. It encodes a behavior sent to it and
+appends it to the user's `UserState`, which it builds from the lake for the user's first one. The states
+live in this process only: they bridge the time between two publishes and do not replace ingest. A user's
+state is dropped when another model goes live, when a publish brings a vector of other behaviors than the
+one it started from, and when too many other users were active since.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 @dataclass(frozen=True)
 class _Fresh:
-    """A user's state, and what an answer takes from it."""
+    """A user's state and the features read from it."""
 
     state: UserState
     model_version: str
     stored_behaviors: int
-    """Behaviors of the stored vector when the state was made."""
+    """Behaviors in the stored vector when the state was built."""
     lengths: tuple[int, ...]
     vector: np.ndarray
     seen_items: frozenset[str]
@@ -88,7 +88,7 @@ class LiveLookup(OnlineLookup):
         at: datetime,
         item_id: Identifier | None = None,
     ) -> UserFeatures:
-        """Take in one more behavior (the same one twice counts twice); returns the user's features then.
+        """Append a behavior (sent twice, it counts twice); returns the user's features with it.
 
         `at` is UTC unless it says otherwise. Raises UnknownEntity when the user is not in the online
         store, and BadInput on an unknown channel, an empty text or a time before the user's latest.
@@ -128,7 +128,7 @@ class LiveLookup(OnlineLookup):
         return self.user(user_id)
 
     def _fresh_of(self, stored: UserFeatures) -> _Fresh | None:
-        """The user's state, unless what is published has gone past it."""
+        """The user's state, unless a publish has overtaken it."""
         with self._fresh_lock:
             fresh = self._fresh.get(stored.user_id)
             if fresh is None:
@@ -162,15 +162,15 @@ class LiveLookup(OnlineLookup):
     def _atom(self, channel: str, text: str) -> tuple[str, int]:
         """The text as ingest keeps it, and the id that ingest gives it in this channel."""
         normal = NORMAL_TEXT.format(text="$text")
-        found = self._sql.execute(
+        row = self._sql.execute(
             f"SELECT {normal}, {ATOM_ID.format(channel='$channel', text=normal)}",
             {"text": text, "channel": channel},
         ).fetchone()
-        assert found is not None
-        return found[0], found[1]
+        assert row is not None
+        return row[0], row[1]
 
     def _load_encoder(self, artifact: Artifact) -> tuple[AtomicEncoder, str]:
-        """What made the vectors that the model reads; dataset.yaml may ask for another encoder already."""
+        """The encoder of the vectors that the model reads, which dataset.yaml may no longer describe."""
         with lake(self._home) as connection:
             recorded = recorded_settings(connection, artifact.encoder_version)
         backbone, settings = recorded or encoder_settings(home_dataset(self._home))
@@ -179,7 +179,7 @@ class LiveLookup(OnlineLookup):
         return AtomicEncoder(halves, settings), version
 
     def _check_encoder(self, artifact: Artifact) -> None:
-        """Have the encoder that the model reads; another may have come with a publish."""
+        """Load the live model's encoder when a publish has changed it."""
         if self._encoder_version != artifact.encoder_version:
             self._encoder, self._encoder_version = self._load_encoder(artifact)
         if self._encoder_version != artifact.encoder_version:

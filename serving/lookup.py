@@ -35,7 +35,7 @@ class UserFeatures(Result):
     user_id: Identifier
     model_version: str
     cold: bool
-    """Without history: the vector is the empty state."""
+    """True when the user has no history; the vector is then the empty state."""
     behaviors: int
     vector: np.ndarray
     statistics: dict[str, float | None]
@@ -74,8 +74,8 @@ class OnlineLookup:
 
     def live_version(self) -> str:
         """The model_version that answers now. Raises NotReady before the first publish."""
-        found = self._read(["live_model:live_model_version"], [{"deployment": DEPLOYMENT}])
-        version = found["live_model_version"][0]
+        values = self._read(["live_model:live_model_version"], [{"deployment": DEPLOYMENT}])
+        version = values["live_model_version"][0]
         if version is None:
             raise NotReady(f"{self._home.root} has nothing published; run `bahe publish` first.")
         return str(version)
@@ -102,13 +102,13 @@ class OnlineLookup:
             return self._items
 
     def user(self, user_id: Identifier) -> UserFeatures:
-        """A user's features. Raises UnknownEntity when the store has never heard of the user."""
+        """A user's features. Raises UnknownEntity when the user is not in the online store."""
         version = self.live_version()
         channels = self.artifact(version).dense.channels
         user_id = self._as_stored("user_embedding", "user_id", user_id)
         statistics = [f"user_stats:{c}" for c in needed_columns() if c.startswith("user_")]
         lengths = [f"user_timeline:length_{channel}" for channel in channels]
-        found = self._read(
+        values = self._read(
             [
                 f"user_embedding:{VECTOR}",
                 "user_embedding:behaviors",
@@ -118,13 +118,13 @@ class OnlineLookup:
             ],
             [{"user_id": user_id, "model_version": version}],
         )
-        vector = found[VECTOR][0]
+        vector = values[VECTOR][0]
         if vector is None:
             raise UnknownEntity(
                 f"user {user_id} is not in the online store of {self._home.root}; check the id, or"
                 " ingest, embed and publish the user first."
             )
-        behaviors = int(found["behaviors"][0] or 0)
+        behaviors = int(values["behaviors"][0] or 0)
         named = [reference.split(":")[1] for reference in statistics + lengths]
         return UserFeatures(
             user_id=user_id,
@@ -132,8 +132,8 @@ class OnlineLookup:
             cold=behaviors == 0,
             behaviors=behaviors,
             vector=np.asarray(vector, dtype=np.float32),
-            statistics={name: found[name][0] for name in named},
-            seen_items=frozenset(found["seen_items"][0] or ()),
+            statistics={name: values[name][0] for name in named},
+            seen_items=frozenset(values["seen_items"][0] or ()),
         )
 
     def score(
@@ -146,23 +146,23 @@ class OnlineLookup:
     ) -> Answer:
         """Click probabilities of some items for a user, best first.
 
-        `at` is the moment of the request (now; UTC unless it says otherwise): how long ago the last
-        impressions were counts. `context` has values of the model's context columns; one that is left
-        out counts as unknown.
+        `at` is the moment of the request (default now; UTC unless it has a zone), since the time since
+        the last impressions is a feature. `context` has values of the model's context columns; a column
+        left out counts as unknown.
         Raises UnknownEntity when the user or one of the items is not in the online store, BadInput on
         a context column that the model does not have.
         """
         user = self.user(user_id)
-        wanted = [self._as_stored("item_embedding", "item_id", item) for item in item_ids]
-        vectors, statistics = self._item_features(wanted, user.model_version)
-        missing = [item for item, there in zip(wanted, vectors.found_N, strict=True) if not there]
+        items = [self._as_stored("item_embedding", "item_id", item) for item in item_ids]
+        vectors, statistics = self._item_features(items, user.model_version)
+        missing = [item for item, stored in zip(items, vectors.found_N, strict=True) if not stored]
         if missing:
             more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
             raise UnknownEntity(
                 f"item {missing[0]}{more} is not in the online store of {self._home.root}; check"
                 " the id, or ingest, embed and publish the item first."
             )
-        return self._answer(user, wanted, vectors.vectors_ND, statistics, at, context)
+        return self._answer(user, items, vectors.vectors_ND, statistics, at, context)
 
     def recommend(
         self,
@@ -180,14 +180,14 @@ class OnlineLookup:
         if k < 1:
             raise BadInput(f"k is {k}; it must be at least 1.")
         user = self.user(user_id)
-        wanted = [item for item in self.catalogue() if include_seen or str(item) not in user.seen_items]
-        vectors, statistics = self._item_features(wanted, user.model_version)
-        there = np.flatnonzero(vectors.found_N).tolist()
+        items = [item for item in self.catalogue() if include_seen or str(item) not in user.seen_items]
+        vectors, statistics = self._item_features(items, user.model_version)
+        stored = np.flatnonzero(vectors.found_N).tolist()
         answer = self._answer(
             user,
-            [wanted[i] for i in there],
-            vectors.vectors_ND[there],
-            {name: [values[i] for i in there] for name, values in statistics.items()},
+            [items[i] for i in stored],
+            vectors.vectors_ND[stored],
+            {name: [values[i] for i in stored] for name, values in statistics.items()},
             at,
             context,
         )
@@ -239,8 +239,8 @@ class OnlineLookup:
         if not items:
             return vectors, {}
         names = [c for c in needed_columns() if c.startswith("item_")]
-        found = self._read([f"item_stats:{name}" for name in names], [{"item_id": item} for item in items])
-        return vectors, {name: found[name] for name in names}
+        values = self._read([f"item_stats:{name}" for name in names], [{"item_id": item} for item in items])
+        return vectors, {name: values[name] for name in names}
 
     @cached_property
     def _item_vectors(self) -> VectorReader:
@@ -253,9 +253,8 @@ class OnlineLookup:
         return answer
 
     def _as_stored(self, view: str, key: str, value: Identifier) -> Identifier:
-        """The id in the type that the log has it in."""
-        types = self._key_types
-        if types[view, key] == "Int64":
+        """The id in the type it has in the log."""
+        if self._key_types[view, key] == "Int64":
             try:
                 return int(value)
             except ValueError:

@@ -55,7 +55,7 @@ class Frame(Result):
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What the file says of itself: `snapshot` (of the lake), `service`, `freshness`."""
+        """The file's metadata: `snapshot` (of the lake), `service`, `freshness`, `context`."""
         facts: dict[str, Any] = json.loads(pq.read_schema(self.path).metadata[b"bahe"])
         return facts
 
@@ -96,15 +96,11 @@ def frame(
             raise NotReady(f"{home.root} holds no data yet; run `bahe ingest dataset.yaml` first.")
         require_gates(then, JOB)
         features = _service(store, service)
-        wanted = [[p.name, [f.name for f in p.features]] for p in features.feature_view_projections]
-        facts = [
-            ingested.fingerprint,
-            wanted,
-            dataset.split.model_dump(mode="json"),
-        ]
+        projected = [[p.name, [f.name for f in p.features]] for p in features.feature_view_projections]
+        identity = [ingested.fingerprint, projected, dataset.split.model_dump(mode="json")]
         if dataset.freshness != "event":
-            facts.append(dataset.freshness)
-        frame_id = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
+            identity.append(dataset.freshness)
+        frame_id = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
         path = home.frames / frame_id / "frame.parquet"
         last = runs.last(connection, JOB)
         if last is not None and last.fingerprint == frame_id and path.is_file():
@@ -121,12 +117,12 @@ def frame(
                 "context": context,
             }
             with start(where) as executor:
-                one = executor.workers == 1
-                reader = job.to_arrow_reader() if one else job.to_sharded_reader(executor, "user_id")
+                alone = executor.workers == 1
+                reader = job.to_arrow_reader() if alone else job.to_sharded_reader(executor, "user_id")
                 count = sum(rows.values())
                 _write(reader, path, about, count)
-            facts_of_run = {"rows": rows, "service": service}
-            commit(connection, [run.statement(facts_of_run, rows_read=count, rows_written=count)])
+            facts = {"rows": rows, "service": service}
+            commit(connection, [run.statement(facts, rows_read=count, rows_written=count)])
     return Frame(path, frame_id, rows, skipped=False)
 
 
@@ -147,34 +143,47 @@ def _service(store: FeatureStore, name: str) -> FeatureService:
     try:
         return store.get_feature_service(name)
     except FeatureServiceNotFoundException:
-        known = ", ".join(s.name for s in store.list_feature_services())
-        raise BadInput(f"feature service {name} is not registered; choose from {known}.") from None
+        registered = ", ".join(s.name for s in store.list_feature_services())
+        raise BadInput(f"feature service {name} is not registered; choose from {registered}.") from None
 
 
 def _entities(
     connection: duckdb.DuckDBPyConnection, split: Split, freshness: str, context: Sequence[str]
 ) -> str:
-    """The query of the impressions in time's order, each with its split; event_timestamp is the moment
-    whose knowledge it gets, impression_timestamp its own. One instant never falls into two splits."""
+    """The entity query: impressions in order of time, each with its split.
+
+    `event_timestamp` is the instant whose knowledge an impression gets, `impression_timestamp` its own.
+    All impressions of one instant are in the same split.
+    """
     if split.validation_from is not None and split.test_from is not None:
         cuts = [split.validation_from, split.test_from]
     else:
         train = 1 - split.validation - split.test
         shares = f"[{train}, {train + split.validation}]"
-        found = connection.execute(f"SELECT quantile_disc(event_timestamp, {shares}) FROM impressions")
-        row = found.fetchone()
+        row = connection.execute(
+            f"SELECT quantile_disc(event_timestamp, {shares}) FROM impressions"
+        ).fetchone()
         assert row is not None
         cuts = row[0]
-    validation, test = (f"TIMESTAMPTZ {sql_literal(cut.isoformat())}" for cut in cuts)
-    return (
-        "SELECT impression_id, user_id, item_id,"
-        f" {known_until(freshness, 'i.event_timestamp')} AS event_timestamp,"
-        f" {', '.join(['clicked', *map(context_column, context)])},"
-        " i.event_timestamp AS impression_timestamp,"
-        f" CASE WHEN i.event_timestamp < {validation} THEN 'train'"
-        f" WHEN i.event_timestamp < {test} THEN 'validation' ELSE 'test' END AS split"
-        " FROM impressions i ORDER BY i.event_timestamp, impression_id"
-    )
+    validation_from, test_from = map(sql_literal, cuts)
+    known = known_until(freshness, "i.event_timestamp")
+    passed_through = ", ".join(["clicked", *map(context_column, context)])
+    return f"""
+        SELECT
+            impression_id,
+            user_id,
+            item_id,
+            {known} AS event_timestamp,
+            {passed_through},
+            i.event_timestamp AS impression_timestamp,
+            CASE
+                WHEN i.event_timestamp < {validation_from} THEN 'train'
+                WHEN i.event_timestamp < {test_from} THEN 'validation'
+                ELSE 'test'
+            END AS split
+        FROM impressions i
+        ORDER BY i.event_timestamp, impression_id
+        """
 
 
 def _split_rows(connection: duckdb.DuckDBPyConnection, entities: str) -> dict[str, int]:

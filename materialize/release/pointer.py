@@ -34,8 +34,12 @@ def recorded(connection: duckdb.DuckDBPyConnection) -> list[Pointer]:
     if "publications" not in tables(connection):
         return []
     rows = connection.execute(
-        "SELECT live_model_version, epoch_us(event_timestamp) // 1000000 FROM publications"
-        " WHERE deployment = ? ORDER BY event_timestamp DESC",
+        """
+        SELECT live_model_version, epoch_us(event_timestamp) // 1000000
+        FROM publications
+        WHERE deployment = ?
+        ORDER BY event_timestamp DESC
+        """,
         [DEPLOYMENT],
     ).fetchall()
     return [Pointer(version, second) for version, second in rows]
@@ -43,25 +47,24 @@ def recorded(connection: duckdb.DuckDBPyConnection) -> list[Pointer]:
 
 def live(connection: duckdb.DuckDBPyConnection) -> str | None:
     """The model_version that answers, as far as the lake knows."""
-    known = recorded(connection)
-    return known[0].model_version if known else None
+    publications = recorded(connection)
+    return publications[0].model_version if publications else None
 
 
 def online(store: FeatureStore) -> Pointer | None:
     """The pointer as the online store has it."""
-    found = store.get_online_features([f"{VIEW}:live_model_version"], [{"deployment": DEPLOYMENT}]).to_dict(
-        include_event_timestamps=True
-    )
-    version = found["live_model_version"][0]
-    return None if version is None else Pointer(str(version), int(found["live_model_version__ts"][0]))
+    response = store.get_online_features([f"{VIEW}:live_model_version"], [{"deployment": DEPLOYMENT}])
+    values = response.to_dict(include_event_timestamps=True)
+    version = values["live_model_version"][0]
+    return None if version is None else Pointer(str(version), int(values["live_model_version__ts"][0]))
 
 
 def flip(
     store: FeatureStore, connection: duckdb.DuckDBPyConnection, version: str, statements: list[str]
 ) -> None:
-    """Make a version the live one, online and then, together with the statements, in the lake.
+    """Make a version live: first online, then in the lake, in one transaction with the statements.
 
-    Raises BaheError when the online store does not say so afterwards.
+    Raises BaheError when the online store names another version afterwards.
     """
     import pandas as pd
 
@@ -79,18 +82,16 @@ def flip(
         "created_timestamp": [now],
     }
     store.write_to_online_store(VIEW, pd.DataFrame(row))
-    said = online(store)
-    if said is None or said.model_version != version:
+    answered = online(store)
+    if answered is None or answered.model_version != version:
+        named = answered.model_version if answered else "no model"
         raise BaheError(
-            f"the online store names {said.model_version if said else 'no model'} as live after {version}"
-            " was written; something else writes to it, so give this home a store of its own."
+            f"the online store names {named} as live after {version} was written; something else"
+            " writes to it, so give this home a store of its own."
         )
-    stamp = f"TIMESTAMPTZ {sql_literal(now.isoformat())}"
-    commit(
-        connection,
-        [
-            "INSERT INTO publications (deployment, live_model_version, event_timestamp, created_timestamp)"
-            f" VALUES ({sql_literal(DEPLOYMENT)}, {sql_literal(version)}, {stamp}, {stamp})",
-            *statements,
-        ],
-    )
+    stamp = sql_literal(now)
+    publication = f"""
+        INSERT INTO publications (deployment, live_model_version, event_timestamp, created_timestamp)
+        VALUES ({sql_literal(DEPLOYMENT)}, {sql_literal(version)}, {stamp}, {stamp})
+        """
+    commit(connection, [publication, *statements])

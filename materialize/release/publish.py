@@ -44,7 +44,7 @@ VIEWS = (
     "item_embedding",
 )
 SAMPLE = 25
-"""How many of the newest and of any entities are read back before the pointer is flipped."""
+"""How many of the newest and of random entities are read back before the pointer is flipped."""
 
 
 @dataclass(frozen=True)
@@ -158,10 +158,17 @@ def rollback(home: Home, to: str | None = None) -> Published:
 
 
 def _materialize(store: FeatureStore, connection: duckdb.DuckDBPyConnection, since: int | None) -> int:
-    """Newest values of the keys that changed after a snapshot (of all) to the online store; how many."""
+    """Write the newest values of keys changed after a snapshot (None: of all) online; rows written."""
     newest = connection.execute(
-        "SELECT max(event_timestamp) FROM (SELECT event_timestamp FROM behaviors UNION ALL"
-        " SELECT event_timestamp FROM impressions UNION ALL SELECT event_timestamp FROM items)"
+        """
+        SELECT max(event_timestamp) FROM (
+            SELECT event_timestamp FROM behaviors
+            UNION ALL
+            SELECT event_timestamp FROM impressions
+            UNION ALL
+            SELECT event_timestamp FROM items
+        )
+        """
     ).fetchone()
     assert newest is not None
     end = max(newest[0], datetime.now(UTC)) + timedelta(seconds=1)
@@ -178,7 +185,7 @@ def _materialize(store: FeatureStore, connection: duckdb.DuckDBPyConnection, sin
 def _not_reading_back(
     store: FeatureStore, connection: duckdb.DuckDBPyConnection, version: str, seed: int
 ) -> str | None:
-    """Which entity of a sample the online store has not as the lake has it; None when all are right."""
+    """The first entity of a sample whose online values differ from the lake's; None when all agree."""
     for entity in ("user", "item"):
         sample = _sample(connection, entity, version, seed)
         keys = sample[f"{entity}_id"]
@@ -186,8 +193,8 @@ def _not_reading_back(
         rows = [{f"{entity}_id": key, "model_version": version} for key in keys]
         answer = store.get_online_features(features, entity_rows=rows).to_dict() if rows else {}
         for column in ("embedding", f"{entity}_impressions"):
-            for key, wanted, got in zip(keys, sample[column], answer.get(column, ()), strict=True):
-                if got != wanted:
+            for key, in_lake, online in zip(keys, sample[column], answer.get(column, ()), strict=True):
+                if online != in_lake:
                     return f"{entity} {key}"
     return None
 
@@ -208,16 +215,24 @@ def _is_online(store: FeatureStore, connection: duckdb.DuckDBPyConnection, versi
 def _sample(
     connection: duckdb.DuckDBPyConnection, entity: str, version: str, seed: int
 ) -> dict[str, list[Any]]:
-    """The newest vectors of the version and some others, with the newest statistics of their entities."""
-    key = f"{entity}_id"
+    """The newest vectors of the version and a random few, with the latest statistics of their entities."""
+    key, impressions = f"{entity}_id", f"{entity}_impressions"
     vectors = f"FROM {entity}_embedding WHERE model_version = $version"
     table = connection.execute(
-        f"WITH picked AS ((SELECT {key} {vectors} ORDER BY created_timestamp DESC LIMIT {SAMPLE})"
-        f" UNION (SELECT {key} {vectors} ORDER BY hash({key}, $seed) LIMIT {SAMPLE}))"
-        f" SELECT {key}, any_value(embedding) AS embedding,"
-        f" arg_max({entity}_impressions, s.event_timestamp) AS {entity}_impressions"
-        f" FROM (SELECT {key}, embedding {vectors} AND {key} IN (FROM picked))"
-        f" LEFT JOIN {entity}_stats s USING ({key}) GROUP BY {key}",
+        f"""
+        WITH picked AS (
+            (SELECT {key} {vectors} ORDER BY created_timestamp DESC LIMIT {SAMPLE})
+            UNION
+            (SELECT {key} {vectors} ORDER BY hash({key}, $seed) LIMIT {SAMPLE})
+        )
+        SELECT
+            {key},
+            any_value(embedding) AS embedding,
+            arg_max({impressions}, s.event_timestamp) AS {impressions}
+        FROM (SELECT {key}, embedding {vectors} AND {key} IN (FROM picked))
+        LEFT JOIN {entity}_stats s USING ({key})
+        GROUP BY {key}
+        """,
         {"version": version, "seed": seed},
     ).to_arrow_table()
     columns: dict[str, list[Any]] = table.to_pydict()

@@ -1,4 +1,4 @@
-"""A column of Arrow as arrays of numbers, which become tensors.
+"""Arrow columns as NumPy arrays of numbers, which become tensors.
 
 Integers, booleans and times stay whole numbers; text is hashed; lists are padded.
 """
@@ -77,5 +77,5 @@ def _hashes(values: pa.Array) -> Array:
     distinct = encoded.dictionary.to_numpy(zero_copy_only=False).astype(object)
     hashed = (pd.util.hash_array(distinct, categorize=False) >> np.uint64(1)).astype(np.int64)
     hashed = np.append(hashed, 0)
-    found: Array = hashed[pc.fill_null(encoded.indices, len(distinct)).to_numpy(zero_copy_only=False)]
-    return found
+    hash_N: Array = hashed[pc.fill_null(encoded.indices, len(distinct)).to_numpy(zero_copy_only=False)]
+    return hash_N

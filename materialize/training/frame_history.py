@@ -39,7 +39,7 @@ BATCH_ROWS = 122_880
 
 @dataclass(frozen=True)
 class FrameHistory:
-    """Where the files are. Whoever reads opens them, so that this can be sent to other processes."""
+    """The files' location. Each reader opens them itself, so that this can be sent to other processes."""
 
     folder: Path
     channels: tuple[str, ...]
@@ -51,8 +51,8 @@ class FrameHistory:
 
     def vectors(self, encoder_version: str) -> npt.NDArray[np.float32]:
         """The vector of each atom row [A, D], mapped from disk; `write_vectors` has to come first."""
-        found: npt.NDArray[np.float32] = np.load(self.vectors_file(encoder_version), mmap_mode="r")
-        return found
+        vectors: npt.NDArray[np.float32] = np.load(self.vectors_file(encoder_version), mmap_mode="r")
+        return vectors
 
     def vectors_file(self, encoder_version: str) -> Path:
         """Where the vectors of an encoder are."""
@@ -60,8 +60,8 @@ class FrameHistory:
 
     def item_rows(self, rows: Int64) -> Int64:
         """Atom rows of the texts of the items that these impressions show; -1 for an unknown item."""
-        found: Int64 = self._map("item_row")[rows]
-        return found
+        atom_rows: Int64 = self._map("item_row")[rows]
+        return atom_rows
 
     def last(self, rows: Int64, length_NC: Int64, count: int) -> tuple[Int64, Int64]:
         """Atom rows [N, C, H] of the last `count` behaviors before these impressions, oldest first, and how
@@ -76,8 +76,8 @@ class FrameHistory:
         return atoms_NCH, held_NC
 
     def _map(self, name: str) -> Int64:
-        found: Int64 = np.load(self.folder / f"{name}.npy", mmap_mode="r")
-        return found
+        mapped: Int64 = np.load(self.folder / f"{name}.npy", mmap_mode="r")
+        return mapped
 
 
 def frame_history(home: Home, frame: Frame) -> FrameHistory:
@@ -86,22 +86,22 @@ def frame_history(home: Home, frame: Frame) -> FrameHistory:
     Timelines are read as of the frame's own snapshot, since lengths point into those. Raises BadInput when
     the snapshot is gone.
     """
-    found = FrameHistory(frame.path.parent / "history", tuple(home_dataset(home).channels))
+    history = FrameHistory(frame.path.parent / "history", tuple(home_dataset(home).channels))
     with _lock(frame):
-        if not found.folder.is_dir():
-            temporary = found.folder.with_suffix(".part")
+        if not history.folder.is_dir():
+            temporary = history.folder.with_suffix(".part")
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
-            _write_timelines(home, frame, temporary, found.channels)
-            temporary.rename(found.folder)
-    return found
+            _write_timelines(home, frame, temporary, history.channels)
+            temporary.rename(history.folder)
+    return history
 
 
 def write_vectors(home: Home, frame: Frame, history: FrameHistory) -> str:
     """Write the atoms' vectors beside the history unless they are there; returns their encoder_version.
 
-    Vectors never change, so they are read from the lake of now: encoding may come after the frame. Raises
-    NotReady when an atom has none.
+    Vectors never change, so they are read from the lake as it is now: atoms may have been encoded after the
+    frame was pulled. Raises NotReady when an atom has none.
     """
     with lake(home) as connection, _lock(frame):
         encoder = current_encoder(connection, home)
@@ -109,9 +109,13 @@ def write_vectors(home: Home, frame: Frame, history: FrameHistory) -> str:
         if path.is_file():
             return encoder
         atom_ids = history.atom_ids
-        connection.register("wanted_atoms", pa.table({"atom_id": atom_ids}))
-        found = "FROM atomic_behavior_embedding JOIN wanted_atoms USING (atom_id) WHERE encoder_version = ?"
-        row = connection.execute(f"SELECT count(*), min(len(embedding)) {found}", [encoder]).fetchone()
+        connection.register("frame_atoms", pa.table({"atom_id": atom_ids}))
+        of_the_frame = (
+            "FROM atomic_behavior_embedding JOIN frame_atoms USING (atom_id) WHERE encoder_version = ?"
+        )
+        row = connection.execute(
+            f"SELECT count(*), min(len(embedding)) {of_the_frame}", [encoder]
+        ).fetchone()
         assert row is not None
         if row[0] != len(atom_ids):
             raise NotReady(
@@ -121,7 +125,7 @@ def write_vectors(home: Home, frame: Frame, history: FrameHistory) -> str:
         temporary = path.with_suffix(".part")
         _stream(
             connection,
-            f"SELECT embedding {found} ORDER BY atom_id",
+            f"SELECT embedding {of_the_frame} ORDER BY atom_id",
             temporary,
             (row[0], row[1] or 0),
             lambda batch: vector_matrix(pa.chunked_array([batch.column("embedding")])),
@@ -133,7 +137,7 @@ def write_vectors(home: Home, frame: Frame, history: FrameHistory) -> str:
 
 
 def _lock(frame: Frame) -> FileLock:
-    """Several ranks begin at once."""
+    """Held while writing, because several ranks start at once."""
     return FileLock(frame.path.parent / ".history.lock")
 
 
@@ -145,18 +149,21 @@ def _write_timelines(home: Home, frame: Frame, folder: Path, channels: tuple[str
             f"{frame.path} does not say which snapshot it is of; pull it again by `bahe frame`."
         ) from None
     with lake(home, as_of=snapshot) as then:
-        wanted = ", ".join(map(sql_literal, channels))
-        timelines = f"(SELECT * FROM user_timeline WHERE channel IN ({wanted}))"
-        ids = then.execute(
-            f"SELECT atom_id FROM (SELECT atom_id FROM {timelines} UNION SELECT atom_id FROM items)"
-            " ORDER BY atom_id"
-        ).to_arrow_table()["atom_id"]
-        atom_ids = ids.to_numpy()
+        channel_names = ", ".join(map(sql_literal, channels))
+        timelines = f"(SELECT * FROM user_timeline WHERE channel IN ({channel_names}))"
+        atoms = then.execute(
+            f"""
+            SELECT atom_id
+            FROM (SELECT atom_id FROM {timelines} UNION SELECT atom_id FROM items)
+            ORDER BY atom_id
+            """
+        ).to_arrow_table()
+        atom_ids = atoms["atom_id"].to_numpy()
         np.save(folder / "atom_ids.npy", atom_ids)
 
         def atom_rows(batch: pa.RecordBatch) -> Int64:
-            found: Int64 = np.searchsorted(atom_ids, batch.column("atom_id").to_numpy())
-            return found
+            rows: Int64 = np.searchsorted(atom_ids, batch.column("atom_id").to_numpy())
+            return rows
 
         _stream(
             then,
@@ -165,33 +172,51 @@ def _write_timelines(home: Home, frame: Frame, folder: Path, channels: tuple[str
             (scalar(then, f"SELECT count(*) FROM {timelines}"),),
             atom_rows,
         )
-        columns = ", ".join(
-            f"coalesce(max(start) FILTER (channel = {sql_literal(channel)}), 0)::BIGINT AS c{i}"
-            for i, channel in enumerate(channels)
+        names = [f"c{i}" for i in range(len(channels))]
+        start_of_each = ", ".join(
+            f"coalesce(max(start) FILTER (channel = {sql_literal(channel)}), 0)::BIGINT AS {name}"
+            for name, channel in zip(names, channels, strict=True)
         )
         then.execute(
-            f"CREATE TEMP TABLE starts AS SELECT user_id, {columns} FROM (SELECT user_id, channel,"
-            " sum(count(*)) OVER (ORDER BY user_id, channel) - count(*) AS start"
-            f" FROM {timelines} GROUP BY user_id, channel) GROUP BY user_id"
+            f"""
+            CREATE TEMP TABLE starts AS
+            SELECT user_id, {start_of_each}
+            FROM (
+                SELECT
+                    user_id,
+                    channel,
+                    sum(count(*)) OVER (ORDER BY user_id, channel) - count(*) AS start
+                FROM {timelines}
+                GROUP BY user_id, channel
+            )
+            GROUP BY user_id
+            """
         )
         path = sql_literal(str(frame.path))
-        names = [f"c{i}" for i in range(len(channels))]
         rows = scalar(then, f"SELECT count(*) FROM read_parquet({path})")
+        start_or_zero = ", ".join(f"coalesce(s.{name}, 0) AS {name}" for name in names)
         _stream(
             then,
-            f"SELECT {', '.join(f'coalesce(s.{c}, 0) AS {c}' for c in names)}"
-            f" FROM read_parquet({path}, file_row_number = true) f LEFT JOIN temp.starts s USING (user_id)"
-            " ORDER BY file_row_number",
+            f"""
+            SELECT {start_or_zero}
+            FROM read_parquet({path}, file_row_number = true) f
+            LEFT JOIN temp.starts s USING (user_id)
+            ORDER BY file_row_number
+            """,
             folder / "start.npy",
             (rows, len(channels)),
             lambda batch: np.stack([batch.column(c).to_numpy() for c in names], axis=1),
         )
         _stream(
             then,
-            "SELECT i.atom_id IS NOT NULL AS known, coalesce(i.atom_id, 0) AS atom_id"
-            f" FROM read_parquet({path}, file_row_number = true) f LEFT JOIN (SELECT item_id,"
-            " arg_max(atom_id, event_timestamp) AS atom_id FROM items GROUP BY item_id) i USING (item_id)"
-            " ORDER BY file_row_number",
+            f"""
+            SELECT i.atom_id IS NOT NULL AS known, coalesce(i.atom_id, 0) AS atom_id
+            FROM read_parquet({path}, file_row_number = true) f
+            LEFT JOIN (
+                SELECT item_id, arg_max(atom_id, event_timestamp) AS atom_id FROM items GROUP BY item_id
+            ) i USING (item_id)
+            ORDER BY file_row_number
+            """,
             folder / "item_row.npy",
             (rows,),
             lambda batch: np.where(

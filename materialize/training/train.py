@@ -75,9 +75,9 @@ def train_models(
 ) -> TrainingOutcome:
     """Train on the latest frame; does nothing when frame, encoder and settings are unchanged.
 
-    A killed run goes on from its checkpoint. `warm_start` names the model_version to start from. Under
-    torchrun all processes train, and the first one alone writes; with `shard` each holds a share of the
-    deep layers. Raises BadInput when there is nothing to share them with.
+    A killed run resumes from its checkpoint. `warm_start` names the model_version to start from. Under
+    torchrun all processes train and only the first one writes; with `shard` each holds a share of the deep
+    layers. Raises BadInput when `shard` is asked of a single process.
     """
     dataset = home_dataset(home)
     settings = Settings.of(dataset)
@@ -123,15 +123,15 @@ def train_models(
         checkpoint.check()
         data = read_training_data(connection, frame, encoder, dataset.channels)
         halves = load_backbone(backbone)
-        wanted = encoder_version(halves, encoder_config, backbone.shallow_layers)
-        if wanted != encoder:
+        configured = encoder_version(halves, encoder_config, backbone.shallow_layers)
+        if configured != encoder:
             older = recorded_settings(connection, encoder)
-            if older is None or wanted not in {v.encoder_version for v in versions(connection)}:
+            if older is None or configured not in {v.encoder_version for v in versions(connection)}:
                 raise NotReady(
-                    f"the atoms are encoded by {encoder} and dataset.yaml asks for {wanted}; run `bahe"
+                    f"the atoms are encoded by {encoder} and dataset.yaml asks for {configured}; run `bahe"
                     " encode` first."
                 )
-            say(f"  {wanted} is not complete yet; this model reads the vectors of {encoder}")
+            say(f"  {configured} is not complete yet; this model reads the vectors of {encoder}")
             halves = load_backbone(replace(older[0], deep_layers=backbone.deep_layers))
         require_fit(halves.deep, data, settings.window)
         do_train = partial(
@@ -172,10 +172,10 @@ def _earlier_model(home: Home, version: str) -> Artifact:
     """The artifact to start from. Raises BadInput when the home has no such model."""
     folder = home.models / version
     if not folder.is_dir():
-        known = sorted(path.name for path in home.models.glob("bahe-*") if path.is_dir())
+        models = sorted(path.name for path in home.models.glob("bahe-*") if path.is_dir())
         raise BadInput(
             f"--warm-start {version} is no model of {home.root}; choose from"
-            f" {', '.join(known) or 'none: train one first'}."
+            f" {', '.join(models) or 'none: train one first'}."
         )
     return load(folder)
 

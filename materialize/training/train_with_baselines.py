@@ -38,7 +38,7 @@ EVALUATED = ("validation", "test")
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What of a dataset.yaml moves a trained model."""
+    """The settings of a dataset.yaml that a trained model depends on."""
 
     model: ModelConfig
     window: WindowConfig
@@ -50,7 +50,7 @@ class Settings:
         return cls(model=dataset.model, window=dataset.window, training=dataset.training)
 
     def fields_affecting_weights(self) -> list[dict[str, Any]]:
-        """What a model_version is made from; how often a checkpoint is written is not in it."""
+        """The settings that make a model_version; how often a checkpoint is written is not among them."""
         return [asdict(self.model), asdict(self.window), self.training.fields_affecting_weights()]
 
 
@@ -76,9 +76,9 @@ def train_with_baselines(
     warm_start: Artifact | None = None,
     shard: bool = False,
 ) -> tuple[Artifact, list[dict[str, Any]], dict[str, list[Epoch]], dict[str, SplitEvaluation]]:
-    """Floor, ID-only and BAHE on one data set.
+    """Fit the floor, the ID-only network and BAHE on one data set, and evaluate them on the same rows.
 
-    The BAHE artifact, the results table, each network's history and each split's evaluation.
+    Returns the BAHE artifact, the results table, each network's history and each split's evaluation.
     """
     where = device(device_name)
     split = data.splits["train"]

@@ -1,4 +1,4 @@
-"""From lake and frame to the arrays that training and embedding read."""
+"""The arrays that training reads, from a frame on disk and the lake."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def read_training_data(
 
 
 def _context_columns(frame: pa.Table) -> tuple[str, ...]:
-    """Names of a frame's context columns, as it was written with; none in frames of before context."""
+    """Names of a frame's context columns, from its metadata; older frames have none."""
     facts = (frame.schema.metadata or {}).get(b"bahe", b"{}")
     return tuple(json.loads(facts).get("context", ()))
 

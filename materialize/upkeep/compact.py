@@ -1,9 +1,9 @@
-"""Upkeep of the lake for years of nights: few large files, not many small ones, and an end to the past.
+"""Keep the lake small over years of nightly runs: merge small files, forget old snapshots.
 
 Every night appends a small file to each table and deletes rows that a late event has changed. `compact`
-merges what is small, rewrites files of which much is deleted, forgets snapshots that are older than asked,
-and removes the files that no snapshot needs any more. Each step is a transaction of DuckLake's own, so a
-kill between or within them leaves a whole lake, and the next call does the rest.
+merges small files, rewrites files with many deleted rows, forgets snapshots older than asked, and removes
+files that no snapshot needs. Each step is one DuckLake transaction, so a kill between or within steps
+leaves the lake whole, and the next call does the rest.
 
 Readers are never harmed: a snapshot is forgotten only when another took its place more than GRACE ago, and
 files leave only after they have been out of use for as long, so a job that began before the compaction
@@ -91,20 +91,24 @@ def compact(home: Home, *, keep_days: float) -> Compacted:
 
 def _pulled(home: Home) -> set[int]:
     """Snapshots that frames of the home were pulled at."""
-    found = (pq.read_schema(path).metadata or {} for path in home.frames.glob("*/frame.parquet"))
-    return {json.loads(facts[b"bahe"])["snapshot"] for facts in found if b"bahe" in facts}
+    metadata = (pq.read_schema(path).metadata or {} for path in home.frames.glob("*/frame.parquet"))
+    return {json.loads(facts[b"bahe"])["snapshot"] for facts in metadata if b"bahe" in facts}
 
 
 def _forget(connection: duckdb.DuckDBPyConnection, age: timedelta, needed: set[int]) -> list[str]:
     """The statement, if any, that forgets snapshots which others replaced longer than `age` ago."""
     rows = connection.execute(
-        "SELECT snapshot_id FROM (SELECT snapshot_id,"
-        " lead(snapshot_time) OVER (ORDER BY snapshot_id) AS replaced"
-        f" FROM {LAKE}.snapshots()) WHERE replaced < now() - {_interval(age)}"
+        f"""
+        SELECT snapshot_id
+        FROM (
+            SELECT snapshot_id, lead(snapshot_time) OVER (ORDER BY snapshot_id) AS replaced
+            FROM {LAKE}.snapshots()
+        )
+        WHERE replaced < now() - {_interval(age)}
+        """
     ).fetchall()
     old = [str(number) for (number,) in rows if number not in needed]
-    listed = ", ".join(old)
-    return [f"CALL ducklake_expire_snapshots('{LAKE}', versions => [{listed}])"] if old else []
+    return [f"CALL ducklake_expire_snapshots('{LAKE}', versions => [{', '.join(old)}])"] if old else []
 
 
 def _interval(length: timedelta) -> str:

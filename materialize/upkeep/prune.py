@@ -140,28 +140,31 @@ def prune(
 def _models(
     connection: duckdb.DuckDBPyConnection, home: Home, keep: int, older_than: float | None
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Model versions that stay and that go, each the newest first."""
-    found = {path.parent.name for path in home.models.glob("*/config.json")}
+    """Model versions to keep and to drop, each the newest first."""
+    versions = {path.parent.name for path in home.models.glob("*/config.json")}
     for table in ("user_embedding", "item_embedding"):
         query = f"SELECT DISTINCT model_version FROM {table}"
-        found.update(row[0] for row in connection.execute(query).fetchall())
-    made = {version: _made(connection, home, version) for version in found}
-    newest_first = sorted(found, key=lambda version: (made[version], version), reverse=True)
+        versions.update(row[0] for row in connection.execute(query).fetchall())
+    made = {version: _made(connection, home, version) for version in versions}
+    newest_first = sorted(versions, key=lambda version: (made[version], version), reverse=True)
     oldest = datetime.min.replace(tzinfo=UTC)
     if older_than is not None:
         oldest = datetime.now(UTC) - timedelta(days=older_than)
-    wanted = {version for version in newest_first[:keep] if made[version] >= oldest}
-    wanted |= _needed_models(connection)
-    kept = tuple(version for version in newest_first if version in wanted)
-    return kept, tuple(version for version in newest_first if version not in wanted)
+    keeping = {version for version in newest_first[:keep] if made[version] >= oldest}
+    keeping |= _needed_models(connection)
+    kept = tuple(version for version in newest_first if version in keeping)
+    return kept, tuple(version for version in newest_first if version not in keeping)
 
 
 def _needed_models(connection: duckdb.DuckDBPyConnection) -> set[str]:
     """The live model, the one published before it, the last trained and the last embedded one."""
     published = connection.execute(
-        "SELECT live_model_version, max(event_timestamp) FROM publications"
-        " GROUP BY deployment, live_model_version"
-        " QUALIFY row_number() OVER (PARTITION BY deployment ORDER BY max(event_timestamp) DESC) <= 2"
+        """
+        SELECT live_model_version, max(event_timestamp)
+        FROM publications
+        GROUP BY deployment, live_model_version
+        QUALIFY row_number() OVER (PARTITION BY deployment ORDER BY max(event_timestamp) DESC) <= 2
+        """
     ).fetchall()
     last = [runs.last(connection, job) for job in ("train", "embed")]
     return {row[0] for row in published} | {run.fingerprint for run in last if run is not None}
@@ -172,8 +175,15 @@ def _made(connection: duckdb.DuckDBPyConnection, home: Home, version: str) -> da
     if "trained_at" in config.get("facts", {}):
         return datetime.fromisoformat(config["facts"]["trained_at"])
     row = connection.execute(
-        "SELECT min(created_timestamp) FROM (SELECT model_version, created_timestamp FROM user_embedding"
-        " UNION ALL SELECT model_version, created_timestamp FROM item_embedding) WHERE model_version = ?",
+        """
+        SELECT min(created_timestamp)
+        FROM (
+            SELECT model_version, created_timestamp FROM user_embedding
+            UNION ALL
+            SELECT model_version, created_timestamp FROM item_embedding
+        )
+        WHERE model_version = ?
+        """,
         [version],
     ).fetchone()
     assert row is not None
@@ -199,7 +209,7 @@ def _encoders(connection: duckdb.DuckDBPyConnection, home: Home, kept: Sequence[
         "SELECT DISTINCT facts->>'encoder_version' FROM runs WHERE job = 'encode'"
     ).fetchall()
     if unneeded - {row[0] for row in finished}:
-        # What was never finished may be what dataset.yaml asks for; only the weights tell.
+        # An unfinished version may be the one dataset.yaml asks for; only the weights can tell.
         backbone, encoder = encoder_settings(home_dataset(home))
         unneeded.discard(encoder_version(load_backbone(backbone), encoder, backbone.shallow_layers))
     return tuple(sorted(unneeded))
@@ -215,12 +225,12 @@ def _frames(connection: duckdb.DuckDBPyConnection, home: Home, kept: Sequence[st
 
 
 def _checkpoints(connection: duckdb.DuckDBPyConnection, home: Home) -> list[Path]:
-    """Checkpoints of trainings that a later one has overtaken; the newest may still go on."""
+    """Checkpoints of trainings that a later one has overtaken; the newest may still be resumed."""
     last = runs.last(connection, "train")
-    found = sorted(home.models.glob("*.checkpoint"), key=lambda path: path.stat().st_mtime)
-    if found and (last is None or found[-1].stat().st_mtime > last.finished.timestamp()):
-        found.pop()
-    return found
+    oldest_first = sorted(home.models.glob("*.checkpoint"), key=lambda path: path.stat().st_mtime)
+    if oldest_first and (last is None or oldest_first[-1].stat().st_mtime > last.finished.timestamp()):
+        oldest_first.pop()
+    return oldest_first
 
 
 def _among(column: str, values: Sequence[str]) -> str:

@@ -31,16 +31,19 @@ from bahe_models.encoder import AtomicEncoder, encoder_version
 from materialize.executors import Executor
 
 ATOMS_PER_CHUNK = 8192
-"""Enough texts of each length that batches are full; few enough that a kill costs little."""
+"""Large enough for full batches of each length; small enough that a kill loses little."""
 _BUCKETS = 2**16
-"""Ranges of ids that are counted; chunks are made of whole ones."""
+"""Ranges of ids whose atoms are counted; a chunk is made of whole ones."""
 _BUCKET_WIDTH = 2**64 // _BUCKETS
 
-_WITHOUT_VECTOR = (
-    "FROM atoms ANTI JOIN (SELECT atom_id FROM atomic_behavior_embedding"
-    " WHERE encoder_version = $version AND atom_id BETWEEN $first AND $last) USING (atom_id)"
-    " WHERE atom_id BETWEEN $first AND $last"
-)
+_WITHOUT_VECTOR = """
+    FROM atoms
+    ANTI JOIN (
+        SELECT atom_id FROM atomic_behavior_embedding
+        WHERE encoder_version = $version AND atom_id BETWEEN $first AND $last
+    ) USING (atom_id)
+    WHERE atom_id BETWEEN $first AND $last
+    """
 _ALL = {"first": -(2**63), "last": 2**63 - 1}
 
 
@@ -78,8 +81,12 @@ class Texts:
 def missing_chunks(connection: duckdb.DuckDBPyConnection, version: str) -> list[Chunk]:
     """The atoms that have no vector of this version, in chunks by atom id."""
     buckets = connection.execute(
-        f"SELECT min(atom_id), max(atom_id), count(*) {_WITHOUT_VECTOR}"
-        f" GROUP BY floor(atom_id::DOUBLE / {_BUCKET_WIDTH}) ORDER BY 1",
+        f"""
+        SELECT min(atom_id), max(atom_id), count(*)
+        {_WITHOUT_VECTOR}
+        GROUP BY floor(atom_id::DOUBLE / {_BUCKET_WIDTH})
+        ORDER BY 1
+        """,
         {"version": version, **_ALL},
     ).fetchall()
     chunks: list[Chunk] = []

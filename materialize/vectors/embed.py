@@ -1,10 +1,9 @@
-"""User and item vectors of one model_version; only where what they are made from changed.
+"""User and item vectors of one model_version, computed only where their source changed.
 
-A user's vector carries a hash of the behaviors that it was made from, and an item's the atom of its text,
-so that it can be told whether it is still right, whatever changed: behaviors that came late, went, or were
-replaced. Whom to ask about is known from the lake's change feed since the last run; where that does not
-reach back (another model_version, a killed run, expired snapshots, a table made anew), everyone is asked
-about.
+A user's vector carries a hash of the behaviors it was made from, an item's the atom of its text. Comparing
+these shows whether a vector is still right, whether behaviors arrived late, went or were replaced. Which
+users to compare comes from the lake's change feed since the last run; where the feed does not reach back
+(another model_version, a killed run, expired snapshots, a table created anew), all users are compared.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from bahe_core.machine import device
 from bahe_core.progress import progress
 from bahe_core.results import Result
 from bahe_lake import runs
-from bahe_lake.catalogue import scalar, snapshot
+from bahe_lake.catalogue import columns, scalar, snapshot
 from bahe_lake.connection import lake
 from bahe_lake.sql import sql_literal
 from bahe_lake.transactions import commit
@@ -55,7 +54,7 @@ _OWN_COLUMNS = {
     "user_embedding": ("timeline_hash", "UBIGINT"),
     "item_embedding": ("atom_id", "BIGINT"),
 }
-"""What a vector was made from; none of the features' business."""
+"""What a vector was made from; not a feature."""
 
 
 @dataclass(frozen=True)
@@ -85,10 +84,10 @@ def embed(
     device_name: str | None = None,
     where: ExecutorConfig = LOCAL,
 ) -> Embedded:
-    """Compute the vectors that the model_version (the last trained one) lacks, or has of an older log.
+    """Compute the vectors that a model_version (the last trained one) lacks or has from an older log.
 
-    When there are none, no model is loaded. Raises NotServable, and writes nothing, when vectors do not
-    suffice to score with the model.
+    Loads no model when there are none to compute. Raises NotServable, and writes nothing, when the model
+    needs more than vectors to score.
     """
     dataset = home_dataset(home)
     with home.exclusive(), lake(home) as connection:
@@ -149,23 +148,22 @@ def embed(
 
 
 def _add_own_columns(connection: duckdb.DuckDBPyConnection) -> None:
-    """Homes are made without; each commit is a snapshot, so only where they are missing."""
+    """Add the columns that a new home's tables lack; each commit is a snapshot, so only when needed."""
     for table, (column, kind) in _OWN_COLUMNS.items():
-        known = connection.execute(f"SELECT column_name FROM (DESCRIBE {table})").fetchall()
-        if (column,) not in known:
+        if column not in columns(connection, table):
             commit(connection, [f"ALTER TABLE {table} ADD COLUMN {column} {kind}"])
 
 
 def _counts(connection: duckdb.DuckDBPyConnection, sources: list[str]) -> dict[str, int]:
-    known = " UNION ".join(f"SELECT user_id FROM {table}" for table in sources)
+    users = " UNION ".join(f"SELECT user_id FROM {table}" for table in sources)
     return {
-        "users": scalar(connection, f"SELECT count(*) FROM ({known})"),
+        "users": scalar(connection, f"SELECT count(*) FROM ({users})"),
         "items": scalar(connection, "SELECT count(DISTINCT item_id) FROM items"),
     }
 
 
 def _batches(users: pa.Table) -> Iterator[pa.Table]:
-    """Neighbours by user_id, which lie together in the timelines' files."""
+    """Users in batches of neighbours by user_id, whose timelines lie together in the files."""
     so_far = np.cumsum(users["behaviors"].to_numpy())
     start = 0
     while start < users.num_rows:
@@ -183,7 +181,7 @@ def _embed_users(
     make: Callable[[], UserEmbedder],
     where: ExecutorConfig,
 ) -> None:
-    """Batch by batch, each committed: a killed run goes on where it stopped."""
+    """Embed and commit batch by batch, so that a killed run resumes where it stopped."""
     if not users.num_rows:
         return
     with start(where) as executor, progress("embedding users", users.num_rows) as advance:
@@ -210,16 +208,13 @@ def _replace(
     vectors: np.ndarray,
     artifact: Artifact,
 ) -> None:
-    """Put the new vectors in place of the same keys' old ones, in one transaction."""
+    """Replace the vectors of these keys, in one transaction."""
     connection.register("fresh", rows.append_column("embedding", vector_column(vectors)))
-    version = sql_literal(artifact.model_version)
-    now = sql_literal(datetime.now(UTC).isoformat())
-    commit(
-        connection,
-        [
-            f"DELETE FROM {table} WHERE model_version = {version} AND {key} IN (SELECT {key} FROM fresh)",
-            f"INSERT INTO {table} BY NAME SELECT *, {version} AS model_version,"
-            f" TIMESTAMPTZ {now} AS created_timestamp FROM fresh",
-        ],
-    )
+    version, now = sql_literal(artifact.model_version), sql_literal(datetime.now(UTC))
+    delete = f"DELETE FROM {table} WHERE model_version = {version} AND {key} IN (SELECT {key} FROM fresh)"
+    insert = f"""
+        INSERT INTO {table} BY NAME
+        SELECT *, {version} AS model_version, {now} AS created_timestamp FROM fresh
+        """
+    commit(connection, [delete, insert])
     connection.unregister("fresh")

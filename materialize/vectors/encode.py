@@ -1,8 +1,8 @@
 """Every distinct atom through the frozen shallow layers, once per encoder_version.
 
-A changed encoder is a new version, built beside the one in use: `runs` names a version when all atoms have
-its vectors, and not before, so that everything that asks for the current one goes on with the old one. New
-atoms get vectors of both meanwhile, as long as a model in use reads the old ones.
+A changed encoder is a new version, built beside the one in use. `runs` names it only when every atom has
+its vector; until then whoever asks for the current version gets the old one. While a model in use reads the
+old version, new atoms get vectors of both.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ JOB = "encode"
 TABLE = "atomic_behavior_embedding"
 ATOMS_PER_COMMIT = 65_536
 SECONDS_PER_COMMIT = 20.0
-"""A commit is due at the end of the chunk in which either is reached; a kill costs what came since."""
+"""A commit is due at the end of the chunk that reaches either; a kill loses what came after it."""
 
 _PARQUET = {"parquet_compression": "zstd", "parquet_version": "2"}
-"""Splits the bytes of floats into streams, which is what makes vectors of half precision small."""
+"""Version 2 splits floats into byte streams, which is how vectors of half precision compress well."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,9 @@ class Encoded(Result):
     added: int
     total: int
     tokens: int = 0
-    """Of the atoms added."""
+    """Tokens of the atoms added."""
     padding: float = 0.0
-    """Share of the model's work that was for places without a token."""
+    """Share of the positions computed that held no token."""
     model_seconds: float = 0.0
     """Time in the model, summed over processes."""
 
@@ -107,7 +107,7 @@ def encode(
         like = replace(older_encoder, compile=encoder.compile, bfloat16=encoder.bfloat16)
         try:
             done = _encode(home, older_backbone, like, devices, where, expected=version)
-        except BadInput as error:  # its files may be gone, which stops its models, not the next ones
+        except BadInput as error:  # its weights may be gone; that stops its models, not newer ones
             say(f"  {version}, which a model in use reads, gets no vectors of new atoms: {error}")
             continue
         say(f"  {version}, which a model in use reads: {done.added:,} atoms encoded")
@@ -124,9 +124,9 @@ def _encode(
     *,
     expected: str | None = None,
 ) -> Encoded:
-    """Bring one version up to date, and make it the current one.
+    """Bring one version up to date and make it the current one.
 
-    Raises BadInput when the settings do not make the version `expected` any more.
+    Raises BadInput when the settings no longer give the version `expected`.
     """
     identity = vector_identity(backbone, encoder)
     with home.exclusive(), lake(home) as connection:
@@ -210,7 +210,7 @@ class _Writer:
 
 
 def _store(connection: duckdb.DuckDBPyConnection, parts: Sequence[Encodings], version: str) -> None:
-    """One commit, in the order of atom ids, so that a range of them is found by the files' statistics."""
+    """Store them in one commit, ordered by atom id so that file statistics can skip other ranges."""
     atoms = pa.table(
         {
             "atom_id": pa.concat_arrays([part.atom_ids for part in parts]),
@@ -220,35 +220,37 @@ def _store(connection: duckdb.DuckDBPyConnection, parts: Sequence[Encodings], ve
     )
     _set_parquet_options(connection)
     connection.register("encoded", atoms)
-    now = datetime.now(UTC).isoformat()
-    commit(
-        connection,
-        [
-            f"INSERT INTO {TABLE} BY NAME SELECT *, {sql_literal(version)} AS encoder_version,"
-            f" TIMESTAMPTZ {sql_literal(now)} AS created_timestamp FROM encoded ORDER BY atom_id"
-        ],
-    )
+    insert = f"""
+        INSERT INTO {TABLE} BY NAME
+        SELECT
+            *,
+            {sql_literal(version)} AS encoder_version,
+            {sql_literal(datetime.now(UTC))} AS created_timestamp
+        FROM encoded
+        ORDER BY atom_id
+        """
+    commit(connection, [insert])
     connection.unregister("encoded")
 
 
 def _set_parquet_options(connection: duckdb.DuckDBPyConnection) -> None:
-    held = connection.execute(
+    already_set = connection.execute(
         f"SELECT option_name FROM {LAKE}.options() WHERE scope = 'TABLE' AND scope_entry = ?",
         [f"main.{TABLE}"],
     ).fetchall()
-    wanted = {option: value for option, value in _PARQUET.items() if (option,) not in held}
+    missing = {option: value for option, value in _PARQUET.items() if (option,) not in already_set}
     commit(
         connection,
         [
             f"CALL {LAKE}.set_option({sql_literal(option)}, {sql_literal(value)},"
             f" table_name => {sql_literal(TABLE)})"
-            for option, value in wanted.items()
+            for option, value in missing.items()
         ],
     )
 
 
 def _devices(device_name: str | None, processes: int | None) -> list[str | None]:
-    """A device for each process. Raises BadInput when there shall be none."""
+    """A device for each process. Raises BadInput when no process is asked for."""
     if processes is not None and processes < 1:
         raise BadInput(f"--processes is {processes}; it must be at least 1.")
     if device_name is not None or processes == 1:

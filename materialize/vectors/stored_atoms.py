@@ -19,7 +19,7 @@ from bahe_lake.catalogue import scalar
 from bahe_lake.vector_columns import vector_matrix
 from bahe_models.timelines import Int64
 
-_NOT_ENCODED = "some atoms have no vector yet; run `bahe encode` first."
+NOT_ENCODED = "some atoms have no vector yet; run `bahe encode` first."
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,12 @@ class Atoms:
 
     def rows(self, ids: pa.ChunkedArray | pa.Array) -> Int64:
         """Row of each atom id. Raises NotReady when one has no vector."""
-        wanted = ids.to_numpy()
-        rows = np.searchsorted(self.ids, wanted)
-        if len(wanted) and (
-            not len(self.ids) or (self.ids[np.minimum(rows, len(self.ids) - 1)] != wanted).any()
+        atom_ids = ids.to_numpy()
+        rows = np.searchsorted(self.ids, atom_ids)
+        if len(atom_ids) and (
+            not len(self.ids) or (self.ids[np.minimum(rows, len(self.ids) - 1)] != atom_ids).any()
         ):
-            raise NotReady(_NOT_ENCODED)
+            raise NotReady(NOT_ENCODED)
         return np.asarray(rows, dtype=np.int64)
 
 
@@ -53,8 +53,11 @@ def current_encoder(connection: duckdb.DuckDBPyConnection, home: Home) -> str:
 def read_atoms(connection: duckdb.DuckDBPyConnection, version: str) -> Atoms:
     """All vectors of an encoder_version."""
     table = connection.execute(
-        "SELECT atom_id, embedding FROM atomic_behavior_embedding WHERE encoder_version = ?"
-        " ORDER BY atom_id",
+        """
+        SELECT atom_id, embedding FROM atomic_behavior_embedding
+        WHERE encoder_version = ?
+        ORDER BY atom_id
+        """,
         [version],
     ).to_arrow_table()
     if not table.num_rows:
@@ -64,16 +67,19 @@ def read_atoms(connection: duckdb.DuckDBPyConnection, version: str) -> Atoms:
 
 @contextmanager
 def stored_atoms(
-    connection: duckdb.DuckDBPyConnection, version: str, wanted: str, folder: Path, width: int
+    connection: duckdb.DuckDBPyConnection, version: str, needed: str, folder: Path, width: int
 ) -> Iterator[Atoms]:
-    """The vectors of the atoms that the table `wanted` names, in a file that memory is mapped to and that
-    is gone afterwards: memory holds only what is being read. One zero vector where none is wanted.
+    """The vectors of the atoms named in the table `needed`; a single zero vector when it is empty.
 
-    Raises NotReady when an atom has no vector.
+    They are in a memory-mapped temporary file, so that memory holds only what is being read. Raises
+    NotReady when an atom has no vector.
     """
     reader = connection.execute(
-        f"SELECT atom_id, embedding FROM atomic_behavior_embedding SEMI JOIN {wanted} USING (atom_id)"
-        " WHERE encoder_version = ? ORDER BY atom_id",
+        f"""
+        SELECT atom_id, embedding FROM atomic_behavior_embedding SEMI JOIN {needed} USING (atom_id)
+        WHERE encoder_version = ?
+        ORDER BY atom_id
+        """,
         [version],
     ).to_arrow_reader(8192)
     folder.mkdir(parents=True, exist_ok=True)
@@ -84,11 +90,11 @@ def stored_atoms(
             ids.append(batch.column("atom_id").to_numpy())
             file.write(vector_matrix(table["embedding"]).tobytes())
         file.flush()
-        found = sum(map(len, ids))
-        if scalar(connection, f"SELECT count(*) FROM {wanted}") != found:
-            raise NotReady(_NOT_ENCODED)
-        if not found:
+        count = sum(map(len, ids))
+        if scalar(connection, f"SELECT count(*) FROM {needed}") != count:
+            raise NotReady(NOT_ENCODED)
+        if not count:
             yield Atoms(np.zeros(1, dtype=np.int64), np.zeros((1, width), dtype=np.float32))
             return
-        vectors = np.memmap(file, dtype=np.float32, mode="r").reshape(found, -1)
+        vectors = np.memmap(file, dtype=np.float32, mode="r").reshape(count, -1)
         yield Atoms(np.concatenate(ids), vectors)

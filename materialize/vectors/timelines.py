@@ -13,30 +13,32 @@ from bahe_core.errors import NotReady
 from bahe_lake.sql import sql_literal
 from bahe_lake.vector_columns import vector_matrix
 from bahe_models.timelines import Int64, Timelines
-from materialize.vectors.stored_atoms import _NOT_ENCODED, Atoms
+from materialize.vectors.stored_atoms import NOT_ENCODED, Atoms
 
 
 def read_timelines(
     connection: duckdb.DuckDBPyConnection, atoms: Atoms, users: pa.Array, channels: list[str]
 ) -> Timelines:
     """Timelines of these users, in their order; a user without behaviors has empty ones."""
-    connection.register("wanted_users", pa.table({"user_id": users, "u": np.arange(len(users))}))
-    # The files' statistics know the ends of their user ids, and spare what lies outside.
+    connection.register("users_in_order", pa.table({"user_id": users, "u": np.arange(len(users))}))
+    # With bounds on user_id DuckDB skips files by their statistics.
     ends = list(pc.min_max(users).as_py().values())
     offsets, rows, times = [], [], []
     for channel in channels:
         table = connection.execute(
-            "SELECT w.u, t.atom_id, epoch_us(t.event_timestamp) AS time_us"
-            " FROM user_timeline t JOIN wanted_users w USING (user_id)"
-            f" WHERE t.channel = {sql_literal(channel)} AND t.user_id BETWEEN ? AND ?"
-            " ORDER BY w.u, t.position",
+            f"""
+            SELECT o.u, t.atom_id, epoch_us(t.event_timestamp) AS time_us
+            FROM user_timeline t JOIN users_in_order o USING (user_id)
+            WHERE t.channel = {sql_literal(channel)} AND t.user_id BETWEEN ? AND ?
+            ORDER BY o.u, t.position
+            """,
             ends,
         ).to_arrow_table()
         counts = np.bincount(table["u"].to_numpy(), minlength=len(users))
         offsets.append(np.concatenate([[0], np.cumsum(counts)]).astype(np.int64))
         rows.append(atoms.rows(table["atom_id"]))
         times.append(table["time_us"].to_numpy())
-    connection.unregister("wanted_users")
+    connection.unregister("users_in_order")
     return Timelines(tuple(channels), tuple(offsets), tuple(rows), tuple(times))
 
 
@@ -50,13 +52,17 @@ def read_user(
     vectors, times, ids = [], [], []
     for channel in channels:
         table = connection.execute(
-            "SELECT t.atom_id, a.embedding, epoch_us(t.event_timestamp) AS time_us FROM user_timeline t"
-            " LEFT JOIN atomic_behavior_embedding a ON a.atom_id = t.atom_id AND a.encoder_version = ?"
-            " WHERE t.user_id = ? AND t.channel = ? ORDER BY t.position",
+            """
+            SELECT t.atom_id, a.embedding, epoch_us(t.event_timestamp) AS time_us
+            FROM user_timeline t
+            LEFT JOIN atomic_behavior_embedding a ON a.atom_id = t.atom_id AND a.encoder_version = ?
+            WHERE t.user_id = ? AND t.channel = ?
+            ORDER BY t.position
+            """,
             [version, user_id, channel],
         ).to_arrow_table()
         if table["embedding"].null_count:
-            raise NotReady(_NOT_ENCODED)
+            raise NotReady(NOT_ENCODED)
         vectors.append(
             vector_matrix(table["embedding"]) if table.num_rows else np.empty((0, 0), dtype=np.float32)
         )
