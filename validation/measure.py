@@ -21,7 +21,7 @@ LONGEST_EXAMPLE = 80
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """What the data said to one check."""
+    """A check and what the data showed."""
 
     check: Check
     count: int
@@ -109,10 +109,10 @@ def _outcome(
     """What was found, in words, with the first offender in sort order as the example."""
     if check.low > 0:
         return f"{count:,} {'row was' if count == 1 else 'rows were'} found"
-    found = f"{count:,} {'row breaks' if count == 1 else 'rows break'} this rule"
+    broken = f"{count:,} {'row breaks' if count == 1 else 'rows break'} this rule"
     if count == 0 or not check.example:
-        return found
-    # Looked for only now that something is wrong, so that a passing gate never pays for it.
+        return broken
+    # Only a failed check pays for this query.
     fields = ", ".join(f"({name})::VARCHAR" for name in check.example)
     query = f"SELECT {fields} FROM {check.source} WHERE {check.counted} ORDER BY ALL LIMIT 1"
     row = connection.execute(_sql(query, tables)).fetchone()
@@ -121,7 +121,7 @@ def _outcome(
         f"{name.strip(chr(34))} {'null' if value is None else _short(value)}"
         for name, value in zip(check.example, row, strict=True)
     ]
-    return f"{found}, for example {', '.join(shown)}"
+    return f"{broken}, for example {', '.join(shown)}"
 
 
 def _short(value: str) -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from collections.abc import Set as AbstractSet
 from datetime import timedelta
 from typing import Any
 
 from bahe_lake.blank import blank
-from bahe_lake.sql import known_until, sql_identifier, sql_literal
+from bahe_lake.sql import sql_identifier, sql_literal
 from validation.checks import (
     Check,
     each_present,
@@ -18,6 +18,7 @@ from validation.checks import (
     row_count,
     unique,
 )
+from validation.leaks import history_leaks, label_leaks
 
 Parameters = Mapping[str, Any]
 
@@ -27,8 +28,6 @@ Columns = Mapping[str, AbstractSet[str]]
 CLOCK_TOLERANCE = timedelta(days=1)
 """How far ahead of this machine's clock an event may be."""
 
-LEAK_SAMPLE = 2_000
-"""Frame rows whose history lengths are counted again from the timelines."""
 
 _INGEST_COLUMNS = {
     "behaviors": ("user_id", "channel", "atom_id", "event_timestamp"),
@@ -165,21 +164,32 @@ def _quarantine(max_share: float) -> Check:
 def _timeline() -> list[Check]:
     lane = ("user_id", "channel")
     why = "A length in a training frame is a pointer into the timeline: the k first positions."
-    bounds = (
-        "(SELECT user_id, channel, count(*) AS entries, min(position) AS first_position, "
-        "max(position) AS last_position FROM $user_timeline GROUP BY user_id, channel)"
-    )
-    order = (
-        "(SELECT user_id, channel, position, event_timestamp, lag(event_timestamp) OVER "
-        "(PARTITION BY user_id, channel ORDER BY position) AS previous FROM $user_timeline)"
-    )
-    counts = (
-        "(SELECT user_id, channel, coalesce(behaviors, 0) AS behaviors, "
-        "coalesce(entries, 0) AS entries "
-        "FROM (SELECT user_id, channel, count(*) AS behaviors FROM $behaviors GROUP BY ALL) "
-        "FULL JOIN (SELECT user_id, channel, count(*) AS entries FROM $user_timeline GROUP BY ALL) "
-        "USING (user_id, channel))"
-    )
+    bounds = """(
+        SELECT
+            user_id,
+            channel,
+            count(*) AS entries,
+            min(position) AS first_position,
+            max(position) AS last_position
+        FROM $user_timeline
+        GROUP BY user_id, channel
+    )"""
+    order = """(
+        SELECT
+            user_id,
+            channel,
+            position,
+            event_timestamp,
+            lag(event_timestamp) OVER (PARTITION BY user_id, channel ORDER BY position) AS previous
+        FROM $user_timeline
+    )"""
+    counts = """(
+        SELECT
+            user_id, channel, coalesce(behaviors, 0) AS behaviors, coalesce(entries, 0) AS entries
+        FROM (SELECT user_id, channel, count(*) AS behaviors FROM $behaviors GROUP BY ALL)
+        FULL JOIN (SELECT user_id, channel, count(*) AS entries FROM $user_timeline GROUP BY ALL)
+            USING (user_id, channel)
+    )"""
 
     def rule(column: str, text: str, source: str, counted: str, *example: str) -> Check:
         return Check(
@@ -254,19 +264,29 @@ def _embed(parameters: Parameters, _: Columns) -> list[Check]:
 
 
 def _vectors(table: str, key: str, version: str, parameters: Parameters) -> list[Check]:
-    width, wanted = int(parameters["width"]), sql_literal(parameters[version])
-    of_version = f"(SELECT {key}, embedding::FLOAT[] AS embedding FROM ${table} WHERE {version} = {wanted})"
+    width, version_value = int(parameters["width"]), sql_literal(parameters[version])
+    of_version = f"""(
+        SELECT {key}, embedding::FLOAT[] AS embedding FROM ${table} WHERE {version} = {version_value}
+    )"""
     # A dot product is the fastest pass over a vector, and shows NaN, infinity and zero alike. It
-    # refuses nulls, so a vector that holds one has no norm here, as has a vector that is null.
-    rows = (
-        f"(SELECT *, CASE WHEN list_position(embedding, NULL) IS NULL "
-        f"THEN list_dot_product(embedding, embedding) END AS squared_norm FROM {of_version})"
-    )
-    compared = (
-        f"(SELECT (SELECT count(*) FROM {of_version}) AS vectors, EXISTS (SELECT 1 FROM "
-        f"{of_version}, (SELECT embedding AS first FROM {of_version} LIMIT 1) "
-        f"WHERE embedding <> first) AS varied)"
-    )
+    # refuses nulls, so a vector that is or holds a null has no norm here.
+    rows = f"""(
+        SELECT
+            *,
+            CASE
+                WHEN list_position(embedding, NULL) IS NULL THEN list_dot_product(embedding, embedding)
+            END AS squared_norm
+        FROM {of_version}
+    )"""
+    compared = f"""(
+        SELECT
+            (SELECT count(*) FROM {of_version}) AS vectors,
+            EXISTS (
+                SELECT 1
+                FROM {of_version}, (SELECT embedding AS first FROM {of_version} LIMIT 1)
+                WHERE embedding <> first
+            ) AS varied
+    )"""
 
     def rule(text: str, counted: str, *example: str, source: str = rows) -> Check:
         return Check(
@@ -296,11 +316,16 @@ def _vectors(table: str, key: str, version: str, parameters: Parameters) -> list
 
 
 def _frame(parameters: Parameters, columns: Columns) -> list[Check]:
-    bounded = (
-        "(SELECT * FROM $frame CROSS JOIN (SELECT "
-        "min(event_timestamp) FILTER (WHERE split = 'validation') AS first_validation, "
-        "min(event_timestamp) FILTER (WHERE split = 'test') AS first_test FROM $frame))"
-    )
+    bounded = """(
+        SELECT *
+        FROM $frame
+        CROSS JOIN (
+            SELECT
+                min(event_timestamp) FILTER (WHERE split = 'validation') AS first_validation,
+                min(event_timestamp) FILTER (WHERE split = 'test') AS first_test
+            FROM $frame
+        )
+    )"""
     key = ("impression_id", "event_timestamp")
     checks = [
         row_count("frame", rows=int(parameters["rows"])),
@@ -338,98 +363,9 @@ def _frame(parameters: Parameters, columns: Columns) -> list[Check]:
     freshness = parameters.get("freshness", "event")
     return [
         *checks,
-        *_history_leaks(parameters["channels"], freshness),
-        *_label_leaks(columns["frame"], freshness),
+        *history_leaks(parameters["channels"], freshness),
+        *label_leaks(columns["frame"], freshness),
     ]
-
-
-def _history_leaks(channels: Sequence[str], freshness: str) -> list[Check]:
-    """Lengths again, from the timelines: a behavior at or after the impression must not count."""
-    lengths = [sql_identifier(f"length_{channel}") for channel in channels]
-    counted = [sql_identifier(f"counted_{channel}") for channel in channels]
-    counts = [
-        f"count(t.user_id) FILTER (WHERE t.channel = {sql_literal(channel)}) AS {name}"
-        for channel, name in zip(channels, counted, strict=True)
-    ]
-    keys = ", ".join(["s.impression_id", "s.user_id", "s.event_timestamp"])
-    stored = ", ".join(f"s.{length}" for length in lengths)
-    sample = (
-        f"(SELECT impression_id, user_id, event_timestamp, {', '.join(lengths)} FROM $frame "
-        f"ORDER BY hash(impression_id), impression_id LIMIT {LEAK_SAMPLE})"
-    )
-    source = (
-        f"(SELECT {keys}, {stored}, {', '.join(counts)} FROM {sample} s LEFT JOIN $user_timeline t "
-        f"ON t.user_id = s.user_id AND t.event_timestamp < {known_until(freshness, 's.event_timestamp')} "
-        f"GROUP BY {keys}, {stored})"
-    )
-    return [
-        Check(
-            table="frame",
-            column=f"length_{channel}",
-            rule="must count the behaviors strictly before the impression "
-            f"(sample of up to {LEAK_SAMPLE:,} rows)",
-            source=source,
-            counted=f"coalesce({length}, 0) <> {name}",
-            example=("impression_id", "user_id", length, name),
-            why="A longer history holds an event the model could not know; a shorter one loses it.",
-        )
-        for channel, length, name in zip(channels, lengths, counted, strict=True)
-    ]
-
-
-def _label_leaks(columns: AbstractSet[str], freshness: str) -> list[Check]:
-    """Statistics again, for every row, from the impressions strictly before its moment."""
-    windows, stored = [], []
-    # Rows before the start of an hour are those of earlier hours, so ranks by hour tell their number.
-    time = known_until(freshness, "event_timestamp")
-    for entity in ("user", "item"):
-        if f"{entity}_impressions" in columns:
-            stored.append(f"{entity}_impressions")
-            # rank() - 1 is the number of strictly earlier rows: those of the same time tie.
-            windows.append(
-                f"rank() OVER (PARTITION BY {entity}_id ORDER BY {time}) - 1 AS true_{entity}_impressions"
-            )
-        if f"{entity}_clicks" in columns:
-            stored.append(f"{entity}_clicks")
-            windows.append(
-                f"sum(clicked) OVER (PARTITION BY {entity}_id ORDER BY {time} "
-                f"RANGE UNBOUNDED PRECEDING) - sum(clicked) OVER (PARTITION BY {entity}_id, "
-                f"{time}) AS true_{entity}_clicks"
-            )
-    earlier = f"(SELECT *, {', '.join(windows)} FROM $impressions)"
-    same = ("user_id", "item_id", "event_timestamp", "clicked")
-    source = (
-        f"(SELECT f.impression_id, {', '.join(f'f.{name}' for name in [*same, *stored])}, "
-        f"{', '.join(f'i.{name} AS log_{name}' for name in same)}, "
-        f"{', '.join(f'i.true_{name}' for name in stored)} "
-        f"FROM $frame f LEFT JOIN {earlier} i USING (impression_id))"
-    )
-    differs = " OR ".join(f"{name} IS DISTINCT FROM log_{name}" for name in same)
-    checks = [
-        Check(
-            table="frame",
-            column="impression_id",
-            rule="must have the user, item, time and click of that row in impressions",
-            source=source,
-            counted=differs,
-            example=("impression_id", *(f"log_{name}" for name in same)),
-            why="A label beside the wrong features teaches the model noise.",
-        )
-    ]
-    for name in stored:
-        what = "clicks" if name.endswith("clicks") else "impressions"
-        checks.append(
-            Check(
-                table="frame",
-                column=name,
-                rule=f"must count the {what} strictly before the impression",
-                source=source,
-                counted=f"coalesce({name}, 0) <> true_{name}",
-                example=("impression_id", name, f"true_{name}"),
-                why="A count that includes its own impression tells the model the answer.",
-            )
-        )
-    return checks
 
 
 SUITES: dict[str, Callable[[Parameters, Columns], list[Check]]] = {

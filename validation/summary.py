@@ -53,8 +53,8 @@ def write_summary(gate: str, findings: Sequence[Finding], verdicts: Sequence[boo
     ]
     when = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     (results / f"{gate}.json").write_text(json.dumps({"gate": gate, "when": when, "checks": rows}))
-    found = [results / f"{name}.json" for name in SUITES]
-    sections = [json.loads(path.read_text()) for path in found if path.is_file()]
+    gate_files = [results / f"{name}.json" for name in SUITES]
+    sections = [json.loads(path.read_text()) for path in gate_files if path.is_file()]
     page = docs / PAGE
     with replace_atomically(page) as part:
         part.write_text(_FRAME.format(gates="".join(map(_section, sections))))
