@@ -32,7 +32,7 @@ Done = TypeVar("Done", bound=Result)
 def gated(
     job: str,
 ) -> Callable[[Callable[Concatenate[Home, Options], Done]], Callable[Concatenate[Home, Options], Done]]:
-    """Makes a job say what it did and pass its gate, whoever calls it; it then raises GateFailed, too."""
+    """Makes a job report what it did and pass its gate, whoever calls it; it may then raise GateFailed."""
 
     def decorate(
         run: Callable[Concatenate[Home, Options], Done],
@@ -51,10 +51,10 @@ def gated(
 
 
 def gate(home: Home, job: str) -> None:
-    """Validate what the job's last run wrote; a verdict that stands already is not asked for again.
+    """Validate what the job's last run wrote, unless that run has already passed.
 
-    Data Docs go to reports/data_docs. Raises GateFailed, and every later job refuses to run, when an
-    expectation does not hold.
+    Data Docs go to reports/data_docs. When an expectation does not hold, this raises GateFailed and every
+    later job refuses to run.
     """
     from validation import require, run_gate
 
@@ -89,7 +89,7 @@ def require_gates(connection: duckdb.DuckDBPyConnection, before: str) -> None:
 
 
 def refusal(connection: duckdb.DuckDBPyConnection, job: str) -> str | None:
-    """Why what the job wrote last may not be passed on; None when it may, or when there is nothing yet."""
+    """Why the job's last output may not be used; None when it may, or when there is none yet."""
     last, verdict = runs.last(connection, job), runs.last(connection, _name(job))
     if last is None:
         return None  # the job itself says what is missing
@@ -106,7 +106,7 @@ def _name(job: str) -> str:
 
 
 def _stamp(last: runs.Run) -> str:
-    """One run of a job, so that a verdict is never taken for another run's."""
+    """Identifies one run of a job, so that its verdict is never taken for another run's."""
     return f"{last.fingerprint} {last.finished.isoformat()}"
 
 
@@ -117,7 +117,7 @@ def _scope(
     dataset: Dataset,
     home: Home,
 ) -> tuple[dict[str, str], dict[str, Any]]:
-    """Tables and parameters of a gate, as `validation.run_gate` wants them."""
+    """The arguments `tables` and `parameters` of `validation.run_gate` for a gate."""
 
     def of_lake(*names: str) -> dict[str, str]:
         return {name: f"lake.main.{name}" for name in names}

@@ -1,9 +1,8 @@
-"""Where heavy work runs: in this process, or on a Ray cluster. The same work, the same results.
+"""What an executor does, and the local one; wherever work runs, its results are the same.
 
-`map` is for models: pieces of work through a model that each worker makes once. `streams` is for SQL:
-shards of a query, each a stream in an order of its own. An executor never writes: results come back to the
-job, which commits them, so that a killed worker costs the piece it had, and a killed job what it had not
-committed yet.
+`map` is for models: tasks through a model that each worker builds once. `streams` is for SQL: shards of a
+query, each a stream in its own order. An executor never writes. Results come back to the job, which commits
+them, so a killed worker loses only its current task and a killed job only what it had not committed.
 """
 
 from __future__ import annotations
@@ -21,7 +20,10 @@ Result = TypeVar("Result")
 
 
 class Executor(Protocol):
-    """Runs work on one or more workers. What it is given must be picklable, and find its files anywhere."""
+    """Runs work on one or more workers.
+
+    Whatever it is given must be picklable and find its files on any node.
+    """
 
     @property
     def workers(self) -> int:
@@ -29,9 +31,10 @@ class Executor(Protocol):
         ...
 
     def map(self, make: Callable[[], Callable[[Task], Result]], tasks: Iterable[Task]) -> Iterator[Result]:
-        """The result of each task, in any order, so it has to say whose it is. A worker calls `make` once.
+        """The result of each task, in any order, so a result has to name its task.
 
-        A task whose worker is lost is given to another, so a task must give the same result each time.
+        Each worker calls `make` once. A task whose worker is lost goes to another one, so a task must give
+        the same result each time.
         """
         ...
 
@@ -40,7 +43,7 @@ class Executor(Protocol):
     ) -> list[Iterator[pa.RecordBatch]]:
         """The streams of `shard(0)` to `shard(count - 1)`, each in its own order.
 
-        A worker that is lost begins its shard again, so a shard must give the same batches each time.
+        The shard of a lost worker is read again from its start, so it must give the same batches each time.
         """
         ...
 
@@ -66,14 +69,14 @@ class LocalExecutor:
 
 @dataclass(frozen=True, kw_only=True)
 class ExecutorConfig:
-    """What the command line says of where to run. Raises BadInput when its parts do not fit together."""
+    """Where to run, as given on the command line. Raises BadInput when options contradict each other."""
 
     kind: Literal["local", "ray"] = "local"
     address: str | None = None
-    """host:port of a Ray cluster's head, or `auto` for the one this machine is part of; a cluster on this
-    machine alone, for the time of the job, when left out."""
+    """host:port of a Ray cluster's head, or `auto` for the cluster this machine belongs to; without it, a
+    cluster on this machine is started for the duration of the job."""
     actors: int | None = None
-    """Workers; as many as the cluster has cores (or GPUs, when they take any)."""
+    """Number of workers; by default one per core of the cluster (per GPU share when they use GPUs)."""
     gpus_per_actor: float = 0
 
     def __post_init__(self) -> None:

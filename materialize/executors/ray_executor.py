@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from materialize.executors.executor import ExecutorConfig, Result, Task
 
 RETRIES = 5
-"""How often a task or shard whose worker died is tried again; one that kills every worker must end."""
+"""Retries of a task or shard whose worker died; bounded, since a task may kill every worker it gets."""
 PROBE_SECONDS = 5.0
 
 
@@ -80,7 +80,7 @@ def _restarts() -> dict[str, Any]:
 
 
 def _block(value: object) -> pa.Table:
-    """Any value as a block of Ray Data's: one row, so that it is neither split nor looked into."""
+    """Any value as a Ray Data block of one pickled row, which Ray Data does not split."""
     return pa.table({_COLUMN: pa.array([pickle.dumps(value, protocol=5)], pa.large_binary())})
 
 
@@ -111,7 +111,7 @@ def _shard(shard: Callable[[int], Iterator[pa.RecordBatch]], index: int) -> Iter
 
 
 def _one_thread() -> None:
-    """A worker has one of the cluster's cores, and there are as many workers as it has."""
+    """Limit this worker to one thread: there is one worker per core of the cluster."""
     os.environ["BAHE_THREADS"] = "1"
     configure_threads()
 
@@ -165,7 +165,7 @@ def _join(ray: ModuleType, config: ExecutorConfig) -> None:
 
 
 def _speaks_grpc(address: str) -> bool:
-    """Whether a server like a Ray cluster's head answers there."""
+    """Whether a gRPC server, such as the head of a Ray cluster, answers there."""
     import grpc
 
     if os.environ.get("RAY_USE_TLS", "0") == "1":
@@ -179,24 +179,24 @@ def _speaks_grpc(address: str) -> bool:
 
 
 def _workers(resources: dict[str, float], config: ExecutorConfig) -> int:
-    """How many workers there is room for, or those asked for. Raises BadInput when there is no room."""
+    """Number of workers asked for, else as many as fit. Raises BadInput when they do not fit."""
     room = int(resources.get("CPU", 0))
     needs = "a core"
     if config.gpus_per_actor:
         room = min(room, int(resources.get("GPU", 0) / config.gpus_per_actor))
         needs += f" and {config.gpus_per_actor:g} GPUs"
-    wanted = config.actors or room
-    if not room or wanted > room:
+    workers = config.actors or room
+    if not room or workers > room:
         raise BadInput(
-            f"the Ray cluster has room for {room} actors with {needs} each, not for {max(wanted, 1)}; lower"
-            " --num-actors or --num-gpus-per-actor, or add nodes."
+            f"the Ray cluster has room for {room} actors with {needs} each, not for {max(workers, 1)};"
+            " lower --num-actors or --num-gpus-per-actor, or add nodes."
         )
-    return wanted
+    return workers
 
 
 @contextmanager
 def _bahe_errors(ray: ModuleType) -> Iterator[None]:
-    """One sentence where workers are lost, and a shard's own error in place of Ray's around it."""
+    """Turns lost workers into one sentence, and unwraps a shard's own error from Ray's."""
     try:
         yield
     except ray.exceptions.RayTaskError as error:

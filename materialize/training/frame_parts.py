@@ -17,7 +17,7 @@ LEAST_PART = 1_024
 
 @dataclass(frozen=True)
 class Part:
-    """Consecutive rows of those that a row group has of the split."""
+    """A range among a row group's rows of the split."""
 
     group: int
     start: int
@@ -25,7 +25,7 @@ class Part:
 
 
 def rank_and_world_size(rank: int | None, ranks: int | None) -> tuple[int, int]:
-    """Rank and number of ranks: those given, else torch.distributed's, else torchrun's, else one alone."""
+    """Rank and world size: those given, else torch.distributed's, else torchrun's, else 0 and 1."""
     if (rank is None) != (ranks is None):
         raise BadInput("give both `rank` and `ranks`, or neither.")
     if rank is None or ranks is None:
@@ -50,12 +50,12 @@ def split_counts(file: pq.ParquetFile, split: str | None) -> list[int]:
 
 
 def rows_between(parts: list[Part], start: int, stop: int) -> list[Part]:
-    """What rows `start` to `stop` of these parts, one after the other, are."""
-    found, before = [], 0
+    """The parts that make up rows `start` to `stop` of these parts laid end to end."""
+    selected, before = [], 0
     for part in parts:
         first = max(part.start, part.start + start - before)
         last = min(part.stop, part.start + stop - before)
         if first < last:
-            found.append(Part(part.group, first, last))
+            selected.append(Part(part.group, first, last))
         before += part.stop - part.start
-    return found
+    return selected
