@@ -37,6 +37,7 @@ def due(connection: duckdb.DuckDBPyConnection, last: runs.Run | None, verdict: r
 
 def repair(connection: duckdb.DuckDBPyConnection, run: str) -> None:
     """Move the rows, inside the caller's transaction; what is derived has to be made anew afterwards."""
+    quarantine.prepare(connection)
     connection.execute(quarantine.CREATE)
     for table, (reason, broken) in _blank_rows(connection).items():
         if table != "atoms":
