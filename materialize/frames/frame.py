@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bahe_core.errors import BadInput, NotReady
+from bahe_core.files import new_folder
 from bahe_core.home import Home
 from bahe_core.progress import progress
 from bahe_core.results import Result
@@ -198,23 +199,20 @@ def _split_rows(connection: duckdb.DuckDBPyConnection, entities: str) -> dict[st
 
 
 def _write(reader: pa.RecordBatchReader, path: Path, facts: dict[str, object], rows: int) -> None:
-    """Stream to a file beside and rename, so that a frame is whole or not there."""
-    temporary = path.parent.with_suffix(".part")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    """Stream the frame to disk, whole or not at all."""
     features = [c for c in reader.schema.names if c not in (*KEYS, "impression_timestamp", "split")]
     columns = [*KEYS, *features, "split"]
     source = ["impression_timestamp" if c == "event_timestamp" else c for c in columns]
     fields = [reader.schema.field(c).with_name(n) for c, n in zip(source, columns, strict=True)]
     schema = pa.schema(fields, {b"bahe": json.dumps(facts).encode()})
 
-    with (
-        pq.ParquetWriter(temporary / path.name, schema) as writer,
-        progress("impressions", rows) as advance,
-    ):
-        for batch in reader:
-            arrays = [batch.column(c) for c in source]
-            writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema), ROW_GROUP)
-            advance(batch.num_rows)
-    shutil.rmtree(path.parent, ignore_errors=True)
-    temporary.rename(path.parent)
+    with new_folder(path.parent) as folder:
+        with (
+            pq.ParquetWriter(folder / path.name, schema) as writer,
+            progress("impressions", rows) as advance,
+        ):
+            for batch in reader:
+                arrays = [batch.column(c) for c in source]
+                writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema), ROW_GROUP)
+                advance(batch.num_rows)
+        shutil.rmtree(path.parent, ignore_errors=True)

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from rich.markup import escape
 
 from bahe_core.errors import BadInput, BaheError, NotReady
+from bahe_core.files import replace_atomically
 from bahe_core.home import Home
 from bahe_core.progress import say
 from bahe_core.results import Result
@@ -84,10 +85,11 @@ def publish(home: Home) -> Published:
         version = str(embedded.facts["model_version"])
         require_quality(connection, version)
         last = runs.last(connection, JOB)
-        known = pointer.recorded(connection)
-        ours = bool(known) and last is not None and pointer.online(store) == known[0]
+        publications = pointer.recorded(connection)
+        ours = bool(publications) and last is not None and pointer.online(store) == publications[0]
         fingerprint = lag.publish_fingerprint(embedded, ingested)
-        if ours and last and last.fingerprint == fingerprint and known[0].model_version == version:
+        unchanged = last is not None and last.fingerprint == fingerprint
+        if ours and unchanged and publications[0].model_version == version:
             return Published(version, skipped=True)
         users = lag.users_behind(connection, version)
         items = lag.items_behind(connection, version)
@@ -109,10 +111,9 @@ def publish(home: Home) -> Published:
                     f"{unread} does not read back from the online store as written; the live model was left"
                     " as it is, so run `bahe publish` again."
                 )
-            known_items = connection.execute(f"SELECT item_id, text FROM {LATEST_ITEMS} ORDER BY item_id")
-            temporary = home.catalogue_of_items.with_suffix(".part")
-            pq.write_table(known_items.to_arrow_table(), temporary)
-            temporary.replace(home.catalogue_of_items)
+            texts = connection.execute(f"SELECT item_id, text FROM {LATEST_ITEMS} ORDER BY item_id")
+            with replace_atomically(home.catalogue_of_items) as part:
+                pq.write_table(texts.to_arrow_table(), part)
             facts = {"model_version": version, "since": since}
             done = run.statement(facts, rows_read=rows, rows_written=rows)
             pointer.flip(store, connection, version, [done])

@@ -10,7 +10,6 @@ A atoms, D width.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ import pyarrow as pa
 from filelock import FileLock
 
 from bahe_core.errors import BadInput, NotReady
+from bahe_core.files import new_folder, replace_atomically
 from bahe_core.home import Home
 from bahe_lake.catalogue import scalar
 from bahe_lake.connection import lake
@@ -89,11 +89,8 @@ def frame_history(home: Home, frame: Frame) -> FrameHistory:
     history = FrameHistory(frame.path.parent / "history", tuple(home_dataset(home).channels))
     with _lock(frame):
         if not history.folder.is_dir():
-            temporary = history.folder.with_suffix(".part")
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir()
-            _write_timelines(home, frame, temporary, history.channels)
-            temporary.rename(history.folder)
+            with new_folder(history.folder) as folder:
+                _write_timelines(home, frame, folder, history.channels)
     return history
 
 
@@ -122,17 +119,16 @@ def write_vectors(home: Home, frame: Frame, history: FrameHistory) -> str:
                 f"{len(atom_ids) - row[0]} atoms of the frame have no vector under {encoder}; run"
                 " `bahe encode` first."
             )
-        temporary = path.with_suffix(".part")
-        _stream(
-            connection,
-            f"SELECT embedding {of_the_frame} ORDER BY atom_id",
-            temporary,
-            (row[0], row[1] or 0),
-            lambda batch: vector_matrix(pa.chunked_array([batch.column("embedding")])),
-            dtype=np.float32,
-            values=[encoder],
-        )
-        temporary.rename(path)
+        with replace_atomically(path) as part:
+            _stream(
+                connection,
+                f"SELECT embedding {of_the_frame} ORDER BY atom_id",
+                part,
+                (row[0], row[1] or 0),
+                lambda batch: vector_matrix(pa.chunked_array([batch.column("embedding")])),
+                dtype=np.float32,
+                values=[encoder],
+            )
     return encoder
 
 
