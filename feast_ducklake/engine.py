@@ -1,8 +1,7 @@
 """Feast compute engine that materializes Arrow batches as the online store's own bytes.
 
-Feast finds both classes by their path in feature_store.yaml. The result is that of Feast's local engine;
-what a view needs beyond copying its newest values (transformations, aggregations, validation, offline
-writes) is left to that engine.
+The result is that of Feast's local engine, which still does what goes beyond copying a view's newest
+values: transformations, aggregations, validation and offline writes.
 """
 
 from __future__ import annotations
@@ -54,7 +53,7 @@ class ArrowEngine(LocalComputeEngine):
     _rows = 0
 
     def take_rows(self) -> int:
-        """How many rows were written since this was last asked."""
+        """Rows written since the last call."""
         rows, self._rows = self._rows, 0
         return rows
 

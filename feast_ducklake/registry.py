@@ -1,7 +1,7 @@
-"""Feast's registry file, replaced whole: a reader or a kill at any instant leaves one that can be read.
+"""Feast's registry file, replaced atomically, so that it can be read at any instant.
 
-Feast's own file store empties the file and then writes it. Every materialization does, so a reader beside
-it, or the run after a kill, would find half a registry.
+Feast's own file store empties the file and then writes it, at every materialization: a reader beside it, or
+the run after a kill, would find half a registry.
 """
 
 from __future__ import annotations
@@ -32,6 +32,6 @@ class AtomicRegistryStore(FileRegistryStore):
             part.replace(path)
         finally:
             part.unlink(missing_ok=True)
-        for left in path.parent.glob(f"{path.name}.*.part"):
-            if not psutil.pid_exists(int(left.suffixes[-2][1:])):  # of a process that was killed
-                left.unlink(missing_ok=True)
+        for leftover in path.parent.glob(f"{path.name}.*.part"):
+            if not psutil.pid_exists(int(leftover.suffixes[-2][1:])):  # of a process that was killed
+                leftover.unlink(missing_ok=True)

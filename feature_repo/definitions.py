@@ -143,7 +143,7 @@ user_stats_7d = _window(user, 7)
 user_stats_30d = _window(user, 30)
 item_stats_7d = _window(item, 7)
 item_stats_30d = _window(item, 30)
-# Of all time, a user's are the lengths of user_timeline.
+# A user's behaviors of all time are the lengths in user_timeline.
 user_behaviors_7d = _by_channel(user, "7d")
 user_behaviors_30d = _by_channel(user, "30d")
 item_behaviors = _by_channel(item, "")

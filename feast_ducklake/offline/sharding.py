@@ -1,4 +1,4 @@
-"""A retrieval in shards: each read by a worker of its own, then put together in the order of the whole."""
+"""A retrieval in shards: each read by its own worker, then merged into the order of the whole."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from bahe_core.home import Home
 from bahe_lake.connection import lake
 
 SHARD_BATCH_ROWS = 61_440
-"""Rows of a batch on its way from a worker; a multiple of DuckDB's 2,048, so that they are always the
-same."""
+"""Rows of a worker's batch; a multiple of DuckDB's vectors of 2,048, so that batches are all alike."""
 
 
 class ShardRunner(Protocol):
@@ -29,7 +28,7 @@ class ShardRunner(Protocol):
     def streams(
         self, shard: Callable[[int], Iterator[pa.RecordBatch]], count: int
     ) -> list[Iterator[pa.RecordBatch]]:
-        """The streams of `shard(0)` to `shard(count - 1)`, each in its own order."""
+        """The streams of `shard(0)` to `shard(count - 1)`, each in order."""
         ...
 
 
@@ -52,7 +51,7 @@ def merged(streams: list[Iterator[pa.RecordBatch]], rows: int) -> Iterator[pa.Re
 
     In batches of `rows` rows, the last one with what is left.
     Each stream is in that order, and together they have every number from 1 on. One batch of each is held.
-    Raises BaheError when a row is missing or there twice, as only a defect can bring about.
+    Raises BaheError when a row is missing or there twice, which only a bug can cause.
     """
     held: dict[int, pa.RecordBatch] = {}
     waiting: list[pa.Table] = []

@@ -1,4 +1,4 @@
-"""What is asked of each feature view, checked against the columns that its source has in the lake."""
+"""What a retrieval needs from each feature view, checked against its source's columns in the lake."""
 
 from __future__ import annotations
 
@@ -47,8 +47,10 @@ class View:
 
     @property
     def tie(self) -> str:
-        """An integer that puts rows of one key and instant in an order that stays: of a table the order of
-        writing, of a query that of the values."""
+        """An integer that orders rows of one key and instant, the same way each time.
+
+        A table's rows by when they were written, a query's by their values.
+        """
         if self.table is not None:
             return "rowid"
         values = ", ".join(sql_identifier(column) for column in self.features.values())
@@ -56,7 +58,7 @@ class View:
 
     @property
     def wide(self) -> bool:
-        """Whether a row carries lists or the like, which cost much to sort."""
+        """Whether a row carries lists or other large values, which are expensive to sort."""
         kinds = (self.types[column] for column in self.features.values())
         return any(k.endswith("]") or k.startswith(("STRUCT", "MAP", "BLOB", "JSON")) for k in kinds)
 
@@ -129,7 +131,7 @@ def source_columns(
         if column not in types:
             raise BadInput(
                 f"data source {source_name} has no column {column} in the lake (any more); it has"
-                f" {', '.join(types)}. Run the job that writes it, or `bahe apply`."
+                f" {', '.join(types)}. Run the job that writes it, or change the view and apply it."
             )
     return types
 

@@ -1,7 +1,6 @@
 """Feast online store in Redis, with writes that are guarded inside the server.
 
-The hash of an entity is stock Feast's (any Feast client with `type: redis` reads it). Feast finds both
-classes by their path in feature_store.yaml.
+The hash of an entity is stock Feast's: any Feast client with `type: redis` reads it.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from feast_ducklake.online.rows import NO_TIME, EncodedRows, Request, StoredValu
 from feast_ducklake.online.store import GuardedOnlineStore
 
 _ROWS_PER_CALL = 256
-"""The server answers nobody else while it runs one call of the script."""
+"""Few, since the server answers no one else while it runs a call of the script."""
 
 # KEYS: entities. ARGV: seconds until a key expires (0: never), number of fields, names of the fields (the
 # time's last), then for each entity as many values. Returns how many entities were written.
@@ -92,7 +91,7 @@ class GuardedRedisOnlineStoreConfig(FeastConfigBaseModel):
     url: str = "redis://127.0.0.1:6379/0"
     """As redis-py reads it: redis://, rediss:// (TLS) or unix://, with user and password if needed."""
     key_ttl_seconds: int = 0
-    """Redis forgets an entity that was not written for so long; 0 is never."""
+    """Redis drops an entity that was not written for this many seconds; 0 keeps it for ever."""
 
 
 class GuardedRedisOnlineStore(GuardedOnlineStore):
@@ -134,7 +133,7 @@ class GuardedRedisOnlineStore(GuardedOnlineStore):
         return keys, stored
 
     def version(self, config: RepoConfig, view: FeatureView) -> str | None:
-        """Another one after each write to the view; none when nothing is stored."""
+        """A token that changes with each write to the view; None when nothing is stored."""
         stored: Any = self._connected(config).get(_version_key(config, view))
         return None if stored is None else bytes(stored).decode()
 
@@ -197,7 +196,7 @@ def _settings(config: RepoConfig) -> GuardedRedisOnlineStoreConfig:
 
 
 def _fields(config: RepoConfig, view: FeatureView, features: Sequence[str]) -> list[bytes]:
-    """Names of the hash's fields for the features, and of the time's."""
+    """The hash fields of these features, then that of the event time."""
     shown = compute_versioned_name(view, config.registry.enable_online_feature_view_versioning)
     return [*(_mmh3(f"{shown}:{feature}") for feature in features), f"_ts:{shown}".encode()]
 
@@ -219,7 +218,7 @@ def _times(rows: EncodedRows) -> list[bytes]:
     seconds, microseconds = np.divmod(rows.event_us, 1_000_000)
     fields = [varint_fields(seconds, 1), varint_fields(microseconds * 1000, 2)]
     if rows.created_us is not None:
-        # Zero is left out: who was computed in 1970 counts as computed nobody knows when.
+        # Zero is left out, so a value computed in 1970 counts as one without a created time.
         fields.append(varint_fields(np.where(rows.created_us == NO_TIME, 0, rows.created_us), 3))
     return [b"".join(row) for row in zip(*fields, strict=True)]
 

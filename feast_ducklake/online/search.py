@@ -1,4 +1,4 @@
-"""The nearest stored vectors: an index in memory, made when it is asked for and anew after a write."""
+"""The nearest stored vectors, from an index in memory that is built on first use and after each write."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ class VectorSearch:
     ) -> dict[bytes, float]:
         """Entity keys and distances of the nearest vectors that have not outlived their ttl.
 
-        `version` tells whether the index is still right, `scan` reads all vectors of a feature. The metric
-        is the field's own, else the one given, else L2.
+        `version` tells whether the index is current, `scan` reads all vectors of a feature. The metric is
+        the field's own, else the one given, else L2.
         Raises BadInput when the view has no vectors, or the query or metric does not fit them.
         """
         field = _vector_field(view)

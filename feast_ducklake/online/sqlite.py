@@ -1,8 +1,7 @@
 """Feast online store in a SQLite file that several processes read and write.
 
 The table of a view is stock Feast's (any Feast client with `type: sqlite` reads it) and two columns more,
-since stock Feast keeps times to the second only. Feast finds both classes by their path in
-feature_store.yaml.
+since stock Feast keeps times to the second only.
 """
 
 from __future__ import annotations
@@ -114,7 +113,7 @@ class GuardedSqliteOnlineStore(GuardedOnlineStore):
         return [row[0] for row in rows], StoredValues({feature: [row[1] for row in rows]}, event_us)
 
     def version(self, config: RepoConfig, view: FeatureView) -> str | None:
-        """Another one after each write to the view; none when nothing is stored."""
+        """A token that changes with each write to the view; None when nothing is stored."""
         table = _table(config, view)
         query = f"SELECT version FROM {_VERSIONS} WHERE view = ?"
         rows = _rows(self._connection(config), table, query, [table])

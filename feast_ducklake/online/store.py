@@ -71,7 +71,7 @@ class GuardedOnlineStore(OnlineStore):
 
     @abstractmethod
     def version(self, config: RepoConfig, view: FeatureView) -> str | None:
-        """Another one after each write to the view; none when nothing is stored."""
+        """A token that changes with each write to the view; None when nothing is stored."""
 
     async def read_stored_async(
         self, config: RepoConfig, requests: Sequence[Request]
