@@ -239,10 +239,20 @@ def _write_whole(path: Path, text: str) -> None:
     part.replace(path)
 
 
+_KEYS = {
+    "behaviors": ("user_id",),
+    "impressions": ("impression_id", "user_id", "item_id"),
+    "items": ("item_id",),
+    "users": ("user_id",),
+}
+
+
 def _dataset_yaml(settings: Settings) -> str:
     sections: dict[str, Any] = {"name": "synthetic", "channels": list(settings.channels)}
     for table in ("behaviors", "impressions", "items", "users"):
         sections[table] = {"files": f"{table}/*.{settings.format}"}
+        if settings.format == "csv":  # which says nothing of types
+            sections[table]["types"] = dict.fromkeys(_KEYS[table], "integer")
     return (
         "# Written by `bahe synth` (synth.json has its settings); `truth/` is no part of the dataset.\n"
         + yaml.safe_dump(sections, sort_keys=False)

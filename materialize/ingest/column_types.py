@@ -16,7 +16,7 @@ import duckdb
 from bahe_core.errors import BadInput
 from bahe_lake.catalogue import columns, tables
 from bahe_lake.sql import sql_identifier
-from materialize.config.dataset import ClickRule, Table
+from materialize.config.dataset import ClickRule, Table, context_column
 from materialize.ingest import values
 from materialize.ingest.layouts import Layout
 
@@ -151,6 +151,13 @@ def _attributes(
                 said.setdefault(target, []).append(layout)
     types = dict(held)
     for target, named in section.types.items():
+        there = dict.fromkeys(column for layout in of_table for column in layout.columns)
+        in_lake = target in held or context_column(target) in held
+        if not in_lake and source_column(section, target) not in there:
+            raise BadInput(
+                f"{of_table[0].source.table}.types: {target} is no column of {of_table[0].what}, which has"
+                f" {', '.join(there)}; correct it."
+            )
         types.setdefault(target, values.NAMED_TYPES[named])
     for target, members in said.items():
         if target in types:

@@ -219,6 +219,23 @@ def test_prices_are_versions_in_time(tmp_path: Path, home: Home, log: Log) -> No
     assert '"price":1.0' in reasons[0][1]
 
 
+def test_a_frame_joins_the_version_of_its_moment(tmp_path: Path, home: Home, log: Log) -> None:
+    from feature_repo.store import apply, open_store
+
+    days = [pd.Timestamp(f"2024-02-0{day}", tz="UTC") for day in (1, 3)]
+    first = log["items"].head(1).assign(price=1.0)
+    later = [
+        first.assign(price=price, event_timestamp=day) for price, day in zip((2.0, 3.0), days, strict=True)
+    ]
+    log["items"] = pd.concat([first, *later, log["items"].tail(7).assign(price=0.5)], ignore_index=True)
+    ingest(home, write_dataset(tmp_path / "log", log))
+    moments = [days[0] - pd.Timedelta("1h"), days[0] + pd.Timedelta("1h"), days[1] + pd.Timedelta("1h")]
+    asked = pd.DataFrame({"item_id": [0, 0, 0], "event_timestamp": moments})
+    apply(home)
+    frame = open_store(home).get_historical_features(asked, ["item_attributes:price"]).to_df()
+    assert frame["price"].tolist() == [1.0, 2.0, 3.0]
+
+
 def latin(path: Path, log: Log) -> None:
     as_csv(path, "behaviors", log["behaviors"].assign(text="caf\u00e9"), encoding="latin-1")
 
@@ -246,6 +263,10 @@ def an_open_quote(path: Path, log: Log) -> None:
     (path.parent / "behaviors.csv").write_text("\n".join(lines))
 
 
+def a_type_of_nothing(path: Path, log: Log) -> None:
+    edit(path, items={"types": {"prize": "number"}})
+
+
 def a_list(path: Path, log: Log) -> None:
     log["behaviors"].assign(event_timestamp=[[1]] * 80).to_parquet(path.parent / "behaviors.parquet")
 
@@ -258,6 +279,7 @@ def a_list(path: Path, log: Log) -> None:
         (semicolons, r"behaviors.csv has no column user_id .*set `csv: \{delimiter: …\}`"),
         (a_value_more, r"behaviors.csv, line 10 has 6 values where the first line names 5 columns"),
         (an_open_quote, r"behaviors.csv, line 10 has a quote \" that does not end"),
+        (a_type_of_nothing, r"items.types: prize is no column of items.parquet, which has item_id, text"),
         (a_list, r"behaviors: event_timestamp of behaviors.parquet is BIGINT\[\], which is no time"),
     ],
 )
