@@ -47,6 +47,7 @@ bench: install ## every figure of the README, briefly; a whole one: python -m be
 	$(BIN)/python -m benchmarks.encode --quick # its peer: pip install 'bahe[bench]'
 	$(BIN)/python -m benchmarks.scale --quick
 	$(BIN)/python -m benchmarks.crash --quick
+	$(BIN)/python -m benchmarks.neighbour --quick
 
 schema: install ## write the JSON schema of dataset.yaml, for editors
 	$(BIN)/python -c 'import json; from materialize.config.dataset import json_schema; print(json.dumps(json_schema(), indent=2))' > dataset.schema.json.new
