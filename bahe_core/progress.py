@@ -21,6 +21,8 @@ REPORT_SECONDS = 15.0
 """Where there is no terminal for a bar, a long step says how far it is once in so many seconds."""
 
 _job: ContextVar[str | None] = ContextVar("job", default=None)
+_bar_console: ContextVar[Console | None] = ContextVar("bar_console", default=None)
+"""Where a bar is shown: lines said meanwhile go above it."""
 
 
 def json_log() -> bool:
@@ -50,7 +52,7 @@ def console() -> Console:
     """Standard error, so that what a command prints as its answer can be piped."""
     from rich.console import Console
 
-    return Console(stderr=True, highlight=False)
+    return _bar_console.get() or Console(stderr=True, highlight=False)
 
 
 def say(message: str, **fields: Any) -> None:
@@ -78,9 +80,10 @@ def write_json(level: str, message: str, fields: dict[str, Any]) -> None:
 
 @contextmanager
 def progress(description: str, total: float | None) -> Iterator[Callable[..., None]]:
-    """How far a step is; yields `advance(amount, note="")`. A total of None is unknown.
+    """How far a step is; yields `advance(amount=1, note=None, earlier=False)`. A total of None is unknown.
 
-    A bar with rate and time left on a terminal, else a line every `REPORT_SECONDS` and one at the end.
+    `earlier` says that an interrupted run did this part: it counts, and the time left is reckoned without
+    it. A bar with time left on a terminal, else a line every `REPORT_SECONDS` and one at the end.
     """
     if json_log() or not console().is_terminal:
         yield from _lines(description, total)
@@ -90,26 +93,42 @@ def progress(description: str, total: float | None) -> Iterator[Callable[..., No
 
 def _lines(description: str, total: float | None) -> Iterator[Callable[..., None]]:
     start = last = time.monotonic()
-    done, shown = 0.0, ""
+    done, before, shown = 0.0, 0.0, ""
+    said: tuple[float, str] | None = None
 
-    def advance(amount: float = 1, note: str | None = None) -> None:
-        nonlocal done, shown, last
+    def advance(amount: float = 1, note: str | None = None, earlier: bool = False) -> None:
+        nonlocal done, before, shown, last
         done += amount
+        before += amount if earlier else 0
         shown = shown if note is None else note
-        if time.monotonic() - last >= REPORT_SECONDS:
+        # The line of a step that is complete is the one at the end.
+        if done != total and time.monotonic() - last >= REPORT_SECONDS:
             last = time.monotonic()
             report()
 
     def report() -> None:
+        nonlocal said
+        said = (done, shown)
         of = "" if total is None else f" of {total:,.0f}"
         seconds = round(time.monotonic() - start, 1)
+        of += f" ({before:,.0f} by an earlier run)" if before else ""
         words = f"  {description}: {done:,.0f}{of}, {seconds} s{f', {shown}' if shown else ''}"
         fields: dict[str, Any] = {"step": description, "done": done, "total": total, "seconds": seconds}
+        fields |= {"earlier": before} if before else {}
         say(words, **fields, **({"note": shown} if shown else {}))
 
     yield advance
-    if done:
+    if done and said != (done, shown):
         report()
+
+
+@contextmanager
+def _lines_above(shared: Console) -> Iterator[None]:
+    token = _bar_console.set(shared)
+    try:
+        yield
+    finally:
+        _bar_console.reset(token)
 
 
 def _bar(description: str, total: float | None) -> Iterator[Callable[..., None]]:
@@ -130,11 +149,15 @@ def _bar(description: str, total: float | None) -> Iterator[Callable[..., None]]
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, console=console()) as bar:
+    shared = console()
+    with Progress(*columns, console=shared) as bar, _lines_above(shared):
         task = bar.add_task(description, total=total, note="")
 
-        def advance(amount: float = 1, note: str | None = None) -> None:
-            bar.advance(task, amount)
+        def advance(amount: float = 1, note: str | None = None, earlier: bool = False) -> None:
+            if earlier:  # starts the clock again, so that the rate is this run's
+                bar.reset(task, completed=int(bar.tasks[task].completed + amount))
+            else:
+                bar.advance(task, amount)
             if note is not None:
                 bar.update(task, note=note)
 

@@ -247,12 +247,14 @@ def train(
     checkpoint: Checkpoint | None = None,
     on_step: Callable[[int, float], None] = lambda impressions, loss: None,
     on_epoch: Callable[[Epoch], None] = lambda epoch: None,
+    on_resume: Callable[[int], None] = lambda impressions: None,
     on_pretraining: Callable[[int, float], None] = lambda behaviors, loss: None,
 ) -> Trained:
     """Train the model of `batches` in place and leave it with the weights of its best epoch.
 
     Under torchrun every process calls this with the same arguments; see `bahe_models.distributed`.
-    `checkpoint`, `on_step` and `on_epoch` are those of `fit`, `on_pretraining` is `pretrain`'s `on_step`.
+    `checkpoint`, `on_step`, `on_epoch` and `on_resume` are those of `fit`, `on_pretraining` is
+    `pretrain`'s `on_step`.
     A run killed while pre-training starts that again. Raises BadInput before any step when the data
     cannot be trained on, or the checkpoint is of another run.
     """
@@ -300,7 +302,9 @@ def train(
     if config.recompute:
         recompute_activations(model.aggregator.deep, True)
     try:
-        return fit(task, config, checkpoint=checkpoint, on_step=on_step, on_epoch=on_epoch)
+        return fit(
+            task, config, checkpoint=checkpoint, on_step=on_step, on_epoch=on_epoch, on_resume=on_resume
+        )
     finally:
         if config.recompute:
             recompute_activations(model.aggregator.deep, False)

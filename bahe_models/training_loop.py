@@ -102,6 +102,7 @@ def fit(
     checkpoint: Checkpoint | None = None,
     on_step: Callable[[int, float], None] = lambda impressions, loss: None,
     on_epoch: Callable[[Epoch], None] = lambda epoch: None,
+    on_resume: Callable[[int], None] = lambda impressions: None,
 ) -> Trained:
     """Train the task's model in place and leave it with the weights of its best epoch.
 
@@ -110,7 +111,8 @@ def fit(
     and `on_epoch` hears of the epochs before as well. The file stays when training ends: the caller
     deletes it when the weights are safe elsewhere. Raises BadInput when it belongs to another run.
 
-    `on_step` is called after each update with its impressions and the epoch's mean loss so far.
+    `on_step` is called after each update with its impressions and the epoch's mean loss so far;
+    `on_resume` once, where a run goes on, with the impressions that it has behind it.
     """
     model, processes = task.model, Processes.here()
     groups = [(parameters, rate) for parameters, rate in task.groups if parameters]
@@ -135,6 +137,7 @@ def fit(
         at = _restore(found, model, optimizer, schedule, rng, processes)
         for row in at.history:
             on_epoch(row)
+        on_resume(len(at.history) * impressions_per_epoch(task.clicked_N, config) + at.seen)
     saved = time.monotonic()
     while at.epoch <= config.epochs:
         at_start = rng.bit_generator.state
@@ -181,10 +184,19 @@ def fit(
     return Trained(at.history, sum(row.seconds for row in at.history))
 
 
+def impressions_per_epoch(clicked_N: torch.Tensor, config: TrainingConfig) -> int:
+    """How many impressions an epoch draws: all clicked ones, and `negative_rate` of the others."""
+    return round(_drawn_rows(clicked_N, config))
+
+
+def _drawn_rows(clicked_N: torch.Tensor, config: TrainingConfig) -> float:
+    clicks = int(clicked_N.sum())
+    return clicks + config.negative_rate * (len(clicked_N) - clicks)
+
+
 def _expected_updates(clicked_N: torch.Tensor, config: TrainingConfig) -> int:
     """Length of the schedule; an epoch has a few steps more or less than its rows would fill."""
-    clicks = int(clicked_N.sum())
-    rows = clicks + config.negative_rate * (len(clicked_N) - clicks)
+    rows = _drawn_rows(clicked_N, config)
     steps = int(-(-rows // config.impressions_per_step))
     return int(-(-steps // config.accumulate) * config.epochs * 1.5) + 10
 

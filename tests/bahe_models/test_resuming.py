@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -170,3 +171,33 @@ def test_accumulated_steps_have_the_gradient_of_one_large_step(positive_weight: 
     torch.testing.assert_close(small[0], large[0], rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(small[1], large[1], rtol=1e-5, atol=1e-6)
     assert small[2] == pytest.approx(large[2], abs=1e-6)
+
+
+@pytest.mark.parametrize("stop_after", [4, 14])
+def test_a_resumed_run_says_how_much_is_behind_it(
+    stop_after: int, tiny_backbone: Path, tmp_path: Path
+) -> None:
+    checkpoint = Checkpoint(tmp_path / "run.checkpoint", "one")
+    heard: list[int] = []
+    steps: list[int] = []
+
+    def train_once(on_step: Callable[[int, float], None]) -> None:
+        with seeded(0):
+            train(
+                toy_batches(toy_data(), tiny_backbone),
+                toy_config(epochs=2),
+                checkpoint=checkpoint,
+                on_step=on_step,
+                on_resume=heard.append,
+            )
+
+    def stopping(impressions: int, loss: float) -> None:
+        steps.append(impressions)
+        if len(steps) == stop_after:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        train_once(stopping)
+    assert heard == []
+    train_once(lambda impressions, loss: None)
+    assert heard == [sum(steps)]

@@ -1,0 +1,96 @@
+"""What a training costs, said before it starts and again when its first steps have been measured."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from bahe_core.machine import PeakMemory
+from bahe_core.progress import say
+from bahe_models import ModelConfig, TrainingConfig, WindowConfig
+from bahe_models.impressions import Impressions
+from bahe_models.timelines import sequence_lengths, window_start
+from bahe_models.training_loop import impressions_per_epoch
+
+WARM_UP_STEPS, MEASURED_STEPS = 2, 8
+"""The first steps allocate memory and choose kernels, so they are not measured."""
+
+
+def positions_per_epoch(split: Impressions, window: WindowConfig, *, merged: bool) -> int:
+    """About how many positions the deep layers read in an epoch: each window of a user once.
+
+    A user whose impressions fill more than a step is read once for each of them; that is left out.
+    """
+    positions = 0
+    for length_N in sequence_lengths(split.length_NC, merged).T:
+        start_N = window_start(length_N, window)
+        order_N = np.lexsort((length_N, start_N, split.user_N))
+        user_N, start_N, length_N = split.user_N[order_N], start_N[order_N], length_N[order_N]
+        # The last row of each user and window is the longest prefix, which holds the others.
+        last_N = np.append((np.diff(user_N) != 0) | (np.diff(start_N) != 0), True)[: len(user_N)]
+        positions += int((length_N - start_N + 1)[last_N].sum())
+    return positions
+
+
+class CostEstimate:
+    """Steps, impressions and positions of a training; then its time and memory, from its first steps."""
+
+    def __init__(
+        self,
+        split: Impressions,
+        model: ModelConfig,
+        window: WindowConfig,
+        training: TrainingConfig,
+        memory: PeakMemory,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        drawn = impressions_per_epoch(torch.from_numpy(split.clicked_N), training)
+        self.impressions = drawn * training.epochs
+        self.steps = -(-drawn // training.impressions_per_step) * training.epochs
+        self.positions = positions_per_epoch(split, window, merged=model.merged) * training.epochs
+        self._epochs, self._memory, self._clock = training.epochs, memory, clock
+        self._left, self._seen, self._steps = self.impressions, 0, 0
+        self._start = 0.0
+
+    def announce(self) -> None:
+        """Say what is ahead, as far as it is known without a step."""
+        epochs = f"{self._epochs} epoch{'s' if self._epochs != 1 else ''}"
+        say(
+            f"  training BAHE: about {self.steps:,} steps in {epochs}, {self.impressions:,} impressions,"
+            f" about {self.positions:,} positions",
+            steps=self.steps,
+            impressions=self.impressions,
+            positions=self.positions,
+        )
+
+    def resume(self, impressions: int) -> None:
+        """So many are behind an interrupted run."""
+        self._left -= impressions
+
+    def step(self, impressions: int) -> None:
+        """Count a step; with the last measured one, say what the rest is expected to take."""
+        self._steps += 1
+        self._left -= impressions
+        if self._steps == WARM_UP_STEPS:
+            self._start = self._clock()
+        elif WARM_UP_STEPS < self._steps <= WARM_UP_STEPS + MEASURED_STEPS:
+            self._seen += impressions
+        if self._steps == WARM_UP_STEPS + MEASURED_STEPS and self._left > 0:
+            seconds = (self._clock() - self._start) * self._left / self._seen
+            say(
+                f"  training BAHE: about {_duration(seconds)} to go, without validation, and"
+                f" {self._memory.mebibytes:,.0f} MiB of memory so far, from {MEASURED_STEPS} steps",
+                expected_seconds=round(seconds, 1),
+                memory_mib=round(self._memory.mebibytes),
+            )
+
+
+def _duration(seconds: float) -> str:
+    """`40 s`, `12 min` or `3.5 h`."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
