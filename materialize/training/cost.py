@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from bahe_core.machine import PeakMemory
+from bahe_core.machine import PeakMemory, is_first_process
 from bahe_core.progress import say
 from bahe_models import ModelConfig, TrainingConfig, WindowConfig
 from bahe_models.impressions import Impressions
@@ -57,7 +57,9 @@ class CostEstimate:
         self._start = 0.0
 
     def announce(self) -> None:
-        """Say what is ahead, as far as it is known without a step."""
+        """Say what is ahead, as far as it is known without a step; of several processes the first says it."""
+        if not is_first_process():
+            return
         epochs = f"{self._epochs} epoch{'s' if self._epochs != 1 else ''}"
         say(
             f"  training BAHE: about {self.steps:,} steps in {epochs}, {self.impressions:,} impressions,"
@@ -79,7 +81,8 @@ class CostEstimate:
             self._start = self._clock()
         elif WARM_UP_STEPS < self._steps <= WARM_UP_STEPS + MEASURED_STEPS:
             self._seen += impressions
-        if self._steps == WARM_UP_STEPS + MEASURED_STEPS and self._left > 0:
+        measured = self._steps == WARM_UP_STEPS + MEASURED_STEPS
+        if measured and self._left > 0 and is_first_process():
             seconds = (self._clock() - self._start) * self._left / self._seen
             say(
                 f"  training BAHE: about {_duration(seconds)} to go, without validation, and"

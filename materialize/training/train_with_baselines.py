@@ -28,10 +28,11 @@ from bahe_models.evaluation import SplitEvaluation, evaluate
 from bahe_models.impressions import TrainingData
 from bahe_models.sharding import gathered
 from bahe_models.sharding import shard as shard_deep_layers
-from bahe_models.training_loop import Epoch, seeded
+from bahe_models.training_loop import Epoch, Trained, seeded
 from bahe_models.warm_start import known_behaviors, known_items, start_from
 from materialize.config.dataset import Dataset
 from materialize.training import tracking
+from materialize.training.cost import CostEstimate
 
 EVALUATED = ("validation", "test")
 
@@ -120,24 +121,10 @@ def train_with_baselines(
         if shard:
             shard_deep_layers(model, where)
         model.to(where)
-        total = len(split) * config.epochs
-        with progress("training BAHE", total) as advance, PeakMemory() as memory:
-            note = ""
-
-            def on_epoch(row: Epoch) -> None:
-                nonlocal note
-                note = f"epoch {row.epoch}: validation AUC {row.validation_auc:.4f}"
-                advance(0, note=note)
-                log.epoch(row)
-
-            trained = train(
-                batches,
-                config,
-                checkpoint=checkpoint,
-                on_step=lambda n, loss: advance(n, note=f"loss {loss:.4f}  {note}"),
-                on_epoch=on_epoch,
-                on_pretraining=lambda n, loss: advance(0, note=f"pre-training, loss {loss:.3f}"),
-            )
+        with PeakMemory() as memory:
+            cost = CostEstimate(split, settings.model, settings.window, config, memory)
+            cost.announce()
+            trained = _train_visibly(batches, config, checkpoint, cost, log)
     scores = {name: batches.predict(data.splits[name]) for name in EVALUATED}
     scored["bahe"] = _Scored(scores, trained.seconds, memory.mebibytes)
     evaluations = {
@@ -157,6 +144,42 @@ def train_with_baselines(
     )
     histories = {"id_only": id_only.history, "bahe": trained.history}
     return artifact, _rows(scored, evaluations), histories, evaluations
+
+
+def _train_visibly(
+    batches: Batches,
+    config: TrainingConfig,
+    checkpoint: Checkpoint | None,
+    cost: CostEstimate,
+    log: tracking.Log,
+) -> Trained:
+    """`train` with a bar, which a resumed run starts where the interrupted one was, and the run's log."""
+    note = ""
+    with progress("training BAHE", cost.impressions) as advance:
+
+        def on_step(impressions: int, loss: float) -> None:
+            cost.step(impressions)
+            advance(impressions, note=f"loss {loss:.4f}  {note}")
+
+        def on_epoch(row: Epoch) -> None:
+            nonlocal note
+            note = f"epoch {row.epoch}: validation AUC {row.validation_auc:.4f}"
+            advance(0, note=note)
+            log.epoch(row)
+
+        def on_resume(impressions: int) -> None:
+            cost.resume(impressions)
+            advance(impressions, earlier=True)
+
+        return train(
+            batches,
+            config,
+            checkpoint=checkpoint,
+            on_step=on_step,
+            on_epoch=on_epoch,
+            on_resume=on_resume,
+            on_pretraining=lambda behaviors, loss: advance(0, note=f"pre-training, loss {loss:.3f}"),
+        )
 
 
 def _rows(
