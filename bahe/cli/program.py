@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-import warnings
 from typing import Annotated, Any
 
 import typer
 
 import bahe
+from bahe.cli.dependency_warnings import silence_dependencies
 from bahe.cli.options import LogFormatOption
 from bahe_core.errors import BaheError, storage_problem
 from bahe_core.lake_location import bound_postgres_wait
@@ -61,8 +61,7 @@ def main() -> None:
     bound_postgres_wait()
     # Libraries' own bars stay off: bahe shows one bar a step. Read by tqdm when it is imported.
     os.environ.setdefault("TQDM_DISABLE", "1")
-    # Feast and transformers announce future changes of their own; none is for a user to act on.
-    warnings.filterwarnings("ignore")
+    silence_dependencies()
     try:
         app()
     except BaheError as error:

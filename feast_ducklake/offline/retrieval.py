@@ -18,6 +18,7 @@ from feast.infra.offline_stores.file_source import SavedDatasetFileStorage
 from feast.infra.offline_stores.offline_store import RetrievalJob, RetrievalMetadata
 
 from bahe_core.errors import BadInput
+from bahe_core.files import replace_atomically
 from bahe_lake.catalogue import tables
 from feast_ducklake.offline.entities import GIVEN, Dtype
 from feast_ducklake.offline.lakes import home_of, open_lake, open_lake_to_write
@@ -182,14 +183,12 @@ class DuckLakeRetrievalJob(RetrievalJob):
             )
 
     def _write_parquet(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.name}.part")
-        with self.to_arrow_reader() as reader, pq.ParquetWriter(temporary, reader.schema) as writer:
-            for batch in reader:
-                writer.write_batch(batch)
-        if path.is_dir():
-            shutil.rmtree(path)
-        temporary.replace(path)
+        with replace_atomically(path) as part:
+            with self.to_arrow_reader() as reader, pq.ParquetWriter(part, reader.schema) as writer:
+                for batch in reader:
+                    writer.write_batch(batch)
+            if path.is_dir():
+                shutil.rmtree(path)
 
 
 _NULLABLE: dict[pa.DataType, pd.api.extensions.ExtensionDtype] = {

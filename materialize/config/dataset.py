@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from bahe_core.errors import NotReady
+from bahe_core.files import replace_atomically
 from bahe_core.home import Home
 from bahe_core.lake_location import LakeConfig
 from bahe_models.config import BackboneConfig, EncoderConfig, ModelConfig, TrainingConfig, WindowConfig
@@ -173,11 +174,10 @@ def load_dataset(path: Path) -> Dataset:
 
 def save_dataset(dataset: Dataset, path: Path) -> None:
     """Write a dataset.yaml, whole or not at all."""
-    temporary = path.with_suffix(".part")
-    temporary.write_text(
-        yaml.safe_dump(dataset.model_dump(mode="json", exclude_defaults=True), sort_keys=False)
-    )
-    temporary.replace(path)
+    with replace_atomically(path) as part:
+        part.write_text(
+            yaml.safe_dump(dataset.model_dump(mode="json", exclude_defaults=True), sort_keys=False)
+        )
 
 
 def home_dataset(home: Home) -> Dataset:

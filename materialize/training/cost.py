@@ -57,7 +57,7 @@ class CostEstimate:
         self._start = 0.0
 
     def announce(self) -> None:
-        """Say what is ahead, as far as it is known without a step; of several processes the first says it."""
+        """Say what is ahead, as far as it is known without a step; the first process says it."""
         if not is_first_process():
             return
         epochs = f"{self._epochs} epoch{'s' if self._epochs != 1 else ''}"
