@@ -38,11 +38,13 @@ if TYPE_CHECKING:
     from materialize.ingest.ingest import Ingested
     from materialize.ingest.quarantine import Held
     from materialize.release.publish import Published
+    from materialize.training.frame_dataset import FrameDataset
     from materialize.training.train import TrainingOutcome
     from materialize.upkeep.compact import Compacted
     from materialize.upkeep.prune import Pruned
     from materialize.vectors.embed import Embedded
     from materialize.vectors.encode import Encoded
+    from materialize.vectors.stored_atoms import Atoms
     from serving.lookup import Answer, UserFeatures
 
 try:
@@ -52,6 +54,7 @@ except PackageNotFoundError:  # a checkout that is not installed
 
 _RESULTS = {
     "Answer": "serving.lookup",
+    "Atoms": "materialize.vectors.stored_atoms",
     "Checked": "materialize.ingest.check",
     "Compacted": "materialize.upkeep.compact",
     "Day": "bahe.daily",
@@ -59,6 +62,7 @@ _RESULTS = {
     "Encoded": "materialize.vectors.encode",
     "ExecutorConfig": "materialize.executors",
     "Frame": "materialize.frames.frame",
+    "FrameDataset": "materialize.training.frame_dataset",
     "Held": "materialize.ingest.quarantine",
     "Ingested": "materialize.ingest.ingest",
     "PipelineRun": "bahe.run",
@@ -73,6 +77,7 @@ _RESULTS = {
 
 __all__ = [
     "Answer",
+    "Atoms",
     "BadInput",
     "BaheError",
     "Busy",
@@ -84,6 +89,7 @@ __all__ = [
     "Encoded",
     "ExecutorConfig",
     "Frame",
+    "FrameDataset",
     "GateFailed",
     "Held",
     "Ingested",

@@ -6,6 +6,7 @@ The command line calls these methods and prints what they return; a notebook or 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from datetime import date as Date
 from datetime import datetime
 from functools import cached_property
@@ -18,6 +19,9 @@ from bahe_core.progress import job, say
 from bahe_core.results import Result
 
 if TYPE_CHECKING:
+    import duckdb
+    from feast import FeatureStore
+
     from bahe.daily import Day, Retrain
     from bahe.run import PipelineRun
     from bahe.status import Status
@@ -35,6 +39,7 @@ if TYPE_CHECKING:
     from materialize.upkeep.prune import Pruned
     from materialize.vectors.embed import Embedded
     from materialize.vectors.encode import Encoded
+    from materialize.vectors.stored_atoms import Atoms
     from serving.lookup import Answer, Identifier, OnlineLookup, UserFeatures
 
 Done = TypeVar("Done", bound=Result)
@@ -268,6 +273,31 @@ class Project:
 
         with job("prune"):
             return _say(prune(self.home, keep=keep, older_than=older_than, dry_run=dry_run))
+
+    # ---- for models of your own
+
+    def feature_store(self) -> FeatureStore:
+        """The home's Feast store: `get_historical_features`, `get_online_features` and all the rest."""
+        from feature_repo.store import open_store
+
+        return open_store(self.home)
+
+    def lake(self, *, as_of: int | None = None) -> AbstractContextManager[duckdb.DuckDBPyConnection]:
+        """A DuckDB connection with the lake attached, for SQL; `as_of` is a snapshot of the lake.
+
+        A context manager: `with project.lake() as connection`. One connection per thread.
+        """
+        from bahe_lake.connection import lake
+
+        return lake(self.home, as_of=as_of)
+
+    def atoms(self, encoder_version: str | None = None) -> Atoms:
+        """Ids and vectors of all atoms, as the last `encode` (or the encoder named) made them."""
+        from bahe_lake.connection import lake
+        from materialize.vectors.stored_atoms import current_encoder, read_atoms
+
+        with lake(self.home) as connection:
+            return read_atoms(connection, encoder_version or current_encoder(connection, self.home))
 
     # ---- online
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from bahe_models.ctr_training import Batches, train
     from bahe_models.encoder import AtomicEncoder, encoder_version
     from bahe_models.evaluation import evaluate
-    from bahe_models.features import DenseFeatures
+    from bahe_models.features import DenseFeatures, logit
     from bahe_models.impressions import Impressions, TrainingData
     from bahe_models.incremental import UserState
     from bahe_models.metrics import auc, expected_calibration_error, gauc, log_loss
@@ -41,6 +41,7 @@ _MODULES = {
     "load": "artifact",
     "load_backbone": "backbone",
     "log_loss": "metrics",
+    "logit": "features",
     "Timelines": "timelines",
     "train": "ctr_training",
     "TrainingData": "impressions",
@@ -74,6 +75,7 @@ __all__ = [
     "load",
     "load_backbone",
     "log_loss",
+    "logit",
     "train",
     "window_batch",
 ]

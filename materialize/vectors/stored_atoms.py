@@ -30,6 +30,7 @@ class Atoms:
     """Sorted atom ids."""
     vectors: np.ndarray
     """float32 [atoms, width]."""
+    encoder_version: str
 
     def rows(self, ids: pa.ChunkedArray | pa.Array) -> Int64:
         """Row of each atom id. Raises NotReady when one has no vector."""
@@ -62,7 +63,7 @@ def read_atoms(connection: duckdb.DuckDBPyConnection, version: str) -> Atoms:
     ).to_arrow_table()
     if not table.num_rows:
         raise NotReady(f"no atom is encoded under {version} yet; run `bahe encode` first.")
-    return Atoms(table["atom_id"].to_numpy(), vector_matrix(table["embedding"]))
+    return Atoms(table["atom_id"].to_numpy(), vector_matrix(table["embedding"]), version)
 
 
 @contextmanager
@@ -94,7 +95,7 @@ def stored_atoms(
         if scalar(connection, f"SELECT count(*) FROM {needed}") != count:
             raise NotReady(NOT_ENCODED)
         if not count:
-            yield Atoms(np.zeros(1, dtype=np.int64), np.zeros((1, width), dtype=np.float32))
+            yield Atoms(np.zeros(1, dtype=np.int64), np.zeros((1, width), dtype=np.float32), version)
             return
         vectors = np.memmap(file, dtype=np.float32, mode="r").reshape(count, -1)
-        yield Atoms(np.concatenate(ids), vectors)
+        yield Atoms(np.concatenate(ids), vectors, version)

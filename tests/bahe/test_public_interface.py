@@ -16,6 +16,7 @@ from tests.support.logs import small_log, write_dataset
 
 PUBLIC = [
     "Answer",
+    "Atoms",
     "BadInput",
     "BaheError",
     "Busy",
@@ -27,6 +28,7 @@ PUBLIC = [
     "Encoded",
     "ExecutorConfig",
     "Frame",
+    "FrameDataset",
     "GateFailed",
     "Held",
     "Ingested",
@@ -49,13 +51,16 @@ PUBLIC = [
 ]
 METHODS = [
     "apply",
+    "atoms",
     "compact",
     "daily",
     "embed",
     "encode",
+    "feature_store",
     "frame",
     "home",
     "ingest",
+    "lake",
     "lookup",
     "prune",
     "publish",

@@ -53,8 +53,7 @@ def materialize(
     night = module.Night(
         dataset=str(dataset),
         home=str(home.root),
-        command=[sys.executable, "-m", "bahe"],
-        options=["--tracker", "none"],
+        tracker="none",
     )
     return dg.materialize(
         [module.live_model],
