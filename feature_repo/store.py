@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from bahe_core.errors import BadInput, Damaged, NotReady, one_line
+from bahe_core.files import replace_atomically
 from bahe_core.home import Home
 from bahe_lake.connection import require_catalogue
 
@@ -68,20 +69,16 @@ def write_configuration(home: Home, target: str | None = None) -> Path:
     text = _text(configuration(home, target))
     path = home.feature_store_yaml
     if not path.is_file() or path.read_text() != text:
-        _beside(path, text).replace(path)
+        # A name of this process: services that start side by side may all find that the home was moved.
+        part = path.with_name(f"{path.name}.{os.getpid()}.part")
+        part.write_text(text)
+        part.replace(path)
     return path
 
 
 def _text(settings: dict[str, Any]) -> str:
     header = "# Written by `bahe apply`; `bahe apply --target NAME` changes the online store.\n"
     return header + yaml.safe_dump(settings, sort_keys=False)
-
-
-def _beside(path: Path, text: str) -> Path:
-    """A file in the same folder that takes the path's place when it is complete."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_text(text)
-    return part
 
 
 def _mapping(path: Path) -> dict[str, Any]:
@@ -192,13 +189,9 @@ def apply(home: Home, target: str | None = None) -> str:
     with home.exclusive():
         before = configuration(home)["online_store"] if home.feature_store_yaml.is_file() else None
         settings = configuration(home, target or os.environ.get("BAHE_FEATURE_STORE") or None)
-        candidate = _beside(home.feature_store_yaml, _text(settings))
-        try:
-            with online_errors(home):
-                FeatureStore(fs_yaml_file=candidate).apply(objects)
-            candidate.replace(home.feature_store_yaml)
-        finally:
-            candidate.unlink(missing_ok=True)
+        with replace_atomically(home.feature_store_yaml) as candidate, online_errors(home):
+            candidate.write_text(_text(settings))
+            FeatureStore(fs_yaml_file=candidate).apply(objects)
     entities, views, services = (
         sum(isinstance(thing, kind) for thing in objects) for kind in (Entity, FeatureView, FeatureService)
     )
