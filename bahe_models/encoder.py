@@ -35,7 +35,11 @@ more than fuller batches gain."""
 
 
 def encoder_version(backbone: Backbone, config: EncoderConfig, shallow_layers: int) -> str:
-    """Name of the vector space: equal versions give equal vectors, others must never meet."""
+    """Name of the vector space: equal versions give equal vectors; vectors of two versions must never meet.
+
+    It names settings, not texts, so it did not change when markup in a text became plain text: all other
+    texts have the vectors they had, and a home keeps those that it has stored.
+    """
     facts = {
         "weights": backbone.fingerprint,
         "shallow_layers": shallow_layers,
@@ -43,7 +47,7 @@ def encoder_version(backbone: Backbone, config: EncoderConfig, shallow_layers: i
         "template": config.template,
         "max_tokens": config.max_tokens,
     }
-    if config.storage != "float32":  # versions of before there was a choice stay what they were
+    if config.storage != "float32":  # keep hashes from before `storage` existed
         facts["storage"] = config.storage
     return "enc-" + hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -71,6 +75,8 @@ class AtomicEncoder:
             )
         self.config = config
         self.tokenizer = backbone.tokenizer
+        added = self.tokenizer.added_tokens_decoder.values()
+        self._control_tokens = [str(token) for token in added if token.special]
         self.width = backbone.width
         self.device = device or torch.device("cpu")
         wanted = config.bfloat16 if bfloat16 is None else bfloat16
@@ -87,19 +93,44 @@ class AtomicEncoder:
         self.tokens_per_batch = tokens_per_batch or default
 
     def tokenize(self, channels: Sequence[str], texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, after the template, at most `max_tokens` long, never empty."""
+        """Token ids of each text, after the template, at most `max_tokens` long, never empty.
+
+        A text is data: what looks like a control token in it is read as the characters it is written
+        with. Control tokens of the template itself are kept, except around a text that contains one.
+        """
         filled = [
             self.config.template.format(channel=channel, text=text)
             for channel, text in zip(channels, texts, strict=True)
         ]
-        ids: list[list[int]] = self.tokenizer(
-            filled, truncation=True, max_length=self.config.max_tokens, add_special_tokens=True
-        )["input_ids"]
+        ids = self._token_ids(filled, control_tokens=False)
+        if self._has_control_token(self.config.template):
+            trusted = [
+                i
+                for i, words in enumerate(zip(channels, texts, strict=True))
+                if not any(map(self._has_control_token, words))
+            ]
+            if trusted:
+                rows = self._token_ids([filled[i] for i in trusted], control_tokens=True)
+                for i, row in zip(trusted, rows, strict=True):
+                    ids[i] = row
         start = self.tokenizer.bos_token_id
         if start is None:
             start = self.tokenizer.eos_token_id
         # A start token in front takes the attention sink's place, so no word of a short text does.
         return [row if row[:1] == [start] else [start, *row] for row in ids]
+
+    def _token_ids(self, texts: list[str], *, control_tokens: bool) -> list[list[int]]:
+        ids: list[list[int]] = self.tokenizer(
+            texts,
+            truncation=True,
+            max_length=self.config.max_tokens,
+            add_special_tokens=True,
+            split_special_tokens=not control_tokens,
+        )["input_ids"]
+        return ids
+
+    def _has_control_token(self, text: str) -> bool:
+        return any(token in text for token in self._control_tokens)
 
     def batches(self, tokens: Sequence[Sequence[int]]) -> Iterator[np.ndarray]:
         """Indices of the texts of each batch: sorted by length, within the token budget."""

@@ -65,7 +65,11 @@ def token_timelines(
 ) -> TokenTimelines:
     """Tokenise `texts` (one an atom) once and lay them out as behaviors `atom_B`, one line each."""
     lines: list[list[int]] = tokenizer(
-        [f"{text}\n" for text in texts], truncation=True, max_length=max_tokens, add_special_tokens=False
+        [f"{text}\n" for text in texts],
+        truncation=True,
+        max_length=max_tokens,
+        add_special_tokens=False,
+        split_special_tokens=True,  # a text is data, as in AtomicEncoder.tokenize
     )["input_ids"]
     start = tokenizer.bos_token_id
     if start is None:

@@ -1,11 +1,18 @@
-"""A tiny model with random weights of every family that can be cut."""
+"""A tiny model with random weights of every family that can be cut, and a tokenizer of its class."""
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
+import tokenizers
 import torch
 import transformers
+from tokenizers import models, pre_tokenizers, trainers
+from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
+
+CONTROL_TOKEN = "<|im_start|>"
+"""What `tiny_tokenizer` declares beside its class's own control tokens."""
 
 _LLAMA_LIKE: dict[str, Any] = {
     "vocab_size": 70,
@@ -76,3 +83,31 @@ def tiny_model(family: str) -> Any:
             elif "bias" in name:
                 parameter.normal_(std=0.1)
     return model.eval()
+
+
+def tiny_tokenizer(family: str) -> Any:
+    """A tokenizer of the class that transformers gives the family, with fewer than 70 pieces."""
+    class_name = TOKENIZER_MAPPING_NAMES.get(family.split("-")[0]) or "TokenizersBackend"
+    sentence_piece = class_name == "GemmaTokenizer"
+    trained = tokenizers.Tokenizer(models.BPE(unk_token="<unk>" if sentence_piece else None))
+    trained.pre_tokenizer = (  # type: ignore[assignment]
+        pre_tokenizers.Metaspace() if sentence_piece else pre_tokenizers.ByteLevel(add_prefix_space=False)
+    )
+    control = ["<pad>", "<eos>", "<bos>", "<unk>", "<s>", "</s>", "<|endoftext|>"]
+    trained.train_from_iterator(
+        [f"hello word {CONTROL_TOKEN} {' '.join(control)} <|padding|> <mask>"],
+        trainers.BpeTrainer(vocab_size=60, special_tokens=control),
+    )
+    if class_name == "TokenizersBackend":
+        made: Any = transformers.PreTrainedTokenizerFast(
+            tokenizer_object=trained,
+            bos_token="<s>",
+            eos_token="</s>",
+            pad_token="<pad>",
+            unk_token="<unk>",
+        )
+    else:
+        merges = [tuple(pair) for pair in json.loads(trained.to_str())["model"]["merges"]]
+        made = getattr(transformers, class_name)(vocab=trained.get_vocab(), merges=merges)
+    made.add_special_tokens({"additional_special_tokens": [CONTROL_TOKEN]})
+    return made
