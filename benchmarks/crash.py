@@ -13,7 +13,6 @@ import multiprocessing
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -30,6 +29,7 @@ import yaml
 from bahe_core.home import Home
 from bahe_core.progress import say
 from benchmarks.harness import Row, main
+from benchmarks.mounts import CannotMount, mount_with, mounted
 from tests.support.backbone import write_backbone
 from tests.support.home_contents import TOLERANCE, Contents, artifacts, contents, differences
 
@@ -407,10 +407,10 @@ def full_disk(stage: Stage, mount: Path, runner: Runner, room: float) -> tuple[l
         home = fresh(stage, mount / "home")
         usage = shutil.disk_usage(mount)
         full = (usage.used + int(room * stage.added)) // page * page + page
-        _mount(["-o", f"remount,size={full}", str(mount)])
+        mount_with(["-o", f"remount,size={full}", str(mount)])
         done = runner.job(home, *stage.arguments)
         wrong = one_sentence(done) if done.code else []
-        _mount(["-o", "remount,size=1g", str(mount)])
+        mount_with(["-o", "remount,size=1g", str(mount)])
         wrong += finished(stage, home, runner)
     return wrong, done.code == 2
 
@@ -422,34 +422,13 @@ def read_only(stage: Stage, mount: Path, runner: Runner, _: float) -> tuple[list
     home.mkdir(exist_ok=True)
     before = {path: path.read_bytes() for path in sorted(home.rglob("*")) if path.is_file()}
     with mounted(["--bind", str(mount), str(mount)], mount):
-        _mount(["-o", "remount,bind,ro", str(mount)])
+        mount_with(["-o", "remount,bind,ro", str(mount)])
         done = runner.job(home, *stage.arguments)
     wrong = one_sentence(done)
     if before != {path: path.read_bytes() for path in sorted(home.rglob("*")) if path.is_file()}:
         wrong.append("the folder is not as it was")
     wrong += finished(stage, home, runner)
     return wrong, done.code == 2
-
-
-class CannotMount(Exception):
-    """This process may not mount file systems."""
-
-
-@contextmanager
-def mounted(arguments: list[str], mount: Path) -> Iterator[None]:
-    """A mount for a while. Raises CannotMount where none can be made."""
-    _mount(arguments)
-    try:
-        yield
-    finally:
-        # Lazily: a store that was read here keeps its file open.
-        subprocess.run(["umount", "--lazy", str(mount)], check=True)
-
-
-def _mount(arguments: list[str]) -> None:
-    done = subprocess.run(["mount", *arguments], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise CannotMount(f"mount {' '.join(arguments)}: {done.stderr.strip()}")
 
 
 if __name__ == "__main__":

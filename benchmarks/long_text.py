@@ -20,7 +20,7 @@ from bahe_core.home import Home
 from bahe_core.progress import progress
 from benchmarks.ablation import without_profile
 from benchmarks.harness import Row, main
-from benchmarks.training_cost import (
+from benchmarks.training_steps import (
     LONGEST,
     Scene,
     bahe_batches,

@@ -39,7 +39,7 @@ def seconds_per_step(home: Path, steps: int, *, sleeping: bool) -> float:
     configure_threads()
     if not sleeping:
         del os.environ["OMP_WAIT_POLICY"]
-    from benchmarks.training_cost import bahe_batches, bahe_step, planned, read_scene, stepper
+    from benchmarks.training_steps import bahe_batches, bahe_step, planned, read_scene, stepper
 
     scene = read_scene(Home.at(home))
     batches = bahe_batches(scene)

@@ -1,0 +1,34 @@
+"""File systems of limited size or without write access, mounted for a while; needs root on Linux."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    pass
+
+
+class CannotMount(Exception):
+    """This process may not mount file systems."""
+
+
+@contextmanager
+def mounted(arguments: list[str], mount: Path) -> Iterator[None]:
+    """A mount for a while. Raises CannotMount where none can be made."""
+    mount_with(arguments)
+    try:
+        yield
+    finally:
+        # Lazily: a store that was read here keeps its file open.
+        subprocess.run(["umount", "--lazy", str(mount)], check=True)
+
+
+def mount_with(arguments: list[str]) -> None:
+    """`mount ARGUMENTS`. Raises CannotMount."""
+    done = subprocess.run(["mount", *arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise CannotMount(f"mount {' '.join(arguments)}: {done.stderr.strip()}")
