@@ -15,16 +15,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from bahe_core.errors import BadInput, NotServable
+from bahe_core.errors import BadInput
 from bahe_core.files import new_folder
+from bahe_models.artifact_folder import FORMAT, no_artifact, read_config, require_vectors_suffice
 from bahe_models.backbone import deep_from_config
 from bahe_models.config import ModelConfig, WindowConfig
 from bahe_models.context import hash_context
 from bahe_models.features import Columns, DenseFeatures
 from bahe_models.model import BaheModel
 from bahe_models.timelines import Int64, Timelines, plan_steps, window_batch
-
-FORMAT = 1
 
 
 @dataclass
@@ -139,7 +138,7 @@ class Artifact:
         hashes [N, X]. Raises BadInput when a column is missing or not one of them, and NotServable when
         stored vectors do not suffice (see `score_timelines`).
         """
-        _require_servable(self.model_version, self.model.config)
+        require_vectors_suffice(self.model_version, self.model.config)
         self.model.eval()
         hashed_NX = self._hashed(context, len(user_NV))
         dense_NF = torch.from_numpy(self.dense.transform(columns, length_NC, now_us_N))
@@ -213,53 +212,18 @@ class Artifact:
         return context
 
 
-def require_servable(folder: Path) -> None:
-    """Raises NotServable when scores of the folder's artifact need more than stored vectors.
-
-    Raises BadInput when the folder is no artifact. Weights are not read.
-    """
-    config = _read_config(folder)
-    _require_servable(config["model_version"], ModelConfig(**config["model"]))
-
-
-def _require_servable(model_version: str, config: ModelConfig) -> None:
-    if not config.vectors_suffice:
-        raise NotServable(
-            f"{model_version} has the {config.head} head, which reads the user's history anew for each"
-            " item, so that stored vectors do not suffice to score; to serve, set model.head to dnn or"
-            " dcn and train again."
-        )
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    try:
-        config: dict[str, Any] = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise _no_artifact(folder, error) from None
-    if config.get("format") != FORMAT:
-        raise BadInput(
-            f"{folder} has artifact format {config.get('format')}, this bahe reads {FORMAT}; train again."
-        )
-    config["model"].setdefault("behavior_ids", False)  # artifacts of before have no collaborative part
-    return config
-
-
-def _no_artifact(folder: Path, error: Exception) -> BadInput:
-    return BadInput(f"{folder} is not a model artifact ({error}); train again.")
-
-
 def load(folder: Path | str) -> Artifact:
     """Read an artifact. Raises BadInput when the folder is not one, or is damaged."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     folder = Path(folder)
-    config = _read_config(folder)
+    config = read_config(folder)
     try:
         item_ids = tuple(json.loads((folder / "item_ids.json").read_text()))
         state = load_file(folder / "model.safetensors")
     except (OSError, ValueError, SafetensorError) as error:
-        raise _no_artifact(folder, error) from None
+        raise no_artifact(folder, error) from None
     dense: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config["dense"].items()}
     features = DenseFeatures(**dense)
     model = BaheModel(

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,13 +16,16 @@ import pyarrow.parquet as pq
 from bahe_core.errors import BadInput, NotReady, UnknownEntity
 from bahe_core.home import Home
 from bahe_core.results import Result
-from bahe_models.artifact import Artifact, load
-from bahe_models.context import Value, hash_context, refuse_unknown
+from bahe_models.artifact_folder import read_config
 from bahe_models.features import needed_columns
 from feast_ducklake.online.rows import Vectors
 from feast_ducklake.online.vectors import VectorReader
 from feature_repo.store import online_errors, open_store
 from materialize.release.pointer import DEPLOYMENT
+
+if TYPE_CHECKING:
+    from bahe_models.artifact import Artifact
+    from bahe_models.context import Value
 
 Identifier = str | int
 VECTOR = "embedding"
@@ -82,6 +85,8 @@ class OnlineLookup:
 
     def artifact(self, version: str) -> Artifact:
         """The artifact of a model_version, kept in memory."""
+        from bahe_models.artifact import load  # torch, which a lookup does without
+
         with self._lock:
             if version not in self._artifacts:
                 self._artifacts[version] = load(self._home.models / version)
@@ -104,7 +109,7 @@ class OnlineLookup:
     def user(self, user_id: Identifier) -> UserFeatures:
         """A user's features. Raises UnknownEntity when the user is not in the online store."""
         version = self.live_version()
-        channels = self.artifact(version).dense.channels
+        channels = read_config(self._home.models / version)["dense"]["channels"]
         user_id = self._as_stored("user_embedding", "user_id", user_id)
         statistics = [f"user_stats:{c}" for c in needed_columns() if c.startswith("user_")]
         lengths = [f"user_timeline:length_{channel}" for channel in channels]
@@ -286,5 +291,7 @@ def parsed_context(given: Sequence[str]) -> dict[str, str]:
 
 def _hashed(columns: Sequence[str], context: Mapping[str, Value]) -> np.ndarray:
     """Hashes [1, X] of one request's context; a column that it leaves out is unknown."""
+    from bahe_models.context import hash_context, refuse_unknown
+
     refuse_unknown(columns, context)
     return hash_context(columns, {column: [context.get(column)] for column in columns}, 1)

@@ -19,7 +19,8 @@ from bahe_core.results import Result
 from bahe_lake import runs
 from bahe_lake.connection import lake
 from bahe_lake.transactions import commit
-from bahe_models.artifact import FORMAT, Artifact, load
+from bahe_models.artifact import Artifact, load
+from bahe_models.artifact_folder import FORMAT
 from bahe_models.backbone import load_backbone
 from bahe_models.checkpoint import Checkpoint
 from bahe_models.ctr_training import (
