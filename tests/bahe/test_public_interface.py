@@ -143,6 +143,18 @@ def test_online_answers_come_as_objects(project: bahe.Project) -> None:
         project.lookup("nobody")
 
 
+def test_a_lookup_loads_no_model(project: bahe.Project) -> None:
+    heavy = {"bahe_models.model", "transformers", "great_expectations", "materialize.training.train"}
+    code = (
+        f"import sys, bahe; bahe.open({str(project.home.root)!r}).lookup('u1');"
+        f" print(sorted({heavy} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
+
+
 def test_a_job_from_python_is_refused_like_a_command(tmp_path: Path, tiny_backbone: Path) -> None:
     empty = bahe.open(tmp_path / "home")
     with pytest.raises(bahe.NotReady, match="bahe ingest"):
