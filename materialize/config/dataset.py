@@ -25,7 +25,7 @@ class ClickRule(_Section):
     """Turns a rating (or any number) into a click."""
 
     column: str
-    at_least: float
+    at_least: Annotated[float, Field(allow_inf_nan=False)]
 
 
 class CsvFormat(_Section):

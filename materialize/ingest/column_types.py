@@ -52,7 +52,7 @@ def column_types(
     there = tables(connection)
     lake = {table: columns(connection, table) if table in there else {} for table in TABLES}
     return ColumnTypes(
-        keys={key: _key_type(key, sections, opened, lake) for key in KEYS},
+        keys={key: _key_type(connection, key, sections, opened, lake) for key in KEYS},
         attributes={
             table: _attributes(connection, sections[table], of_table, lake[table])
             for table, of_table in opened.items()
@@ -62,6 +62,7 @@ def column_types(
 
 
 def _key_type(
+    connection: duckdb.DuckDBPyConnection,
     key: str,
     sections: Mapping[str, Table],
     opened: Mapping[str, Sequence[Layout]],
@@ -78,6 +79,7 @@ def _key_type(
         if key in section.types
     }
     typed: dict[str, str] = {}
+    layout_of: dict[str, Layout] = {}
     for table, of_table in opened.items():
         column = source_column(sections[table], key)
         if key not in _keys_of(table):
@@ -89,10 +91,19 @@ def _key_type(
                 and column in layout.columns
                 and key not in sections[table].types
             ):
-                typed[f"{table}.{key} of {layout.what}"] = _family(
-                    table, key, layout, layout.columns[column]
+                where = f"{table}.{key} of {layout.what}"
+                typed[where], layout_of[where] = (
+                    _family(table, key, layout, layout.columns[column]),
+                    layout,
                 )
-    claims = held | stated | {where: kind for where, kind in typed.items() if kind != "either"}
+    typed = {where: kind for where, kind in typed.items() if kind != "either"}
+    if len(set((held | stated | typed).values())) > 1:
+        typed = {
+            where: kind
+            for where, kind in typed.items()
+            if _holds_values(connection, layout_of[where], _column_of(sections, where, key))
+        }
+    claims = held | stated | typed
     if not claims:
         return "VARCHAR"
     (first, kind), *others = claims.items()
@@ -105,6 +116,18 @@ def _key_type(
     if kind not in ("BIGINT", "VARCHAR"):
         raise BadInput(f"{first}: {key} is {kind}; ids are integers or text.")
     return kind
+
+
+def _column_of(sections: Mapping[str, Table], where: str, key: str) -> str:
+    return source_column(sections[where.split(".", 1)[0]], key)
+
+
+def _holds_values(connection: duckdb.DuckDBPyConnection, layout: Layout, column: str) -> bool:
+    """Whether a column has any value: writers give one without values a type that says nothing."""
+    name = sql_identifier(column)
+    number = "" if layout.columns[column] not in ("DOUBLE", "FLOAT") else f" AND NOT isnan({name})"
+    query = f"SELECT 1 FROM {layout.relation} WHERE {name} IS NOT NULL{number} LIMIT 1"
+    return connection.execute(query).fetchone() is not None
 
 
 def _keys_of(table: str) -> tuple[str, ...]:
@@ -175,6 +198,11 @@ def _common(
     if len(kinds) == 1:
         return kinds[0]
     if not all(values.is_number(kind) for kind in kinds):
+        telling = [m for m in members if _holds_values(connection, m, column)]
+        if 0 < len(telling) < len(members):
+            return _common(
+                connection, telling, column, list(dict.fromkeys(m.columns[column] for m in telling))
+            )
         one, other = (next(m for m in members if m.columns[column] == kind) for kind in kinds[:2])
         raise BadInput(
             f"{one.source.table}: {column} is {kinds[0]} in {one.what} and {kinds[1]} in {other.what};"

@@ -22,6 +22,8 @@ from materialize.ingest.csv_faults import csv_fault
 from materialize.ingest.sources import FILE, File, Source, suffix
 
 _LONGEST_LINE = 64 * 2**20
+_CSV_BUFFER = 2 * _LONGEST_LINE
+"""Bytes; DuckDB would take sixteen times the longest line, which a small BAHE_MEMORY does not have."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +176,7 @@ def _of_csv(connection: duckdb.DuckDBPyConnection, source: Source, files: Sequen
         relation = f"""read_csv({_list(members)}, auto_detect = false, header = true, columns = {{{texts}}},
             delim = {sql_literal(delimiter)}, quote = {sql_literal(quote)}, escape = {sql_literal(quote)},
             encoding = '{source.section.csv.encoding}', strict_mode = true, filename = '{FILE}',
-            hive_types_autocast = false, max_line_size = {_LONGEST_LINE})"""
+            hive_types_autocast = false, max_line_size = {_LONGEST_LINE}, buffer_size = {_CSV_BUFFER})"""
         names = columns(connection, relation)
         names.pop(FILE)
         made.append(
@@ -190,7 +192,8 @@ def _header(
     row = connection.execute(
         f"""SELECT line FROM read_csv({sql_literal(file.path)}, auto_detect = false, header = false,
             columns = {{line: 'VARCHAR'}}, delim = '\x1f', quote = '', escape = '',
-            max_line_size = {_LONGEST_LINE}, encoding = '{source.section.csv.encoding}') LIMIT 1"""
+            max_line_size = {_LONGEST_LINE}, buffer_size = {_CSV_BUFFER},
+            encoding = '{source.section.csv.encoding}') LIMIT 1"""
     ).fetchone()
     if row is None or row[0] is None:
         raise BadInput(f"{source.table}: {file.path} is empty; its first line must name the columns.")

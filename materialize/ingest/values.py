@@ -10,7 +10,7 @@ Parquet goes through the same rules.
 from __future__ import annotations
 
 import math
-from decimal import ROUND_CEILING, Decimal
+from decimal import ROUND_CEILING, Decimal, localcontext
 
 import duckdb
 
@@ -144,7 +144,8 @@ def at_least(expression: str, kind: str, threshold: float, section: Table) -> st
                     THEN ({expression} >= {threshold!r}::{kind})::INTEGER END)"""
     if kind.startswith("DECIMAL"):
         width, scale = (int(part) for part in kind.removeprefix("DECIMAL(").rstrip(")").split(","))
-        bound = exact.quantize(Decimal(1).scaleb(-scale), rounding=ROUND_CEILING)
+        with localcontext(prec=80):  # DECIMAL has up to 38 digits, Python's default 28
+            bound = exact.quantize(Decimal(1).scaleb(-scale), rounding=ROUND_CEILING)
         if len(bound.as_tuple().digits) > width:
             reached = "false" if bound > 0 else "true"
         else:

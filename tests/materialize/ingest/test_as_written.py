@@ -394,3 +394,40 @@ def test_older_lakes_know_their_files_again(tmp_path: Path, log: Log) -> None:
         sections = {"items": load_dataset(path).items}
         (source,) = sources.find_sources(connection, sections, path.parent).values()
     assert source.spec == "f197c53f44d3f35d010d89ed53541452e0463e4e42be42bf0665e59cc7bb5d5f"
+
+
+def test_a_key_without_any_value_has_no_type(tmp_path: Path, home: Home) -> None:
+    """Writers give a column of nulls alone a type, which says nothing of the ids."""
+    log = small_log(rows=60)
+    log["items"]["item_id"] = [f"i{i}" for i in log["items"]["item_id"]]
+    log["impressions"]["item_id"] = [f"i{i}" for i in log["impressions"]["item_id"]]
+    log["behaviors"]["item_id"] = [f"i{i}" for i in log["behaviors"]["item_id"]]
+    path = write_dataset(tmp_path / "log", log)
+    content = yaml.safe_load(path.read_text())
+    content["behaviors"]["files"] = "behaviors*.parquet"
+    path.write_text(yaml.safe_dump(content))
+    ingest(home, path)
+    for number, nothing in enumerate((None, float("nan"))):
+        more = (
+            log["behaviors"]
+            .head(3)
+            .assign(item_id=nothing, event_timestamp=pd.Timestamp(f"2024-05-0{number + 1}", tz="UTC"))
+        )
+        more.to_parquet(tmp_path / "log" / f"behaviors{number}.parquet")
+        done = ingest(home, path)
+        assert done.added["behaviors"] > 0
+        assert not done.quarantined
+
+
+def test_a_small_memory_limit_reads_csv(
+    tmp_path: Path, home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BAHE_MEMORY", "500MB")
+    path = write_dataset(tmp_path / "log", small_log(rows=60))
+    content = yaml.safe_load(path.read_text())
+    pd.read_parquet(tmp_path / "log" / "behaviors.parquet").to_csv(
+        tmp_path / "log" / "behaviors.csv", index=False
+    )
+    content["behaviors"] = {"files": "behaviors.csv", "types": {"item_id": "integer"}}
+    path.write_text(yaml.safe_dump(content))
+    assert ingest(home, path).added["behaviors"] == 60
