@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterator
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
@@ -38,7 +39,7 @@ def through_parquet(
     connection: duckdb.DuckDBPyConnection, folder: Path, column: pa.Array, rule: Any, *more: Any
 ) -> list[Any]:
     """What a rule makes of a column, read from a Parquet file; times as microseconds since 1970."""
-    path = folder / "column.parquet"
+    path = folder / f"{uuid.uuid4().hex}.parquet"  # DuckDB knows a file again by its path and second
     pq.write_table(pa.table({"v": column}), path)
     ((_, kind, *_),) = connection.execute(f"DESCRIBE SELECT v FROM '{path}'").fetchall()
     sql = rule("v", kind, *more)
