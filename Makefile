@@ -24,8 +24,9 @@ demo: install ## MovieLens-100k with SmolLM2-135M: from raw log to scores, with 
 test: install ## the tests, in two processes (several minutes on two cores)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --durations=15
 
+# Warnings are errors in the default suite; here Ray, moto and Dagster say too many of their own.
 test-slow: install ## the tests that take long or download the real language model
-	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile --durations=15
+	$(BIN)/python -m pytest -m slow -W default -n 2 --dist loadfile --durations=15
 
 check: install ## lint, format, strict types, import contracts
 	$(BIN)/ruff check .
