@@ -139,6 +139,17 @@ class Dataset(_Section):
     model: ModelConfig = ModelConfig()
     training: TrainingConfig = TrainingConfig()
 
+    @property
+    def sections(self) -> dict[str, Table]:
+        """The tables that there are, in the order in which they are read."""
+        given = {
+            "items": self.items,
+            "users": self.users,
+            "behaviors": self.behaviors,
+            "impressions": self.impressions,
+        }
+        return {table: section for table, section in given.items() if section is not None}
+
     @field_validator("channels")
     @classmethod
     def _distinct_channels(cls, channels: list[str]) -> list[str]:

@@ -17,7 +17,7 @@ from bahe_lake.catalogue import scalar
 from materialize.config.dataset import Dataset, Table, load_dataset
 from materialize.config.problems import Place, Problem, line_of, read_yaml, refusal
 from materialize.ingest import values
-from materialize.ingest.column_types import TABLES, column_types
+from materialize.ingest.column_types import column_types
 from materialize.ingest.layouts import Layout, check_nanoseconds, layouts
 from materialize.ingest.reading import projections
 from materialize.ingest.sources import Source, find_sources
@@ -71,7 +71,7 @@ def check(path: Path) -> Checked:
         values.prepare(connection)
         opened: dict[str, list[Layout]] = {}
         sources: dict[str, Source] = {}
-        for table, section in sections(dataset).items():
+        for table, section in dataset.sections.items():
             place: Place = (table, "sql" if section.files is None else "files")
             found = attempt(place, lambda t=table, s=section: _open(connection, t, s, folder))  # type: ignore[misc]
             if found is not None:
@@ -89,12 +89,6 @@ def check(path: Path) -> Checked:
         files={table: len(source.files) for table, source in sources.items()},
         rows=rows,
     )
-
-
-def sections(dataset: Dataset) -> dict[str, Table]:
-    """The tables that the dataset has, in the order in which they are read."""
-    given = {table: getattr(dataset, table) for table in TABLES}
-    return {table: section for table, section in given.items() if section is not None}
 
 
 def _open(
@@ -116,7 +110,7 @@ def _columns(
 ) -> None:
     """Every column that is read must be there, and keys must have one type over all tables."""
     latest = datetime.now(UTC) + CLOCK_TOLERANCE
-    types = attempt((), lambda: column_types(connection, sections(dataset), opened))
+    types = attempt((), lambda: column_types(connection, dataset.sections, opened))
     if types is None:
         return
     for table, of_table in opened.items():

@@ -28,7 +28,6 @@ from materialize.config.dataset import Dataset, load_dataset, save_dataset
 from materialize.gate import gated
 from materialize.ingest import derive, quarantine, repair, sources
 from materialize.ingest.adding import add
-from materialize.ingest.check import sections
 from materialize.ingest.reading import Read, check_rows, read_new
 
 JOB = "ingest"
@@ -80,7 +79,7 @@ def ingest(home: Home, dataset_path: Path) -> Ingested:
         check_same_dataset(home, dataset, dataset_path)
         with lake(home, create=True) as connection:
             connection.execute(f"SET file_search_path = {sql_literal(str(folder))}")
-            found = sources.find_sources(connection, sections(dataset), folder)
+            found = sources.find_sources(connection, dataset.sections, folder)
             last = runs.last(connection, JOB)
             _check_same_lake(home, dataset, last)
             repaired = repair.due(connection, last, runs.last(connection, f"gate {JOB}"))
@@ -197,5 +196,5 @@ def _totals(connection: duckdb.DuckDBPyConnection) -> dict[str, int]:
 def is_current(connection: duckdb.DuckDBPyConnection, path: Path) -> bool:
     """Whether the lake has all of this dataset.yaml's sources as they are now. Raises BadInput."""
     dataset = load_dataset(path)
-    found = sources.find_sources(connection, sections(dataset), path.resolve().parent)
+    found = sources.find_sources(connection, dataset.sections, path.resolve().parent)
     return not any(source.unread for source in found.values())
