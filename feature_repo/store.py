@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import re
@@ -181,11 +182,15 @@ def apply(home: Home, target: str | None = None) -> str:
         warnings.simplefilter("ignore", DeprecationWarning)
         from feature_repo import definitions
 
-    objects = [
-        thing
-        for thing in vars(definitions).values()
-        if isinstance(thing, Entity | FeatureView | FeatureService)
-    ]
+    # Copies: Feast writes the columns that it finds in this home's lake into the objects it is given, and the
+    # next home of this process may have others.
+    objects = copy.deepcopy(
+        [
+            thing
+            for thing in vars(definitions).values()
+            if isinstance(thing, Entity | FeatureView | FeatureService)
+        ]
+    )
     with home.exclusive():
         before = configuration(home)["online_store"] if home.feature_store_yaml.is_file() else None
         settings = configuration(home, target or os.environ.get("BAHE_FEATURE_STORE") or None)
