@@ -182,8 +182,8 @@ def apply(home: Home, target: str | None = None) -> str:
         warnings.simplefilter("ignore", DeprecationWarning)
         from feature_repo import definitions
 
-    # Copies: Feast writes the columns that it finds in this home's lake into the objects it is given, and the
-    # next home of this process may have others.
+    # Copies: Feast writes the columns that it finds in this home's lake into the objects it is given, and
+    # the next home of this process may have others.
     objects = copy.deepcopy(
         [
             thing

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import codecs
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from bahe_core.errors import NotReady
 from bahe_core.files import replace_atomically
@@ -28,10 +37,23 @@ class ClickRule(_Section):
     at_least: Annotated[float, Field(allow_inf_nan=False)]
 
 
+def _text_encoding(name: str) -> str:
+    try:
+        codecs.getincrementaldecoder(name)
+        "a".encode(name)  # not of those that turn bytes into bytes, such as zip
+    except LookupError:
+        raise ValueError(
+            f"{name} is no encoding of text; write utf-8, utf-16, latin-1, cp1252, gb18030 or another that"
+            " Python knows"
+        ) from None
+    return "utf-8" if codecs.lookup(name).name == "utf-8" else name
+
+
 class CsvFormat(_Section):
     """How CSV files are written. Nothing of it is guessed from what the files look like."""
 
-    encoding: Literal["utf-8", "utf-16", "latin-1"] = "utf-8"
+    encoding: Annotated[str, AfterValidator(_text_encoding)] = "utf-8"
+    """utf-8, utf-16, latin-1, cp1252, shift_jis, gb18030 or another that Python's codecs know."""
     delimiter: Annotated[str, Field(min_length=1, max_length=1)] | None = None
     """Between two values; a comma unless given, a tab in .tsv files."""
     quote: Annotated[str, Field(min_length=1, max_length=1)] = '"'

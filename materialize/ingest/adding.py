@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import duckdb
 
 from bahe_core.progress import progress
 from bahe_lake.catalogue import columns, scalar, tables
 from bahe_lake.sql import sql_identifier, sql_literal
-from materialize.config.dataset import Dataset, context_column
 from materialize.ingest import derive, quarantine, sources
-from materialize.ingest.conflicts import ROW_KEY
+from materialize.ingest.conflicts import ROW_KEY, own_columns
 from materialize.ingest.reading import Read
 
 
-def add(connection: duckdb.DuckDBPyConnection, dataset: Dataset, reads: Mapping[str, Read]) -> bool:
+def add(connection: duckdb.DuckDBPyConnection, reads: Mapping[str, Read]) -> bool:
     """Add what the lake does not have, and note for `derive` what that is. True when anything was."""
     connection.execute(quarantine.CREATE)
     connection.execute(sources.CREATE)
@@ -24,15 +23,13 @@ def add(connection: duckdb.DuckDBPyConnection, dataset: Dataset, reads: Mapping[
     for table in ("items", "users", "impressions"):
         if table in reads:
             _new_rows(connection, table)
-            new_columns = _make_room(connection, table)
-            changed |= bool(new_columns)
+            changed |= _make_room(connection, table)
             connection.execute(
                 f"INSERT INTO {table} BY NAME SELECT * FROM new_{table}"
                 f" ORDER BY event_timestamp, {ROW_KEY[table][0]}"
             )
             changed |= scalar(connection, f"SELECT count(*) FROM new_{table}") > 0
-            context = map(context_column, dataset.impressions.context) if table == "impressions" else ()
-            changed |= _fill(connection, table, [*new_columns, *context])
+            changed |= _fill(connection, table)
     item_type = columns(connection, "items")["item_id"]
     connection.execute("CREATE OR REPLACE TEMP TABLE seen_atoms (atom_id BIGINT, first_seen TIMESTAMPTZ)")
     _create_others(connection)
@@ -49,39 +46,47 @@ def add(connection: duckdb.DuckDBPyConnection, dataset: Dataset, reads: Mapping[
 
 
 def _new_rows(connection: duckdb.DuckDBPyConnection, table: str) -> None:
-    """`new_<table>`: each of the rows read once, without those that the lake has."""
+    """`new_<table>`: one row of each key that the lake does not have."""
+    _merge_repeated(connection, table)
     key = ", ".join(ROW_KEY[table])
-    raw = f"(SELECT * EXCLUDE (_bad) FROM raw_{table})"
-    lacks = f" ANTI JOIN {table} USING ({key})" if table in tables(connection) else ""
+    lacks = f"ANTI JOIN {table} USING ({key})" if table in tables(connection) else ""
+    connection.execute(f"CREATE OR REPLACE TEMP TABLE new_{table} AS SELECT * FROM raw_{table} {lacks}")
+
+
+def _merge_repeated(connection: duckdb.DuckDBPyConnection, table: str) -> None:
+    """Leave one row of each key in `raw_<table>`, with all that its rows have."""
+    key = ", ".join(ROW_KEY[table])
+    connection.execute(f"ALTER TABLE raw_{table} DROP COLUMN _bad")
+    if not scalar(connection, f"SELECT count(*) FROM repeated_{table}"):
+        return
+    rest = [column for column in columns(connection, f"raw_{table}") if column not in ROW_KEY[table]]
+    merged = ", ".join(f"any_value({name}) AS {name}" for name in map(sql_identifier, rest))
+    repeated = f"raw_{table} SEMI JOIN repeated_{table} USING ({key})"
     connection.execute(
-        f"CREATE OR REPLACE TEMP TABLE new_{table} AS"
-        f" SELECT * FROM {raw} ANTI JOIN repeated_{table} USING ({key}){lacks} UNION ALL BY NAME"
-        f" SELECT * FROM (SELECT DISTINCT ON ({key}) * FROM {raw} r"
-        f" SEMI JOIN repeated_{table} USING ({key}) ORDER BY {key}, event_timestamp, r::VARCHAR){lacks}"
+        f"""CREATE OR REPLACE TEMP TABLE merged_{table} AS
+            SELECT {", ".join((key, merged)) if merged else key} FROM {repeated} GROUP BY {key}"""
     )
+    connection.execute(f"DELETE FROM raw_{table} WHERE ({key}) IN (SELECT ({key}) FROM repeated_{table})")
+    connection.execute(f"INSERT INTO raw_{table} BY NAME SELECT * FROM merged_{table}")
 
 
-def _make_room(connection: duckdb.DuckDBPyConnection, table: str) -> list[str]:
-    """Make the table, or the columns that it lacks. Returns the columns that are new."""
+def _make_room(connection: duckdb.DuckDBPyConnection, table: str) -> bool:
+    """Make the table, or the columns that it lacks. True when there were any."""
     kinds = columns(connection, f"new_{table}")
     if table not in tables(connection):
         connection.execute(f"CREATE TABLE {table} AS SELECT * FROM new_{table} LIMIT 0")
-        return list(kinds)
+        return True
     new = {column: kind for column, kind in kinds.items() if column not in columns(connection, table)}
     for column, kind in new.items():
         connection.execute(f"ALTER TABLE {table} ADD COLUMN {sql_identifier(column)} {kind}")
-    return list(new)
+    return bool(new)
 
 
-def _fill(connection: duckdb.DuckDBPyConnection, table: str, fillable: Sequence[str]) -> bool:
-    """Rows that the lake already has get what it lacks of them in these columns."""
-    there = columns(connection, f"raw_{table}")
+def _fill(connection: duckdb.DuckDBPyConnection, table: str) -> bool:
+    """Rows that the lake already has get what it lacks of them in the log's own columns."""
     same_key = " AND ".join(f"o.{column} = n.{column}" for column in ROW_KEY[table])
     filled = 0
-    for column in dict.fromkeys(fillable):
-        if column not in there or column in ROW_KEY[table]:
-            continue
-        name = sql_identifier(column)
+    for name in map(sql_identifier, own_columns(connection, table)):
         lacking = f"raw_{table} n WHERE {same_key} AND o.{name} IS NULL AND n.{name} IS NOT NULL"
         count = scalar(connection, f"SELECT count(*) FROM {table} o, {lacking}")
         if count:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -64,7 +65,10 @@ def check(path: Path) -> Checked:
             problems.append(Problem(line=line_of(place, lines), sentence=sentence))
             return None
 
-    with duckdb.connect(config={"threads": threads()}) as connection:
+    with (
+        tempfile.TemporaryDirectory(prefix="bahe-check-") as temporary,
+        duckdb.connect(config={"threads": threads(), "temp_directory": temporary}) as connection,
+    ):
         folder = path.resolve().parent
         connection.execute("SET TimeZone = 'UTC'")
         connection.execute("SET file_search_path = ?", [str(folder)])

@@ -1,9 +1,8 @@
 """Which type each column gets: the lake's, else what dataset.yaml states, else the typed sources' own.
 
-CSV alone says nothing, and is text.
+CSV alone says nothing, and is text; neither do files and columns without any value.
 
-A key (user_id, item_id, impression_id) has one type over all tables and nights, BIGINT or VARCHAR. Files
-without rows have no say.
+A key (user_id, item_id, impression_id) has one type over all tables and nights, BIGINT or VARCHAR.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from bahe_lake.catalogue import columns, tables
 from bahe_lake.sql import sql_identifier
 from materialize.config.dataset import ClickRule, Table, context_column
 from materialize.ingest import values
-from materialize.ingest.layouts import Layout
+from materialize.ingest.layouts import Layout, unreadable
 
 TABLES = ("items", "users", "behaviors", "impressions")
 """In the order in which they are read: impressions need the items."""
@@ -127,7 +126,10 @@ def _holds_values(connection: duckdb.DuckDBPyConnection, layout: Layout, column:
     name = sql_identifier(column)
     number = "" if layout.columns[column] not in ("DOUBLE", "FLOAT") else f" AND NOT isnan({name})"
     query = f"SELECT 1 FROM {layout.relation} WHERE {name} IS NOT NULL{number} LIMIT 1"
-    return connection.execute(query).fetchone() is not None
+    try:
+        return connection.execute(query).fetchone() is not None
+    except duckdb.Error as error:
+        raise unreadable(connection, layout.source, layout.files, error) from None
 
 
 def _keys_of(table: str) -> tuple[str, ...]:
@@ -181,14 +183,34 @@ def _attributes(
                 f"{of_table[0].source.table}.types: {target} is no column of {of_table[0].what}, which has"
                 f" {', '.join(there)}; correct it."
             )
+        if target in held and not _may_be_stated(held[target], named):
+            new = f"{target}_{named}"
+            raise BadInput(
+                f"{of_table[0].source.table}.types: the lake has {target} as {held[target]}, not as"
+                f" {named}; take it out of `types`, or read it as a column of its own:"
+                f" `columns: {{{new}: {source_column(section, target)}}}` and `types: {{{new}: {named}}}`."
+            )
         types.setdefault(target, values.NAMED_TYPES[named])
     for target, members in said.items():
         if target in types:
             continue
         column = source_column(section, target)
-        kinds = dict.fromkeys(layout.columns[column] for layout in members)
-        types[target] = _common(connection, members, column, list(kinds))
+        telling = [m for m in members if m.source.csv or _holds_values(connection, m, column)]
+        kinds = dict.fromkeys(layout.columns[column] for layout in telling)
+        if kinds:
+            types[target] = _common(connection, telling, column, list(kinds))
     return types
+
+
+def _may_be_stated(held: str, named: str) -> bool:
+    """Whether the lake's type, which stays, is of the kind that `types` states."""
+    if named == "integer":
+        return held in values.INTEGERS or held in values.WIDE_INTEGERS
+    if named == "number":
+        return values.is_number(held)
+    if named == "time":
+        return held.startswith("TIMESTAMP") or held == "DATE"
+    return held == values.NAMED_TYPES[named]
 
 
 def _common(
@@ -197,16 +219,11 @@ def _common(
     """The one type of a column, or what numbers of several types are together."""
     if len(kinds) == 1:
         return kinds[0]
-    if not all(values.is_number(kind) for kind in kinds):
-        telling = [m for m in members if _holds_values(connection, m, column)]
-        if 0 < len(telling) < len(members):
-            return _common(
-                connection, telling, column, list(dict.fromkeys(m.columns[column] for m in telling))
-            )
-        one, other = (next(m for m in members if m.columns[column] == kind) for kind in kinds[:2])
-        raise BadInput(
-            f"{one.source.table}: {column} is {kinds[0]} in {one.what} and {kinds[1]} in {other.what};"
-            f" make them one type, or state it as `types: {{{column}: text}}`."
-        )
-    parts = " UNION ALL ".join(f"SELECT NULL::{kind} AS {sql_identifier(column)}" for kind in kinds)
-    return columns(connection, f"({parts})")[column]
+    if all(values.is_number(kind) for kind in kinds):
+        parts = " UNION ALL ".join(f"SELECT NULL::{kind} AS value" for kind in kinds)
+        return columns(connection, f"({parts})")["value"]
+    one, other = (next(m for m in members if m.columns[column] == kind) for kind in kinds[:2])
+    raise BadInput(
+        f"{one.source.table}: {column} is {kinds[0]} in {one.what} and {kinds[1]} in {other.what};"
+        f" make them one type, or state it as `types: {{{column}: text}}`."
+    )

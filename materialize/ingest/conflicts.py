@@ -1,18 +1,17 @@
 """Rules that a row breaks because of other rows: of one key and different, in this read or in the lake.
 
-Items and users are versions in time: their key is the id and the moment from which the row holds. Rows that
-are the same in every column are one row.
+Items and users are versions in time: their key is the id and the moment from which the row holds. Rows of
+one key are one row when no column has two values; a column of the log's own that has none in one of them,
+as in a file that lacks it, contradicts nothing.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import duckdb
 
 from bahe_lake.catalogue import columns, tables
 from bahe_lake.sql import sql_identifier, sql_literal
-from materialize.ingest.contract import UNKNOWN_ITEM, Rule
+from materialize.ingest.contract import REQUIRED, UNKNOWN_ITEM, Rule
 
 ROW_KEY = {
     "items": ("item_id", "event_timestamp"),
@@ -22,18 +21,19 @@ ROW_KEY = {
 }
 
 
-def rules_of_many(
-    connection: duckdb.DuckDBPyConnection, table: str, fillable: Sequence[str], *, new_items: bool
-) -> list[Rule]:
-    """The rules for the rows in `raw_<table>`; makes the temporary tables that they look into.
+def own_columns(connection: duckdb.DuckDBPyConnection, table: str) -> list[str]:
+    """Columns of `raw_<table>` that are the log's own: attributes and context, which a row may lack."""
+    given = {*REQUIRED[table], *ROW_KEY[table], "atom_id", "_bad"}
+    return [column for column in columns(connection, f"raw_{table}") if column not in given]
 
-    A null of the lake in a `fillable` column contradicts nothing.
-    """
+
+def rules_of_many(connection: duckdb.DuckDBPyConnection, table: str, *, new_items: bool) -> list[Rule]:
+    """The rules for the rows in `raw_<table>`; makes the temporary tables that they look into."""
     if table == "behaviors":
         return []  # all of a behavior is its key
     rules = [_twice(connection, table)]
     if table in tables(connection):
-        rules.append(_changed(connection, table, fillable))
+        rules.append(_changed(connection, table))
     if table == "impressions":
         rules.append(_unknown_item(connection, new_items=new_items))
     return rules
@@ -41,11 +41,20 @@ def rules_of_many(
 
 def _twice(connection: duckdb.DuckDBPyConnection, table: str) -> Rule:
     key, identity = ", ".join(ROW_KEY[table]), ROW_KEY[table][0]
-    compared = ", ".join(sql_identifier(c) for c in columns(connection, f"raw_{table}") if c != "_bad")
+    compared = [column for column in columns(connection, f"raw_{table}") if column != "_bad"]
+    own = own_columns(connection, table)
+    always = ", ".join(sql_identifier(column) for column in compared if column not in own)
+    differs = [f"min(hash({always})) <> max(hash({always}))"]
+    for name in map(sql_identifier, own):
+        there = f"FILTER (WHERE {name} IS NOT NULL)"
+        differs.append(f"coalesce(min(hash({name})) {there} <> max(hash({name})) {there}, false)")
     connection.execute(
         f"""CREATE OR REPLACE TEMP TABLE repeated_{table} AS
-            SELECT {key}, min(hash({compared})) <> max(hash({compared})) AS clashes
-            FROM raw_{table} WHERE NOT _bad GROUP BY ALL HAVING count(*) > 1"""
+            SELECT {key}, {" OR ".join(differs)} AS clashes
+            FROM raw_{table} SEMI JOIN (
+                SELECT {key} FROM raw_{table} WHERE NOT _bad GROUP BY ALL HAVING count(*) > 1
+            ) USING ({key})
+            WHERE NOT _bad GROUP BY ALL"""
     )
     moment = " of one time" if len(ROW_KEY[table]) > 1 else ""
     return Rule(
@@ -56,11 +65,11 @@ def _twice(connection: duckdb.DuckDBPyConnection, table: str) -> Rule:
     )
 
 
-def _changed(connection: duckdb.DuckDBPyConnection, table: str, fillable: Sequence[str]) -> Rule:
+def _changed(connection: duckdb.DuckDBPyConnection, table: str) -> Rule:
     key, identity = ROW_KEY[table], ROW_KEY[table][0]
-    lake = columns(connection, table)
+    lake, own = columns(connection, table), own_columns(connection, table)
     differences = [
-        f"n.{name} IS DISTINCT FROM o.{name}" + (f" AND o.{name} IS NOT NULL" if column in fillable else "")
+        f"n.{name} <> o.{name}" if column in own else f"n.{name} IS DISTINCT FROM o.{name}"
         for column in columns(connection, f"raw_{table}")
         if column in lake and column not in key and (name := sql_identifier(column))
     ]

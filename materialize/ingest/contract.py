@@ -119,10 +119,14 @@ def project(
                 continue  # other rows have it, and these lack it
             raise _missing(table, layout, target, column, context)
         used.add(column)
+        if not _has_type(table, types, target, context):
+            continue
         made.columns[stored] = _value(table, layout, types, target, column, context)
         conversions += _conversion(made, layout, types, target, column, context)
     for column in layout.columns:
         if column in used or column in made.columns or (table == "behaviors" and column != "item_id"):
+            continue
+        if not _has_type(table, types, column, context):
             continue
         made.columns[column] = _value(table, layout, types, column, column, ())
         conversions += _conversion(made, layout, types, column, column, ())
@@ -143,6 +147,12 @@ def _check_context(table: str, layout: Layout, context: Sequence[str]) -> None:
                 f"{table}.context: {column} of {layout.what} is already read as {required[column]}; take"
                 f" {target} out of the list."
             )
+
+
+def _has_type(table: str, types: ColumnTypes, target: str, context: Sequence[str]) -> bool:
+    """False for a column of the log's own in which no row has a value: it comes with the first."""
+    is_own = target not in REQUIRED[table] and target not in KEYS and target not in context
+    return not is_own or target in types.attributes[table]
 
 
 def _missing(table: str, layout: Layout, target: str, column: str, context: Sequence[str]) -> BadInput:
@@ -167,8 +177,8 @@ def _value(
         if target in context:
             if target in section.types:
                 named = values.NAMED_TYPES[section.types[target]]
-                raw, kind = values.convert(raw, kind, named, section), named
-            return category(raw, kind)
+                return category(values.convert(raw, kind, named, section), named)
+            return _written_category(raw) if layout.source.csv else category(raw, kind)
         if target in KEYS and (target in REQUIRED[table] or table == "behaviors"):
             return _key(raw, kind, types.keys[target], section)
         if target == "event_timestamp":
@@ -236,6 +246,13 @@ def category(expression: str, kind: str) -> str:
     shown = number if kind.startswith("DECIMAL") else expression  # 0.50 is 0.5
     return f"""(CASE WHEN isnan({number}) THEN NULL WHEN {whole} THEN {number}::BIGINT::VARCHAR
                 ELSE {shown}::VARCHAR END)"""
+
+
+def _written_category(raw: str) -> str:
+    """A context column of a CSV file, where pandas writes 7 as `7.0` and true as `True`: as requests do."""
+    number = f"regexp_full_match({raw}, '-?(0|[1-9][0-9]*)[.][0-9]+')"
+    return f"""(CASE WHEN {number} THEN rtrim(rtrim({raw}, '0'), '.')
+                WHEN {raw} IN ('True', 'TRUE', 'False', 'FALSE') THEN lower({raw}) ELSE {raw} END)"""
 
 
 def _rules(table: str, section: Table, channels: Sequence[str], latest: datetime) -> list[Rule]:

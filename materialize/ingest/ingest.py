@@ -29,6 +29,7 @@ from materialize.gate import gated
 from materialize.ingest import derive, quarantine, repair, sources
 from materialize.ingest.adding import add
 from materialize.ingest.reading import Read, check_rows, read_new
+from materialize.ingest.text_encoding import utf8_copies
 
 JOB = "ingest"
 
@@ -88,7 +89,8 @@ def ingest(home: Home, dataset_path: Path) -> Ingested:
                 _write(connection, dataset, {}, last, started, dataset_path, anew=True, mend=True)
                 last = runs.last(connection, JOB)
             anew = last is None or last.facts.get("derived") != derive.VERSION
-            reads = read_new(home, connection, dataset, found)
+            with utf8_copies(connection):
+                reads = read_new(home, connection, dataset, found)
             if not reads and not anew:
                 save_dataset(dataset, home.root / "dataset.yaml")  # model settings may have changed
                 return Ingested(not repaired, {}, _totals(connection), {}, {})
@@ -160,7 +162,7 @@ def _write(
         def work() -> None:
             if mend:
                 repair.repair(connection, fingerprint)
-            changed = add(connection, dataset, reads)
+            changed = add(connection, reads)
             derive.derive(connection, dataset.channels, anew=anew)
             for statement in quarantine.statements(
                 [(read.source, read.files) for read in reads.values()], fingerprint

@@ -20,6 +20,7 @@ from bahe_lake.extensions import open_object_storage
 from bahe_lake.sql import sql_identifier, sql_literal
 from materialize.ingest.csv_faults import csv_fault
 from materialize.ingest.sources import FILE, File, Source, suffix
+from materialize.ingest.text_encoding import readable_path, text_lines
 
 _LONGEST_LINE = 64 * 2**20
 _CSV_BUFFER = 2 * _LONGEST_LINE
@@ -140,7 +141,7 @@ def _of_query(connection: duckdb.DuckDBPyConnection, source: Source, files: tupl
 def _of_parquet(
     connection: duckdb.DuckDBPyConnection, source: Source, files: Sequence[File]
 ) -> list[Layout]:
-    listed = _list(files)
+    listed = _list(file.path for file in files)
     # Both read the files' footers alone.
     schemas = connection.execute(
         f"""SELECT file_name, list((name, type, num_children, logical_type) ORDER BY column_id)::VARCHAR
@@ -155,7 +156,8 @@ def _of_parquet(
         groups.setdefault((schema_of[file.path], rows_of[file.path] == 0), []).append(file)
     made = []
     for (_, empty), members in groups.items():
-        relation = f"read_parquet({_list(members)}, filename = '{FILE}', hive_types_autocast = false)"
+        paths = _list(file.path for file in members)
+        relation = f"read_parquet({paths}, filename = '{FILE}', hive_types_autocast = false)"
         names = columns(connection, relation)
         names.pop(FILE)
         made.append(
@@ -172,11 +174,16 @@ def _of_csv(connection: duckdb.DuckDBPyConnection, source: Source, files: Sequen
     made = []
     for (delimiter, header), members in groups.items():
         quote = source.section.csv.quote
+        path_of = {readable_path(connection, file, source.section.csv.encoding): file for file in members}
         texts = ", ".join(f"{sql_literal(column)}: 'VARCHAR'" for column in header)
-        relation = f"""read_csv({_list(members)}, auto_detect = false, header = true, columns = {{{texts}}},
+        relation = f"""read_csv({_list(path_of)}, auto_detect = false, header = true, columns = {{{texts}}},
             delim = {sql_literal(delimiter)}, quote = {sql_literal(quote)}, escape = {sql_literal(quote)},
-            encoding = '{source.section.csv.encoding}', strict_mode = true, filename = '{FILE}',
-            hive_types_autocast = false, max_line_size = {_LONGEST_LINE}, buffer_size = {_CSV_BUFFER})"""
+            strict_mode = true, filename = '{FILE}', hive_types_autocast = false,
+            max_line_size = {_LONGEST_LINE}, buffer_size = {_CSV_BUFFER})"""
+        if any(path != file.path for path, file in path_of.items()):
+            origins = ", ".join(f"{sql_literal(p)}: {sql_literal(f.path)}" for p, f in path_of.items())
+            column = sql_identifier(FILE)
+            relation = f"(SELECT * REPLACE (MAP {{{origins}}}[{column}] AS {column}) FROM {relation})"
         names = columns(connection, relation)
         names.pop(FILE)
         made.append(
@@ -189,15 +196,21 @@ def _header(
     connection: duckdb.DuckDBPyConnection, source: Source, file: File, delimiter: str
 ) -> tuple[str, ...]:
     """Names of a CSV file's columns. Raises BadInput when it has none, or one twice."""
-    row = connection.execute(
-        f"""SELECT line FROM read_csv({sql_literal(file.path)}, auto_detect = false, header = false,
-            columns = {{line: 'VARCHAR'}}, delim = '\x1f', quote = '', escape = '',
-            max_line_size = {_LONGEST_LINE}, buffer_size = {_CSV_BUFFER},
-            encoding = '{source.section.csv.encoding}') LIMIT 1"""
-    ).fetchone()
-    if row is None or row[0] is None:
+    path, quote = readable_path(connection, file, source.section.csv.encoding), source.section.csv.quote
+    if "://" in path:
+        row = connection.execute(
+            f"""SELECT line FROM read_csv({sql_literal(path)}, auto_detect = false, header = false,
+                columns = {{line: 'VARCHAR'}}, delim = '\x1f', quote = '', escape = '',
+                strict_mode = false, ignore_errors = true,
+                max_line_size = {_LONGEST_LINE}, buffer_size = {_CSV_BUFFER}) LIMIT 1"""
+        ).fetchone()
+        first: Iterable[str] = [row[0] or ""] if row is not None else []
+        names = next(csv.reader(first, delimiter=delimiter, quotechar=quote), [])
+    else:
+        with text_lines(path) as lines:
+            names = next(csv.reader(lines, delimiter=delimiter, quotechar=quote), [])
+    if not names:
         raise BadInput(f"{source.table}: {file.path} is empty; its first line must name the columns.")
-    names = next(csv.reader([row[0]], delimiter=delimiter, quotechar=source.section.csv.quote))
     seen = set[str]()
     for name in filter(None, names):
         if name.lower() in seen:
@@ -209,5 +222,5 @@ def _header(
     return tuple(name or f"column{position}" for position, name in enumerate(names))
 
 
-def _list(files: Sequence[File]) -> str:
-    return "[" + ", ".join(sql_literal(file.path) for file in files) + "]"
+def _list(paths: Iterable[str]) -> str:
+    return "[" + ", ".join(map(sql_literal, paths)) + "]"

@@ -18,7 +18,7 @@ from bahe_lake.blank import blank
 from bahe_lake.catalogue import scalar, tables
 from bahe_lake.connection import damaged_files_named
 from bahe_lake.sql import sql_identifier, sql_literal
-from materialize.config.dataset import Dataset, Table, context_column
+from materialize.config.dataset import Dataset, Table
 from materialize.ingest import quarantine, values
 from materialize.ingest.atoms import ATOM_ID, NORMAL_TEXT
 from materialize.ingest.column_types import ColumnTypes, column_types
@@ -80,7 +80,6 @@ def read_new(
                     source,
                     files,
                     by_table[table],
-                    types,
                     new_items=_has_rows(reads, "items"),
                 )
         except duckdb.Error as error:
@@ -119,7 +118,6 @@ def _read(
     source: Source,
     files: list[File],
     parts: Sequence[tuple[Layout, Projection]],
-    types: ColumnTypes,
     *,
     new_items: bool,
 ) -> Read:
@@ -137,7 +135,7 @@ def _read(
         if table not in tables(connection):
             raise BadInput(f"{table}: the source has no rows; check its path or query.")
         return Read(source, files, 0)
-    rules = rules_of_many(connection, table, _fillable(dataset, table, types), new_items=new_items)
+    rules = rules_of_many(connection, table, new_items=new_items)
     breaks = f"_bad OR {broken(rules)}"
     bad = scalar(connection, f"SELECT count(*) FROM {raw} AS _row WHERE {breaks}")
     counted = 0
@@ -164,12 +162,6 @@ def _judged(parts: Sequence[tuple[Layout, Projection]]) -> str:
         bad, rows = broken(projection.rules), projection.query(layout.relation)
         of_each.append(f"SELECT {listed}, ({bad}) AS _bad FROM {rows}")
     return f"({' UNION ALL BY NAME '.join(of_each)})"
-
-
-def _fillable(dataset: Dataset, table: str, types: ColumnTypes) -> list[str]:
-    """Columns that the lake's rows may get later."""
-    context = dataset.impressions.context if table == "impressions" else ()
-    return [context_column(column) for column in context if context_column(column) in types.lake[table]]
 
 
 def _read_others(connection: duckdb.DuckDBPyConnection, table: str, rows: str) -> None:

@@ -31,6 +31,9 @@ NAMED_TYPES = {
 }
 """What `types` in dataset.yaml calls the lake's types."""
 
+_LARGEST_WHOLE = {"DOUBLE": 2**53, "FLOAT": 2**24}
+"""From here on neighbours are more than 1 apart."""
+
 _MICROSECONDS = {"s": 1_000_000, "ms": 1_000, "us": 1}
 _SUBUNIT_DIGITS = {"s": 6, "ms": 3, "us": 0}
 _FIRST_US, _LAST_US = -62_135_596_800_000_000, 9_223_372_036_000_000_000  # year 1 to what DuckDB can say
@@ -85,9 +88,7 @@ def integer(expression: str, kind: str, section: Table) -> str:
     if kind in WIDE_INTEGERS:
         return f"TRY_CAST({expression} AS BIGINT)"
     if kind in ("DOUBLE", "FLOAT"):
-        largest = 2 ** (53 if kind == "DOUBLE" else 24)  # above, neighbours are more than 1 apart
-        return f"""(CASE WHEN abs({expression}) < {largest} AND {expression} = trunc({expression})
-                    THEN {expression}::BIGINT END)"""
+        return f"(CASE WHEN {_is_whole(expression, kind)} THEN {expression}::BIGINT END)"
     if kind.startswith("DECIMAL"):
         return f"(CASE WHEN {expression} = trunc({expression}) THEN TRY_CAST({expression} AS BIGINT) END)"
     if is_text(kind):
@@ -213,7 +214,7 @@ def convert(expression: str, kind: str, wanted: str, section: Table) -> str:
     if kind == wanted:
         return expression
     if wanted == "VARCHAR":
-        return text(expression, kind)
+        return _number_as_text(expression, kind) if kind in ("DOUBLE", "FLOAT") else text(expression, kind)
     if wanted == "BIGINT":
         return integer(expression, kind, section)
     if not is_text(kind):
@@ -231,7 +232,20 @@ def convert(expression: str, kind: str, wanted: str, section: Table) -> str:
         return boolean(expression, kind)
     if wanted.startswith("TIMESTAMP"):
         return f"{moment(expression, kind, section)}::{wanted}"
+    if wanted == "DATE" and section.timestamp_format is not None:
+        instant = moment(expression, kind, section)
+        return f"(CASE WHEN date_trunc('day', {instant}) = {instant} THEN {instant}::DATE END)"
     return _exact_cast(expression, kind, wanted)
+
+
+def _is_whole(expression: str, kind: str) -> str:
+    return f"(abs({expression}) < {_LARGEST_WHOLE[kind]} AND {expression} = trunc({expression}))"
+
+
+def _number_as_text(expression: str, kind: str) -> str:
+    """An integer's digits where it is whole: pandas has a column of integers with gaps as doubles."""
+    return f"""(CASE WHEN {_is_whole(expression, kind)} THEN {expression}::BIGINT::VARCHAR
+                WHEN NOT isnan({expression}) THEN {expression}::VARCHAR END)"""
 
 
 def _exact_cast(expression: str, kind: str, wanted: str) -> str:
