@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -37,10 +38,21 @@ def id_rows(seen: Int64, count: int) -> Int64:
     return rows
 
 
+def item_id_rows(seen: Int64, item_ids: Sequence[str | int]) -> Int64:
+    """Row of the ID table [I] of each item row: 1.. for items of the rows `seen`, 0 for the others.
+
+    Rows of one item, which stand side by side in `item_ids`, share an ID.
+    """
+    is_another = [a != b for a, b in pairwise(item_ids)]
+    item_I = np.concatenate([[0], np.cumsum(is_another, dtype=np.int64)])[: len(item_ids)]
+    rows_I: Int64 = id_rows(item_I[seen], len(item_ids))[item_I]
+    return rows_I
+
+
 def table_ids(item_row_I: Int64, item_ids: Sequence[str | int]) -> tuple[str | int, ...]:
-    """The ids of an ID table's rows 1, 2, ...; `item_row_I` is each item's row."""
-    seen = sorted((row, item) for row, item in zip(item_row_I.tolist(), item_ids, strict=True) if row)
-    return tuple(item for _, item in seen)
+    """The ids of an ID table's rows 1, 2, ...; `item_row_I` is what `item_id_rows` gave."""
+    of_row = dict(zip(item_row_I.tolist(), item_ids, strict=True))
+    return tuple(of_row[row] for row in sorted(of_row) if row)
 
 
 def seen_atoms(data: TrainingData) -> Int64:

@@ -23,6 +23,7 @@ class Impressions:
 
     user_N: Int64
     item_N: Int64
+    """Of an item whose text changed, the row of the text that it had at that moment."""
     length_NC: Int64
     """Behaviors strictly before the impression, per channel."""
     time_us_N: Int64
@@ -58,9 +59,9 @@ class TrainingData:
     """The id of each atom, the same in every frame and lake [A]."""
     timelines: Timelines
     item_atom_I: Int64
-    """Row of each item's text in `atoms_AD`."""
+    """Row of each item's text in `atoms_AD`; an item whose text changed has a row for each text."""
     item_ids: tuple[str | int, ...]
-    """The id of each item row."""
+    """The id of each item row; rows of one item stand side by side."""
     splits: Mapping[str, Impressions]
     """`train`, `validation` and `test`."""
     context: tuple[str, ...] = ()

@@ -183,13 +183,13 @@ def validation_auc(scene: Scene, encodings: Encodings, variant: Variant, seed: i
     """The best epoch's, as early stopping keeps it."""
     import torch
 
-    from bahe_models.ctr_training import Batches, build_model, fit_dense, id_rows, precision, train
+    from bahe_models.ctr_training import Batches, build_model, fit_dense, item_id_rows, precision, train
     from bahe_models.training_loop import seeded
 
     halves, vectors = encodings.cut(variant.backbone)
     data = variant.data(replace(scene.data, atoms_AD=vectors))
     config = replace(scene.settings.training, **variant.training, seed=seed)
-    item_row_I = id_rows(data.splits["train"].item_N, len(data.item_ids))
+    item_row_I = item_id_rows(data.splits["train"].item_N, data.item_ids)
     dense, cpu = fit_dense(data), torch.device("cpu")
     with seeded(seed):
         model = build_model(

@@ -117,7 +117,7 @@ def text(scene: Scene, config: TrainingConfig) -> tuple[Scores, float]:
 
 def measure(quick: bool, home_path: Path) -> Iterable[Row]:
     """Test AUC of each on the same sample, and what training cost."""
-    from bahe_models.ctr_training import fit_dense, id_rows
+    from bahe_models.ctr_training import fit_dense, item_id_rows
     from bahe_models.evaluation import evaluate
 
     whole = read_scene(Home.at(home_path))
@@ -127,7 +127,7 @@ def measure(quick: bool, home_path: Path) -> Iterable[Row]:
         whole,
         data=data,
         dense=fit_dense(data),
-        item_row_I=id_rows(data.splits["train"].item_N, len(data.item_ids)),
+        item_row_I=item_id_rows(data.splits["train"].item_N, data.item_ids),
     )
     config = replace(scene.settings.training, epochs=EPOCHS, impressions_per_step=IMPRESSIONS_PER_STEP)
     contenders: dict[str, Contender] = {

@@ -67,7 +67,7 @@ def read_scene(home: Home) -> Scene:
     from bahe_lake.connection import lake
     from bahe_models.backbone import load_backbone
     from bahe_models.baselines import token_timelines
-    from bahe_models.ctr_training import fit_dense, id_rows
+    from bahe_models.ctr_training import fit_dense, item_id_rows
     from materialize.config.backbone import encoder_settings
     from materialize.config.dataset import home_dataset
     from materialize.frames.frame import latest_frame
@@ -99,7 +99,7 @@ def read_scene(home: Home) -> Scene:
         np.concatenate([[0], np.cumsum(counts)]),
         encoder.max_tokens,
     )
-    item_row_I = id_rows(data.splits["train"].item_N, len(data.item_ids))
+    item_row_I = item_id_rows(data.splits["train"].item_N, data.item_ids)
     return Scene(data, Settings.of(dataset), halves, fit_dense(data), tokens, item_row_I)
 
 

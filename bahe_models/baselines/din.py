@@ -14,7 +14,7 @@ from torch import nn
 
 from bahe_models.baselines.network import fit_shuffled, own_settings
 from bahe_models.config import ModelConfig, TrainingConfig
-from bahe_models.ctr_training import Scores, context_rows, id_rows
+from bahe_models.ctr_training import Scores, context_rows, id_rows, item_id_rows
 from bahe_models.features import DenseFeatures
 from bahe_models.impressions import Impressions, TrainingData
 from bahe_models.model import context_embedding
@@ -109,7 +109,7 @@ def train_din(
     split = data.splits["train"]
     seen = recent_behaviors(data.timelines, split.user_N, split.length_NC, HISTORY)
     behaviors = id_rows(seen[seen >= 0], len(data.atoms_AD))
-    items = id_rows(split.item_N, len(data.item_atom_I))
+    items = item_id_rows(split.item_N, data.item_ids)
     with seeded(config.seed):
         model = Din(
             int(behaviors.max(initial=0)),

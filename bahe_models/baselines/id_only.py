@@ -10,7 +10,7 @@ from torch import nn
 
 from bahe_models.baselines.network import fit_shuffled, own_settings
 from bahe_models.config import ModelConfig, TrainingConfig
-from bahe_models.ctr_training import Scores, context_rows, id_rows
+from bahe_models.ctr_training import Scores, context_rows, id_rows, item_id_rows
 from bahe_models.impressions import Impressions, TrainingData
 from bahe_models.model import context_embedding
 from bahe_models.timelines import Int64
@@ -70,7 +70,7 @@ def train_id_only(
     config = own_settings(config, epochs=20, impressions_per_step=256)
     split = data.splits["train"]
     users = id_rows(split.user_N, data.timelines.users)
-    items = id_rows(split.item_N, len(data.item_atom_I))
+    items = item_id_rows(split.item_N, data.item_ids)
     with seeded(config.seed):
         model = IdOnly(int(users.max()), int(items.max()), model_config or ModelConfig(), data.context)
 

@@ -28,6 +28,7 @@ from bahe_lake.catalogue import scalar
 from bahe_lake.connection import lake
 from bahe_lake.sql import sql_literal
 from bahe_lake.vector_columns import vector_matrix
+from bahe_lake.versions import item_texts_shown
 from bahe_models.timelines import Int64
 from materialize.config.dataset import home_dataset
 from materialize.frames.frame import Frame
@@ -59,7 +60,7 @@ class FrameHistory:
         return self.folder / f"vectors-{encoder_version}.npy"
 
     def item_rows(self, rows: Int64) -> Int64:
-        """Atom rows of the texts of the items that these impressions show; -1 for an unknown item."""
+        """Atom rows of the texts that the items of these impressions had then; -1 for an unknown item."""
         atom_rows: Int64 = self._map("item_row")[rows]
         return atom_rows
 
@@ -206,11 +207,8 @@ def _write_timelines(home: Home, frame: Frame, folder: Path, channels: tuple[str
         _stream(
             then,
             f"""
-            SELECT i.atom_id IS NOT NULL AS known, coalesce(i.atom_id, 0) AS atom_id
-            FROM read_parquet({path}, file_row_number = true) f
-            LEFT JOIN (
-                SELECT item_id, arg_max(atom_id, event_timestamp) AS atom_id FROM items GROUP BY item_id
-            ) i USING (item_id)
+            SELECT atom_id IS NOT NULL AS known, coalesce(atom_id, 0) AS atom_id
+            FROM ({item_texts_shown(f"read_parquet({path}, file_row_number = true)", "file_row_number")})
             ORDER BY file_row_number
             """,
             folder / "item_row.npy",

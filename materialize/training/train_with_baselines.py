@@ -19,7 +19,7 @@ from bahe_models.ctr_training import (
     Scores,
     build_model,
     fit_dense,
-    id_rows,
+    item_id_rows,
     precision,
     table_ids,
     train,
@@ -104,7 +104,7 @@ def train_with_baselines(
     if warm_start is not None:
         also_known = known_behaviors(warm_start, data.atom_ids)
         seen = np.union1d(seen, known_items(warm_start, data.item_ids))
-    item_row_I = id_rows(seen, len(data.item_ids))
+    item_row_I = item_id_rows(seen, data.item_ids)
     with seeded(config.seed):
         model = build_model(halves.deep, data, dense, settings.model, item_row_I, also_known=also_known)
         batches = Batches(

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from bahe_core.errors import BadInput
-from bahe_lake.versions import LATEST_ITEMS
+from bahe_lake.versions import item_texts_shown
 from bahe_models.context import MISSING, hash_values
 from bahe_models.features import needed_columns
 from bahe_models.impressions import Impressions, TrainingData
@@ -32,18 +32,8 @@ def read_training_data(
     atoms = read_atoms(connection, version)
     table = pq.read_table(frame.path)
     users = table["user_id"].combine_chunks().dictionary_encode()
-    items = connection.execute(
-        f"SELECT item_id, atom_id FROM {LATEST_ITEMS} ORDER BY item_id"
-    ).to_arrow_table()
-    item_index = pc.index_in(table["item_id"], value_set=items["item_id"]).combine_chunks()
-    if item_index.null_count:
-        unknown = table["item_id"].filter(pc.is_null(item_index))[0].as_py()
-        raise BadInput(
-            f"{item_index.null_count} impressions of the frame show items that the log does not have"
-            f" (item {unknown} among them); ingest the items, then run `bahe frame` again."
-        )
+    items, item_row = _items_shown(connection, table)
     user_row = users.indices.to_numpy().astype(np.int64)
-    item_row = item_index.to_numpy().astype(np.int64)
     lengths = np.stack(
         [table[f"length_{c}"].fill_null(0).to_numpy().astype(np.int64) for c in channels], axis=1
     )
@@ -76,6 +66,33 @@ def read_training_data(
     )
     data.check()
     return data
+
+
+def _items_shown(connection: duckdb.DuckDBPyConnection, frame: pa.Table) -> tuple[pa.Table, Int64]:
+    """Every text of every item (item_id, atom_id), and of which of them each impression is [N].
+
+    Raises BadInput when an item is unknown.
+    """
+    shown = frame.select(["item_id", "event_timestamp"])
+    shown = shown.append_column("number", pa.array(np.arange(len(shown), dtype=np.int64)))
+    connection.register("shown_items", shown)
+    items = connection.execute(
+        "SELECT DISTINCT item_id, atom_id FROM items ORDER BY item_id, atom_id"
+    ).to_arrow_table()
+    connection.register("item_texts", items.append_column("row", pa.array(np.arange(len(items)))))
+    rows = connection.execute(
+        f"""SELECT row FROM ({item_texts_shown("shown_items", "number")})
+            LEFT JOIN item_texts USING (item_id, atom_id) ORDER BY number"""
+    ).to_arrow_table()["row"]
+    for name in ("shown_items", "item_texts"):
+        connection.unregister(name)
+    if rows.null_count:
+        unknown = frame["item_id"].filter(pc.is_null(rows))[0].as_py()
+        raise BadInput(
+            f"{rows.null_count} impressions of the frame show items that the log does not have"
+            f" (item {unknown} among them); ingest the items, then run `bahe frame` again."
+        )
+    return items, rows.to_numpy().astype(np.int64)
 
 
 def _context_columns(frame: pa.Table) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ from bahe_models import (
     WindowConfig,
     load_backbone,
 )
-from bahe_models.ctr_training import build_model, id_rows, table_ids
+from bahe_models.ctr_training import build_model, item_id_rows, table_ids
 from bahe_models.features import needed_columns
 from bahe_models.timelines import Int64
 
@@ -124,7 +124,7 @@ def toy_batches(data: TrainingData, backbone: Path, *, known: Int64 | None = Non
     )
     halves = load_backbone(BackboneConfig(path=str(backbone), shallow_layers=2, deep_layers=2))
     seen = split.item_N if known is None else np.union1d(split.item_N, known)
-    rows = id_rows(seen, len(data.item_ids))
+    rows = item_id_rows(seen, data.item_ids)
     config = replace(ModelConfig(deep_width=8, profile_width=8, head_width=16), **model)
     return Batches(
         build_model(halves.deep, data, dense, config, rows),
