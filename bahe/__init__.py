@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import importlib
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from bahe.project import Project, check, open
@@ -46,11 +45,6 @@ if TYPE_CHECKING:
     from materialize.vectors.encode import Encoded
     from materialize.vectors.stored_atoms import Atoms
     from serving.lookup import Answer, UserFeatures
-
-try:
-    __version__ = version("bahe")
-except PackageNotFoundError:  # a checkout that is not installed
-    __version__ = "0+unknown"
 
 _RESULTS = {
     "Answer": "serving.lookup",
@@ -112,7 +106,22 @@ __all__ = [
 ]
 
 
+if TYPE_CHECKING:
+    __version__: str
+
+
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return _version()
     if name not in _RESULTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_RESULTS[name]), name)
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("bahe")
+    except PackageNotFoundError:  # a checkout that is not installed
+        return "0+unknown"

@@ -8,9 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bahe_core.errors import BadInput, Busy
-from bahe_core.lake_location import LakeConfig, LakeLocation, read_lake_config, write_lake_config
+
+if TYPE_CHECKING:
+    from bahe_core.lake_location import LakeConfig, LakeLocation
 
 DEFAULT_HOME = Path(".bahe")
 
@@ -34,6 +37,9 @@ class Home:
         """Where the catalogue and the Parquet files are. Raises Damaged when lake.yaml cannot be read."""
         if self.known_lake is not None:
             return self.known_lake
+        # Not at the top: it brings pydantic and yaml, which `bahe --help` does without.
+        from bahe_core.lake_location import LakeLocation, read_lake_config
+
         config = read_lake_config(self._lake_yaml)
         return LakeLocation(
             catalogue=config.catalogue or str(self.root / "lake" / "catalogue.sqlite"),
@@ -53,6 +59,8 @@ class Home:
     def place_lake(self, config: LakeConfig) -> None:
         """Keep where the lake shall lie, before it is first opened. Raises BadInput when a home that holds
         a dataset has its lake elsewhere."""
+        from bahe_core.lake_location import read_lake_config, write_lake_config
+
         if config == read_lake_config(self._lake_yaml):
             return
         if (self.root / "dataset.yaml").is_file():

@@ -10,8 +10,9 @@ from bahe_lake.sql import sql_identifier, sql_literal
 
 def tables(connection: duckdb.DuckDBPyConnection) -> set[str]:
     """Names of the lake's tables."""
+    # Without parameters: for the first of a process DuckDB imports pandas, half a second for `bahe status`.
     rows = connection.execute(
-        "SELECT table_name FROM duckdb_tables() WHERE database_name = ?", [LAKE]
+        f"SELECT table_name FROM duckdb_tables() WHERE database_name = {sql_literal(LAKE)}"
     ).fetchall()
     return {row[0] for row in rows}
 
@@ -35,15 +36,13 @@ def written_since(connection: duckdb.DuckDBPyConnection, table: str, earlier: in
     now = snapshot(connection)
     if earlier == now:
         return f"(SELECT * FROM {sql_identifier(table)} WHERE false)"
-    if not scalar(
-        connection, f"SELECT count(*) FROM {LAKE}.snapshots() WHERE snapshot_id = ?", [earlier + 1]
-    ):
+    if not scalar(connection, f"SELECT count(*) FROM {LAKE}.snapshots() WHERE snapshot_id = {earlier + 1}"):
         return None
     return f"ducklake_table_insertions('{LAKE}', 'main', {sql_literal(table)}, {earlier + 1}, {now})"
 
 
-def scalar(connection: duckdb.DuckDBPyConnection, query: str, values: list[object] | None = None) -> int:
+def scalar(connection: duckdb.DuckDBPyConnection, query: str) -> int:
     """The single integer that a query returns."""
-    row = connection.execute(query, values or []).fetchone()
+    row = connection.execute(query).fetchone()
     assert row is not None
     return int(row[0])

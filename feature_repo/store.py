@@ -19,6 +19,7 @@ from bahe_core.errors import BadInput, Damaged, NotReady, one_line
 from bahe_core.files import replace_atomically
 from bahe_core.home import Home
 from bahe_lake.connection import require_catalogue
+from feast_ducklake.quick_import import import_feast
 
 if TYPE_CHECKING:
     from feast import FeatureStore
@@ -134,6 +135,7 @@ def open_store(home: Home) -> FeatureStore:
             f"{home.feature_store_yaml} is gone, and with it which online store this home uses; run `bahe"
             " apply`, with --target unless that was SQLite."
         )
+    import_feast()
     from feast import FeatureStore
     from google.protobuf.message import DecodeError
 

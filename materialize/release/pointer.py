@@ -34,13 +34,12 @@ def recorded(connection: duckdb.DuckDBPyConnection) -> list[Pointer]:
     if "publications" not in tables(connection):
         return []
     rows = connection.execute(
-        """
+        f"""
         SELECT live_model_version, epoch_us(event_timestamp) // 1000000
         FROM publications
-        WHERE deployment = ?
+        WHERE deployment = {sql_literal(DEPLOYMENT)}
         ORDER BY event_timestamp DESC
-        """,
-        [DEPLOYMENT],
+        """
     ).fetchall()
     return [Pointer(version, second) for version, second in rows]
 
