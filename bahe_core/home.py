@@ -15,6 +15,9 @@ from bahe_core.errors import BadInput, Busy
 if TYPE_CHECKING:
     from bahe_core.lake_location import LakeConfig, LakeLocation
 
+_LOOKING = 0.5
+"""Seconds, far more than `busy` takes."""
+
 DEFAULT_HOME = Path(".bahe")
 
 
@@ -154,7 +157,8 @@ class Home:
             yield
             return
         try:
-            lock.acquire(timeout=wait)
+            # At least a moment: `busy` holds the lock while it looks.
+            lock.acquire(timeout=max(wait, _LOOKING), poll_interval=0.02)
         except Timeout:
             way_out = "wait for it to end" if not wait else f"it did not end within {wait:g} s; try later"
             raise Busy(

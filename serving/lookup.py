@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -13,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet as pq
 
-from bahe_core.errors import BadInput, NotReady, UnknownEntity
+from bahe_core.errors import BadInput, Damaged, NotReady, UnknownEntity
 from bahe_core.home import Home
 from bahe_core.results import Result
 from bahe_models.artifact_folder import read_config
@@ -64,6 +65,15 @@ class Answer(Result):
     scores: list[Score]
 
 
+@contextmanager
+def _the_servers_fault() -> Iterator[None]:
+    """Reading the live model: that it is not there (yet) is the server's state, not the request's."""
+    try:
+        yield
+    except BadInput as error:
+        raise Damaged(f"the live model cannot be read: {error}") from None
+
+
 class OnlineLookup:
     """Reads the live pointer on every request, so that a publish takes effect at once."""
 
@@ -71,6 +81,8 @@ class OnlineLookup:
         self._home = home
         self._store = open_store(home)
         self._artifacts: dict[str, Artifact] = {}
+        self._channels: tuple[str, tuple[str, ...]] = ("", ())
+        """Of the last version asked for."""
         self._items: dict[Identifier, str] = {}
         self._items_changed = -1
         self._lock = threading.Lock()
@@ -84,13 +96,28 @@ class OnlineLookup:
         return str(version)
 
     def artifact(self, version: str) -> Artifact:
-        """The artifact of a model_version, kept in memory."""
+        """The artifact of a model_version, kept in memory, with that of the version before.
+
+        Raises Damaged when the models folder does not have it whole, as before it has been copied there.
+        """
         from bahe_models.artifact import load  # torch, which a lookup does without
 
         with self._lock:
             if version not in self._artifacts:
-                self._artifacts[version] = load(self._home.models / version)
+                with _the_servers_fault():
+                    self._artifacts[version] = load(self._home.models / version)
+                # Requests in flight may still need the one before; no one needs those before that.
+                for earlier in list(self._artifacts)[:-2]:
+                    del self._artifacts[earlier]
             return self._artifacts[version]
+
+    def _channels_of(self, version: str) -> tuple[str, ...]:
+        """The model's channels, without reading its weights."""
+        if self._channels[0] != version:
+            with _the_servers_fault():
+                config = read_config(self._home.models / version)
+            self._channels = (version, tuple(config["dense"]["channels"]))
+        return self._channels[1]
 
     def catalogue(self) -> dict[Identifier, str]:
         """Text of every item that can be recommended, by id."""
@@ -109,7 +136,7 @@ class OnlineLookup:
     def user(self, user_id: Identifier) -> UserFeatures:
         """A user's features. Raises UnknownEntity when the user is not in the online store."""
         version = self.live_version()
-        channels = read_config(self._home.models / version)["dense"]["channels"]
+        channels = self._channels_of(version)
         user_id = self._as_stored("user_embedding", "user_id", user_id)
         statistics = [f"user_stats:{c}" for c in needed_columns() if c.startswith("user_")]
         lengths = [f"user_timeline:length_{channel}" for channel in channels]

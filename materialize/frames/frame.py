@@ -101,13 +101,15 @@ def frame(
         identity = [ingested.fingerprint, projected, dataset.split.model_dump(mode="json")]
         if dataset.freshness != "event":
             identity.append(dataset.freshness)
+        context = dataset.impressions.context
+        if context:
+            identity.append(context)
         frame_id = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
         path = home.frames / frame_id / "frame.parquet"
         last = runs.last(connection, JOB)
         if last is not None and last.fingerprint == frame_id and path.is_file():
             return Frame(path, frame_id, last.facts["rows"], skipped=True)
         with runs.record(connection, JOB, frame_id) as run:
-            context = dataset.impressions.context
             entities = _entities(then, dataset.split, dataset.freshness, context)
             rows = _split_rows(then, entities)
             job = store.get_historical_features(entity_df=entities, features=features)

@@ -49,7 +49,7 @@ class UserEmbedder:
         vectors = self._artifact.user_vectors(
             atoms_AD, ids_A, timelines, np.arange(users.num_rows), timelines.lengths()
         )
-        return users.append_column("seen_items", _seen_items(self._connection, users)), vectors
+        return users.append_column("seen_items", latest_items(self._connection, users)), vectors
 
 
 def user_embedder(
@@ -99,8 +99,8 @@ def _only_used_atoms(
     return atoms_AD, atoms.ids[used], fewer
 
 
-def _seen_items(connection: duckdb.DuckDBPyConnection, users: pa.Table) -> pa.ChunkedArray:
-    """The latest items of each of these users (sorted by user_id), in their order."""
+def latest_items(connection: duckdb.DuckDBPyConnection, users: pa.Table) -> pa.ChunkedArray:
+    """The latest items of each of these users (sorted by user_id), each once, the newest first."""
     connection.register("part", users.select(["user_id"]))
     ends = [users["user_id"][0].as_py(), users["user_id"][-1].as_py()]
     table = connection.execute(
@@ -108,13 +108,13 @@ def _seen_items(connection: duckdb.DuckDBPyConnection, users: pa.Table) -> pa.Ch
         SELECT seen_items
         FROM part
         LEFT JOIN (
-            SELECT
-                user_id,
-                list_distinct(
-                    list(item_id::VARCHAR ORDER BY event_timestamp DESC) FILTER (item_id IS NOT NULL)
-                )[:{SEEN_ITEMS}] AS seen_items
-            FROM behaviors SEMI JOIN part USING (user_id)
-            WHERE user_id BETWEEN ? AND ?
+            SELECT user_id, list(item ORDER BY latest DESC, item)[:{SEEN_ITEMS}] AS seen_items
+            FROM (
+                SELECT user_id, item_id::VARCHAR AS item, max(event_timestamp) AS latest
+                FROM behaviors SEMI JOIN part USING (user_id)
+                WHERE user_id BETWEEN ? AND ? AND item_id IS NOT NULL
+                GROUP BY ALL
+            )
             GROUP BY user_id
         ) USING (user_id)
         ORDER BY user_id

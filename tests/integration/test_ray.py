@@ -58,7 +58,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chunks, "ATOMS_PER_CHUNK", 8)
         patch.setattr(embed, "USERS_PER_BATCH", 5)
-        call("ingest", str(dataset, home=home))
+        call("ingest", str(dataset), home=home)
         for job in ("encode", "apply", "frame"):
             call(job, home=home)
         call("train", "--tracker", "none", home=home)

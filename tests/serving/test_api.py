@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import shutil
+import weakref
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -9,7 +12,7 @@ import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 
-from bahe_core.errors import BadInput, NotReady, UnknownEntity
+from bahe_core.errors import BadInput, Damaged, NotReady, UnknownEntity
 from bahe_core.home import Home
 from serving.api import create_app
 from serving.lookup import OnlineLookup, parsed_context
@@ -164,6 +167,30 @@ def test_what_is_missing_on_the_server_is_the_servers_fault(home: Home, tmp_path
     answer = client.get("/recommend", params={"user_id": "u1"})
     assert answer.status_code == 503
     assert "nothing published" in answer.json()["detail"]
+
+
+def test_a_model_that_is_not_there_yet_is_the_servers_fault(home: Home, tmp_path: Path) -> None:
+    served = copy_of(home, tmp_path)
+    client = TestClient(create_app(served))
+    version = OnlineLookup(served).live_version()
+    (served.models / version).rename(served.models / "elsewhere")
+    with pytest.raises(Damaged, match="the live model cannot be read"):
+        OnlineLookup(served).artifact(version)
+    answer = client.get("/features", params={"user_id": "u1"})
+    assert answer.status_code == 503
+    assert answer.json()["detail"].startswith("the live model cannot be read: ")
+
+
+def test_models_of_before_are_dropped(home: Home, tmp_path: Path) -> None:
+    served = copy_of(home, tmp_path)
+    lookup = OnlineLookup(served)
+    version = lookup.live_version()
+    kept = []
+    for number in range(4):
+        shutil.copytree(served.models / version, served.models / f"again-{number}")
+        kept.append(weakref.ref(lookup.artifact(f"again-{number}")))
+    gc.collect()
+    assert [one() is not None for one in kept] == [False, False, True, True]
 
 
 def test_lookup_from_python_raises_what_the_routes_refuse_with(home: Home) -> None:

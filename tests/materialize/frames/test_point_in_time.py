@@ -262,6 +262,19 @@ def test_a_frame_knows_nothing_from_after_serving_was_refreshed(
     assert fewer > 0  # the cut was met
 
 
+def test_a_frame_with_other_context_is_another_frame(tmp_path: Path) -> None:
+    log, home = small_log(rows=200), Home.at(tmp_path / "home")
+    log["impressions"]["device"] = "phone"
+    made = []
+    for context in ([], ["device"], []):
+        section = {"files": "impressions.parquet", "context": context}
+        ingest(home, write_dataset(tmp_path / "log", log, impressions=section))
+        apply(home)
+        made.append(frame(home))
+        assert ("context_device" in pq.read_schema(made[-1].path).names) == bool(context)
+    assert made[1].frame_id not in (made[0].frame_id, made[2].frame_id)
+
+
 def test_a_frame_of_an_old_snapshot_comes_back(tmp_path: Path) -> None:
     home = Home.at(tmp_path / "home")
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from filelock import FileLock
 
 from bahe_core.errors import BadInput, Busy, NotReady
 from bahe_core.home import Home
@@ -227,6 +229,23 @@ def test_a_busy_home_is_left_alone(tmp_path: Path, home: Home) -> None:
         assert pool.submit(home.busy).result()
     assert not home.busy()
     ingest(home, path)
+
+
+def test_looking_whether_a_home_is_busy_makes_no_job_fail(home: Home) -> None:
+    """Who looks holds the lock for a moment."""
+    home.create()
+    looking, lock = Event(), FileLock(home.root / ".lock")
+
+    def look() -> None:
+        with lock:
+            looking.set()
+            Event().wait(0.1)
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(look)
+        looking.wait()
+        with home.exclusive():
+            pass
 
 
 def test_an_empty_home_says_what_to_do(home: Home) -> None:
