@@ -23,7 +23,8 @@ def sql_identifier(identifier: str) -> str:
 def known_until(freshness: str, time: str) -> str:
     """SQL of the instant whose past is known to an impression at `time` (a SQL expression).
 
-    `freshness` says how often what serving reads is renewed: event, hourly or daily.
+    `freshness` says how often what serving reads is renewed: live, hourly or nightly; frames of version 0.1
+    say event and daily.
     """
-    unit = {"event": None, "hourly": "hour", "daily": "day"}[freshness]
+    unit = {"live": None, "event": None, "hourly": "hour", "nightly": "day", "daily": "day"}[freshness]
     return time if unit is None else f"date_trunc('{unit}', {time})"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,12 @@ class Artifact:
             batch = window_batch(timelines, user_N[rows], length_NC[rows], self.window, merged=merged)
             vectors[rows] = self.model.user_vectors(atoms_AD, batch, id_row_A).cpu().numpy()
         return vectors
+
+    @property
+    def trained_until(self) -> datetime | None:
+        """When the last impression was shown that training or validation read; None in older artifacts."""
+        until = self.facts.get("trained_until")
+        return None if until is None else datetime.fromisoformat(until)
 
     def id_table_rows(self, item_ids: Sequence[str | int]) -> torch.Tensor:
         """Row of the ID table [N] of each item; 0 for items that training has not seen."""

@@ -156,6 +156,6 @@ def _scope(
         }
         tables["frame"] = f"read_parquet({sql_literal(str(path))})"
         rows = scalar(connection, f"SELECT count(*) FROM impressions {then}")
-        freshness = about.get("freshness", "event")
+        freshness = about.get("freshness", "live")
         return tables, {"channels": channels, "rows": rows, "freshness": freshness}
     return of_lake("user_embedding", "item_embedding"), dict(last.facts)

@@ -360,7 +360,7 @@ def _frame(parameters: Parameters, columns: Columns) -> list[Check]:
                 why="Null says no history; a negative length points before the timeline.",
             )
         )
-    freshness = parameters.get("freshness", "event")
+    freshness = parameters.get("freshness", "live")
     return [
         *checks,
         *history_leaks(parameters["channels"], freshness),

@@ -11,6 +11,7 @@ import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -35,6 +36,14 @@ class ClickRule(_Section):
 
     column: str
     at_least: Annotated[float, Field(allow_inf_nan=False)]
+
+
+Freshness = Literal["nightly", "hourly", "live"]
+
+
+def _freshness_of_0_1(value: object) -> object:
+    """Version 0.1 said daily and event."""
+    return {"daily": "nightly", "event": "live"}.get(value, value) if isinstance(value, str) else value
 
 
 def _text_encoding(name: str) -> str:
@@ -151,9 +160,10 @@ class Dataset(_Section):
     split: Split = Split()
     lake: LakeConfig = LakeConfig()
     """Where the lake lies, when not in the home."""
-    freshness: Literal["event", "hourly", "daily"] = "event"
+    freshness: Annotated[Freshness, BeforeValidator(_freshness_of_0_1)] = "nightly"
     """How fresh the features are that serving reads. An impression of a training frame sees what was known
-    strictly before its own instant, the start of its hour, or the start of its day (UTC)."""
+    strictly before the start of its day (UTC), as when `bahe daily` publishes every night; the start of its
+    hour; or, with `live`, its own instant, as when a service is told of every behavior at once."""
     backbone: BackboneConfig = BackboneConfig()
     """Which language model; a `path` that exists beside dataset.yaml is a folder or a .gguf file."""
     encoder: EncoderConfig = EncoderConfig()

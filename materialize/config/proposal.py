@@ -87,6 +87,7 @@ def _document(connection: duckdb.DuckDBPyConnection, files: Sequence[LogFile], f
     for table in ("behaviors", "impressions", "items", "users"):
         if table in made.sections:
             lines += ["", f"{table}:", *(f"  {line}" for line in made.sections[table])]
+    lines += ["", "freshness: nightly  # how old serving's features are: nightly, hourly, or live"]
     return "\n".join(lines) + "\n"
 
 

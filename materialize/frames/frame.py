@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from bahe_core.errors import BadInput, NotReady
 from bahe_core.files import new_folder
 from bahe_core.home import Home
-from bahe_core.progress import progress
+from bahe_core.progress import progress, say
 from bahe_core.results import Result
 from bahe_lake import runs
 from bahe_lake.connection import lake
@@ -78,11 +78,12 @@ def frame(
 ) -> Frame:
     """Pull the point-in-time frame of all impressions through Feast, split it by time, write Parquet.
 
-    With `freshness: hourly | daily` in dataset.yaml an impression sees what was known at the start of its
-    hour or day. `as_of` reads the lake as it was at that snapshot. Several workers of `where`
-    each join the users of one hash. Does nothing when the lake, the service, the freshness and the split
-    are those of the last run. Raises NotReady before `ingest` and `apply`,
-    BadInput when the service or the snapshot is unknown or a split would be empty.
+    An impression sees what was known at the start of its day, or with `freshness: hourly | live` in
+    dataset.yaml at the start of its hour or strictly before its own instant. `as_of` reads the lake as it
+    was at that snapshot. Several workers of `where` each join the users of one hash. Does nothing when the
+    lake, the service, the freshness, the context and the split are those of the last run. Raises NotReady
+    before `ingest` and `apply`, BadInput when the service or the snapshot is unknown or a split would be
+    empty.
     """
     dataset = home_dataset(home)
     store = open_store(home)
@@ -99,8 +100,9 @@ def frame(
         features = _service(store, service)
         projected = [[p.name, [f.name for f in p.features]] for p in features.feature_view_projections]
         identity = [ingested.fingerprint, projected, dataset.split.model_dump(mode="json")]
-        if dataset.freshness != "event":
-            identity.append(dataset.freshness)
+        if dataset.freshness != "live":
+            # In the words of version 0.1, so that its frames keep their names.
+            identity.append("daily" if dataset.freshness == "nightly" else dataset.freshness)
         context = dataset.impressions.context
         if context:
             identity.append(context)
@@ -109,6 +111,12 @@ def frame(
         last = runs.last(connection, JOB)
         if last is not None and last.fingerprint == frame_id and path.is_file():
             return Frame(path, frame_id, last.facts["rows"], skipped=True)
+        before = last.facts.get("freshness", "live") if last is not None else dataset.freshness
+        if before != dataset.freshness:
+            say(
+                f"  impressions see features as serving has them: {dataset.freshness}, in the last frame"
+                f" {before}; `freshness` in dataset.yaml says which"
+            )
         with runs.record(connection, JOB, frame_id) as run:
             entities = _entities(then, dataset.split, dataset.freshness, context)
             rows = _split_rows(then, entities)
@@ -124,7 +132,7 @@ def frame(
                 reader = job.to_arrow_reader() if alone else job.to_sharded_reader(executor, "user_id")
                 count = sum(rows.values())
                 _write(reader, path, about, count)
-            facts = {"rows": rows, "service": service}
+            facts = {"rows": rows, "service": service, "freshness": dataset.freshness}
             commit(connection, [run.statement(facts, rows_read=count, rows_written=count)])
     return Frame(path, frame_id, rows, skipped=False)
 

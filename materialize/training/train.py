@@ -6,7 +6,7 @@ import hashlib
 import json
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from bahe_models.ctr_training import (
 )
 from bahe_models.distributed import own_device, processes
 from bahe_models.encoder import encoder_version
+from bahe_models.impressions import TrainingData
 from bahe_models.sharding import require_processes
 from bahe_models.warm_start import require_fit as warm_start_fits
 from materialize.config.backbone import encoder_settings
@@ -157,7 +158,7 @@ def train_models(
                 )
                 log.parameters({k: v for part in vars(settings).values() for k, v in asdict(part).items()})
                 artifact, results, histories, evaluations = do_train(log)
-                artifact.facts = _facts(dataset, frame, results)
+                artifact.facts = _facts(dataset, frame, data, results)
                 if not artifact_path.is_dir():
                     artifact.save(artifact_path)
                 checkpoint.delete()  # not before: a kill between the two would cost the whole training
@@ -181,10 +182,15 @@ def _earlier_model(home: Home, version: str) -> Artifact:
     return load(folder)
 
 
-def _facts(dataset: Dataset, frame: Frame, results: list[dict[str, Any]]) -> dict[str, Any]:
+def _facts(
+    dataset: Dataset, frame: Frame, data: TrainingData, results: list[dict[str, Any]]
+) -> dict[str, Any]:
+    # Validation chose the epoch, so it was read as well.
+    read_us = max(int(data.splits[name].time_us_N.max()) for name in ("train", "validation"))
     return {
         "dataset": dataset.name,
         "frame_id": frame.frame_id,
         "trained_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "trained_until": (datetime(1970, 1, 1, tzinfo=UTC) + timedelta(microseconds=read_us)).isoformat(),
         "results": results,
     }

@@ -209,13 +209,23 @@ def _replace(
     vectors: np.ndarray,
     artifact: Artifact,
 ) -> None:
-    """Replace the vectors of these keys, in one transaction."""
+    """Replace the vectors of these keys, in one transaction.
+
+    A vector holds what its model learned, so it is not known before the last impression that was read:
+    a frame of earlier impressions does not get it.
+    """
     connection.register("fresh", rows.append_column("embedding", vector_column(vectors)))
+    since = artifact.trained_until
+    known = "event_timestamp" if since is None else f"greatest(event_timestamp, {sql_literal(since)})"
     version, now = sql_literal(artifact.model_version), sql_literal(datetime.now(UTC))
     delete = f"DELETE FROM {table} WHERE model_version = {version} AND {key} IN (SELECT {key} FROM fresh)"
     insert = f"""
         INSERT INTO {table} BY NAME
-        SELECT *, {version} AS model_version, {now} AS created_timestamp FROM fresh
+        SELECT
+            * REPLACE ({known} AS event_timestamp),
+            {version} AS model_version,
+            {now} AS created_timestamp
+        FROM fresh
         """
     commit(connection, [delete, insert])
     connection.unregister("fresh")

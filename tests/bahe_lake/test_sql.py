@@ -33,7 +33,7 @@ def test_freshness_cuts_time_where_serving_was_last_renewed() -> None:
     time = "TIMESTAMP '2026-01-02 03:04:05'"
     known = [
         duckdb.sql(f"SELECT {known_until(freshness, time)}").fetchone()
-        for freshness in ("event", "hourly", "daily")
+        for freshness in ("live", "hourly", "nightly")
     ]
     assert known == [
         (datetime(2026, 1, 2, 3, 4, 5),),

@@ -160,6 +160,22 @@ def test_what_serving_says_is_what_training_would_have_seen(filled: tuple[Home, 
         )
 
 
+def test_a_vector_is_not_known_before_its_model(filled: tuple[Home, Path]) -> None:
+    """A frame of impressions that a model learned from, or chose its epoch by, has none of its vectors."""
+    home, _ = filled
+    (model,) = home.models.iterdir()
+    frame = pq.read_table(latest_frame(home).path).to_pandas()
+    asked = frame[["user_id", "item_id", "event_timestamp", "split"]].assign(model_version=model.name)
+    features = ["user_embedding:behaviors", "item_embedding:embedding"]
+    got = open_store(home).get_historical_features(asked, features).to_df()
+    learned = got["split"] != "test"
+    assert got.loc[learned, ["behaviors", "embedding"]].isna().all(axis=None)
+    # An item's vector holds for all of the test split, a user's from the last behavior that it has read.
+    assert got.loc[~learned, "embedding"].notna().all()
+    later = asked.assign(event_timestamp=pd.Timestamp("2030-01-01", tz="UTC"))
+    assert open_store(home).get_historical_features(later, features).to_df()["behaviors"].notna().all()
+
+
 def test_serving_reads_context_as_training_did(filled: tuple[Home, Path]) -> None:
     """A row's context, hashed on training's path, scores as the same values asked of the API do."""
     home, _ = filled

@@ -61,7 +61,10 @@ def small_log(seed: int = 0, users: int = 30, items: int = 25, rows: int = 900) 
 def write_dataset(
     folder: Path, log: dict[str, pd.DataFrame], backbone: Path | None = None, **more: object
 ) -> Path:
-    """The log as Parquet files with a dataset.yaml beside them; returns its path."""
+    """The log as Parquet files with a dataset.yaml beside them; returns its path.
+
+    Its freshness is live, so that few rows in a short time have features.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     sections: dict[str, object] = {"name": "small", "channels": ["liked", "disliked"]}
     for table, rows in log.items():
@@ -69,6 +72,7 @@ def write_dataset(
         sections[table] = {"files": f"{table}.parquet"}
     if backbone is not None:
         sections["backbone"] = {"path": str(backbone), "shallow_layers": 2, "deep_layers": 2}
+    sections["freshness"] = "live"
     sections["model"] = {"deep_width": 8, "profile_width": 8, "head_width": 16}
     sections["training"] = {"epochs": 2, "impressions_per_step": 200}
     sections.update(more)

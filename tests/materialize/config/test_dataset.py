@@ -111,9 +111,10 @@ def test_a_dataset_comes_back_as_it_was_saved(tmp_path: Path) -> None:
         tmp_path,
         training={"epochs": 7, "seed": 3},
         backbone={"shallow_layers": 4},
-        freshness="daily",
+        freshness="daily",  # as version 0.1 called it
     )
     dataset = load_dataset(path)
+    assert dataset.freshness == "nightly"
     assert dataset.training == TrainingConfig(epochs=7, seed=3)
     assert dataset.backbone == BackboneConfig(shallow_layers=4)
     save_dataset(dataset, tmp_path / "copy.yaml")

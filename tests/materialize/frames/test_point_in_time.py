@@ -226,7 +226,7 @@ def test_the_order_and_the_rows_of_the_entity_frame_are_kept() -> None:
     assert "user_timeline__length_liked" in full.columns
 
 
-@pytest.mark.parametrize(("freshness", "unit"), [("hourly", "h"), ("daily", "D")])
+@pytest.mark.parametrize(("freshness", "unit"), [("hourly", "h"), ("nightly", "D")])
 def test_a_frame_knows_nothing_from_after_serving_was_refreshed(
     freshness: str, unit: str, tmp_path: Path
 ) -> None:
