@@ -25,8 +25,12 @@ def add(connection: duckdb.DuckDBPyConnection, reads: Mapping[str, Read]) -> boo
             _new_rows(connection, table)
             changed |= _make_room(connection, table)
             connection.execute(
-                f"INSERT INTO {table} BY NAME SELECT * FROM new_{table}"
-                f" ORDER BY event_timestamp, {ROW_KEY[table][0]}"
+                f"""
+                INSERT INTO {table} BY NAME
+                SELECT *
+                FROM new_{table}
+                ORDER BY event_timestamp, {ROW_KEY[table][0]}
+                """
             )
             changed |= scalar(connection, f"SELECT count(*) FROM new_{table}") > 0
             changed |= _fill(connection, table)
@@ -36,8 +40,10 @@ def add(connection: duckdb.DuckDBPyConnection, reads: Mapping[str, Read]) -> boo
     derive.prepare(connection)
     if "impressions" in reads:
         connection.execute(
-            "INSERT INTO changed_impressions SELECT min(event_timestamp) FROM new_impressions"
-            " HAVING count(*) > 0"
+            """
+            INSERT INTO changed_impressions
+            SELECT min(event_timestamp) FROM new_impressions HAVING count(*) > 0
+            """
         )
     if "behaviors" in reads:
         changed |= _add_behaviors(connection, item_type)
@@ -60,11 +66,14 @@ def _merge_repeated(connection: duckdb.DuckDBPyConnection, table: str) -> None:
     if not scalar(connection, f"SELECT count(*) FROM repeated_{table}"):
         return
     rest = [column for column in columns(connection, f"raw_{table}") if column not in ROW_KEY[table]]
-    merged = ", ".join(f"any_value({name}) AS {name}" for name in map(sql_identifier, rest))
-    repeated = f"raw_{table} SEMI JOIN repeated_{table} USING ({key})"
+    merged = "".join(f", any_value({name}) AS {name}" for name in map(sql_identifier, rest))
     connection.execute(
-        f"""CREATE OR REPLACE TEMP TABLE merged_{table} AS
-            SELECT {", ".join((key, merged)) if merged else key} FROM {repeated} GROUP BY {key}"""
+        f"""
+        CREATE OR REPLACE TEMP TABLE merged_{table} AS
+        SELECT {key}{merged}
+        FROM raw_{table} SEMI JOIN repeated_{table} USING ({key})
+        GROUP BY {key}
+        """
     )
     connection.execute(f"DELETE FROM raw_{table} WHERE ({key}) IN (SELECT ({key}) FROM repeated_{table})")
     connection.execute(f"INSERT INTO raw_{table} BY NAME SELECT * FROM merged_{table}")
@@ -101,19 +110,44 @@ def _create_others(connection: duckdb.DuckDBPyConnection) -> None:
     item = columns(connection, "items")["item_id"]
     stamps = "event_timestamp TIMESTAMPTZ, created_timestamp TIMESTAMPTZ"
     layouts = {
-        "behaviors": (
-            f"user_id {user}, channel VARCHAR, atom_id BIGINT, event_timestamp TIMESTAMPTZ, item_id {item}"
-        ),
-        "atoms": "atom_id BIGINT, channel VARCHAR, text VARCHAR, first_seen TIMESTAMPTZ",
-        "atomic_behavior_embedding": (
-            f"atom_id BIGINT, encoder_version VARCHAR, embedding FLOAT[], {stamps}"
-        ),
-        "user_embedding": (
-            f"user_id {user}, model_version VARCHAR, embedding FLOAT[], behaviors BIGINT,"
-            f" seen_items VARCHAR[], {stamps}"
-        ),
-        "item_embedding": f"item_id {item}, model_version VARCHAR, embedding FLOAT[], {stamps}",
-        "publications": f"deployment VARCHAR, live_model_version VARCHAR, {stamps}",
+        "behaviors": f"""
+            user_id {user},
+            channel VARCHAR,
+            atom_id BIGINT,
+            event_timestamp TIMESTAMPTZ,
+            item_id {item}
+        """,
+        "atoms": """
+            atom_id BIGINT,
+            channel VARCHAR,
+            text VARCHAR,
+            first_seen TIMESTAMPTZ
+        """,
+        "atomic_behavior_embedding": f"""
+            atom_id BIGINT,
+            encoder_version VARCHAR,
+            embedding FLOAT[],
+            {stamps}
+        """,
+        "user_embedding": f"""
+            user_id {user},
+            model_version VARCHAR,
+            embedding FLOAT[],
+            behaviors BIGINT,
+            seen_items VARCHAR[],
+            {stamps}
+        """,
+        "item_embedding": f"""
+            item_id {item},
+            model_version VARCHAR,
+            embedding FLOAT[],
+            {stamps}
+        """,
+        "publications": f"""
+            deployment VARCHAR,
+            live_model_version VARCHAR,
+            {stamps}
+        """,
     }
     for table, layout in layouts.items():
         connection.execute(f"CREATE TABLE IF NOT EXISTS {table} ({layout})")
@@ -127,36 +161,54 @@ def _add_behaviors(connection: duckdb.DuckDBPyConnection, item_type: str) -> boo
     with progress("adding behaviors", len(parts)) as advance:
         for part in parts:
             connection.execute(
-                "CREATE OR REPLACE TEMP TABLE part_behaviors AS"
-                f" SELECT user_id, channel::VARCHAR AS channel, atom_id, event_timestamp,"
-                f" min(item_id)::{item_type} AS item_id FROM raw_behaviors"
-                f" WHERE {part} GROUP BY ALL"
+                f"""
+                CREATE OR REPLACE TEMP TABLE part_behaviors AS
+                SELECT
+                    user_id,
+                    channel::VARCHAR AS channel,
+                    atom_id,
+                    event_timestamp,
+                    min(item_id)::{item_type} AS item_id
+                FROM raw_behaviors
+                WHERE {part}
+                GROUP BY ALL
+                """
             )
             bounds = connection.execute(
                 "SELECT min(event_timestamp), max(event_timestamp) FROM part_behaviors"
             ).fetchone()
             assert bounds is not None
             if bounds[0] is not None:
-                low, high = (sql_literal(moment.isoformat()) for moment in bounds)
-                # Bounds by which whole files can be left out.
-                old = (
-                    f"SELECT {key} FROM behaviors WHERE event_timestamp BETWEEN {low} AND {high} AND {part}"
+                low, high = map(sql_literal, bounds)  # by which whole files can be left out
+                connection.execute(
+                    f"""
+                    CREATE OR REPLACE TEMP TABLE new_behaviors AS
+                    SELECT *
+                    FROM part_behaviors
+                    ANTI JOIN (
+                        SELECT {key}
+                        FROM behaviors
+                        WHERE event_timestamp BETWEEN {low} AND {high} AND {part}
+                    ) USING ({key})
+                    """
                 )
                 connection.execute(
-                    "CREATE OR REPLACE TEMP TABLE new_behaviors AS"
-                    f" SELECT * FROM part_behaviors ANTI JOIN ({old}) USING ({key})"
+                    f"""
+                    INSERT INTO behaviors BY NAME
+                    SELECT * FROM new_behaviors ORDER BY event_timestamp, {key}
+                    """
                 )
                 connection.execute(
-                    "INSERT INTO behaviors BY NAME SELECT * FROM new_behaviors"
-                    f" ORDER BY event_timestamp, {key}"
+                    """
+                    INSERT INTO changed_users
+                    SELECT user_id, min(event_timestamp) FROM new_behaviors GROUP BY user_id
+                    """
                 )
                 connection.execute(
-                    "INSERT INTO changed_users SELECT user_id, min(event_timestamp) FROM new_behaviors"
-                    " GROUP BY user_id"
-                )
-                connection.execute(
-                    "INSERT INTO seen_atoms SELECT atom_id, min(event_timestamp) FROM new_behaviors"
-                    " GROUP BY atom_id"
+                    """
+                    INSERT INTO seen_atoms
+                    SELECT atom_id, min(event_timestamp) FROM new_behaviors GROUP BY atom_id
+                    """
                 )
                 added += scalar(connection, "SELECT count(*) FROM new_behaviors")
             advance()
@@ -170,21 +222,36 @@ def _add_atoms(connection: duckdb.DuckDBPyConnection, reads: Mapping[str, Read])
     parts = []
     if "behaviors" in reads:
         parts.append(
-            "SELECT atom_id, channel, any_value(normal) AS text, any_value(first_seen) AS first_seen"
-            " FROM raw_texts JOIN (SELECT atom_id, min(first_seen) AS first_seen FROM seen_atoms"
-            " GROUP BY atom_id) USING (atom_id) GROUP BY ALL"
+            """
+            SELECT atom_id, channel, any_value(normal) AS text, any_value(first_seen) AS first_seen
+            FROM raw_texts
+            JOIN (
+                SELECT atom_id, min(first_seen) AS first_seen FROM seen_atoms GROUP BY atom_id
+            ) USING (atom_id)
+            GROUP BY ALL
+            """
         )
     if "items" in reads:
         parts.append(
-            "SELECT atom_id, 'item' AS channel, any_value(text) AS text, min(event_timestamp) AS first_seen"
-            " FROM new_items GROUP BY atom_id"
+            """
+            SELECT
+                atom_id,
+                'item' AS channel,
+                any_value(text) AS text,
+                min(event_timestamp) AS first_seen
+            FROM new_items
+            GROUP BY atom_id
+            """
         )
     if not parts:
         return
     connection.execute(f"CREATE OR REPLACE TEMP TABLE new_atoms AS {' UNION ALL '.join(parts)}")
-    earlier = "FROM new_atoms n WHERE n.atom_id = a.atom_id AND n.first_seen < a.first_seen"
-    if scalar(connection, f"SELECT count(*) FROM atoms a, {earlier.removeprefix('FROM ')}"):
-        connection.execute(f"UPDATE atoms a SET first_seen = n.first_seen {earlier}")
+    earlier = "new_atoms n WHERE n.atom_id = a.atom_id AND n.first_seen < a.first_seen"
+    if scalar(connection, f"SELECT count(*) FROM atoms a, {earlier}"):
+        connection.execute(f"UPDATE atoms a SET first_seen = n.first_seen FROM {earlier}")
     connection.execute(
-        "INSERT INTO atoms SELECT * FROM new_atoms ANTI JOIN atoms USING (atom_id) ORDER BY atom_id"
+        """
+        INSERT INTO atoms
+        SELECT * FROM new_atoms ANTI JOIN atoms USING (atom_id) ORDER BY atom_id
+        """
     )

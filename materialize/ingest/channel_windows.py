@@ -21,34 +21,53 @@ def statements(channels: Sequence[str], days: Sequence[int]) -> list[str]:
 
 
 def _so_far(entity: str, channels: Sequence[str]) -> str:
-    counts = ", ".join(
-        f"(sum(count(*) FILTER (channel = {sql_literal(c)})) OVER past)::BIGINT AS"
-        f" {sql_identifier(f'{entity}_behaviors_{c}')}"
-        for c in channels
+    counts = ",".join(
+        f"""
+            (sum(count(*) FILTER (channel = {sql_literal(channel)})) OVER past)::BIGINT
+                AS {sql_identifier(f"{entity}_behaviors_{channel}")}"""
+        for channel in channels
     )
-    return (
-        f"CREATE OR REPLACE VIEW {entity}_behaviors AS SELECT {entity}_id, event_timestamp, {counts}"
-        f" FROM behaviors WHERE {entity}_id IS NOT NULL GROUP BY {entity}_id, event_timestamp"
-        f" WINDOW past AS (PARTITION BY {entity}_id ORDER BY event_timestamp)"
-    )
+    return f"""
+        CREATE OR REPLACE VIEW {entity}_behaviors AS
+        SELECT
+            {entity}_id,
+            event_timestamp,{counts}
+        FROM behaviors
+        WHERE {entity}_id IS NOT NULL
+        GROUP BY {entity}_id, event_timestamp
+        WINDOW past AS (PARTITION BY {entity}_id ORDER BY event_timestamp)
+    """
 
 
 def _window(entity: str, channels: Sequence[str], days: int) -> str:
     """A count changes when a behavior comes and, so many days later, when it leaves; each has its row, so
     that the row before a moment is right for that moment: it counts from exactly so many days before the
     moment, up to but without it."""
-    counts = ", ".join(
-        f"(sum(count(*) FILTER (came AND channel = {sql_literal(c)})) OVER recent)::BIGINT AS"
-        f" {sql_identifier(f'{entity}_behaviors_{c}_{days}d')}"
-        for c in channels
+    length = f"INTERVAL '{days} days'"
+    counts = ",".join(
+        f"""
+            (sum(count(*) FILTER (came AND channel = {sql_literal(channel)})) OVER recent)::BIGINT
+                AS {sql_identifier(f"{entity}_behaviors_{channel}_{days}d")}"""
+        for channel in channels
     )
-    columns, known = f"{entity}_id, channel", f"FROM behaviors WHERE {entity}_id IS NOT NULL"
-    return (
-        f"CREATE OR REPLACE VIEW {entity}_behaviors_{days}d AS"
-        f" SELECT {entity}_id, event_timestamp, {counts}"
-        f" FROM (SELECT {columns}, event_timestamp, true AS came {known} UNION ALL"
-        f" SELECT {columns}, event_timestamp + INTERVAL '{days} days', false {known})"
-        f" GROUP BY {entity}_id, event_timestamp"
-        f" WINDOW recent AS (PARTITION BY {entity}_id ORDER BY event_timestamp"
-        f" RANGE BETWEEN INTERVAL '{days} days' - INTERVAL 1 MICROSECOND PRECEDING AND CURRENT ROW)"
-    )
+    return f"""
+        CREATE OR REPLACE VIEW {entity}_behaviors_{days}d AS
+        SELECT
+            {entity}_id,
+            event_timestamp,{counts}
+        FROM (
+            SELECT {entity}_id, channel, event_timestamp, true AS came
+            FROM behaviors
+            WHERE {entity}_id IS NOT NULL
+            UNION ALL
+            SELECT {entity}_id, channel, event_timestamp + {length}, false
+            FROM behaviors
+            WHERE {entity}_id IS NOT NULL
+        )
+        GROUP BY {entity}_id, event_timestamp
+        WINDOW recent AS (
+            PARTITION BY {entity}_id
+            ORDER BY event_timestamp
+            RANGE BETWEEN {length} - INTERVAL 1 MICROSECOND PRECEDING AND CURRENT ROW
+        )
+    """

@@ -84,13 +84,17 @@ def ranges(connection: duckdb.DuckDBPyConnection, relation: str, key: str) -> li
         shares = ", ".join(str(i / parts) for i in range(1, parts))
         for sample in (f"hash({key}) % 64 = 0", "true"):  # a sample of the keys, unless that leaves none
             found = connection.execute(
-                f"SELECT DISTINCT unnest(quantile_disc({key}, [{shares}])) AS bound FROM {relation}"
-                f" WHERE {sample} ORDER BY bound"
+                f"""
+                SELECT DISTINCT unnest(quantile_disc({key}, [{shares}])) AS bound
+                FROM {relation}
+                WHERE {sample}
+                ORDER BY bound
+                """
             ).fetchall()
             bounds = [bound for (bound,) in found if bound is not None]
             if bounds:
                 break
-    shown = [str(b) if isinstance(b, int) else sql_literal(str(b)) for b in bounds]
+    shown = [sql_literal(bound if isinstance(bound, int) else str(bound)) for bound in bounds]
     predicates = []
     for low, high in zip([None, *shown], [*shown, None], strict=True):
         sides = [
@@ -105,23 +109,34 @@ def _create(connection: duckdb.DuckDBPyConnection, channels: Sequence[str]) -> N
     user = columns(connection, "behaviors")["user_id"]
     lengths = ", ".join(f"{sql_identifier('length_' + channel)} BIGINT" for channel in channels)
     layouts = {
-        "user_timeline": (
-            f"user_id {user}, channel VARCHAR, position BIGINT, atom_id BIGINT, event_timestamp TIMESTAMPTZ"
-        ),
-        "timeline_length": (
-            f"user_id {user}, event_timestamp TIMESTAMPTZ, {lengths}, recent_atoms BIGINT[],"
-            " created_timestamp TIMESTAMPTZ"
-        ),
+        "user_timeline": f"""
+            user_id {user},
+            channel VARCHAR,
+            position BIGINT,
+            atom_id BIGINT,
+            event_timestamp TIMESTAMPTZ
+        """,
+        "timeline_length": f"""
+            user_id {user},
+            event_timestamp TIMESTAMPTZ,
+            {lengths},
+            recent_atoms BIGINT[],
+            created_timestamp TIMESTAMPTZ
+        """,
     }
     for entity in ("user", "item"):
         kind = columns(connection, "impressions")[f"{entity}_id"]
         for suffix in ("", *(f"_{days}d" for days in WINDOW_DAYS)):
-            last = f" {entity}_last_impression_us BIGINT," if not suffix else ""
-            layouts[f"{entity}_stats{suffix}"] = (
-                f"{entity}_id {kind}, event_timestamp TIMESTAMPTZ, {entity}_impressions{suffix} BIGINT,"
-                f" {entity}_clicks{suffix} BIGINT, {entity}_click_rate{suffix} DOUBLE,{last}"
-                " created_timestamp TIMESTAMPTZ"
-            )
+            last_impression = "" if suffix else f"{entity}_last_impression_us BIGINT,"
+            layouts[f"{entity}_stats{suffix}"] = f"""
+                {entity}_id {kind},
+                event_timestamp TIMESTAMPTZ,
+                {entity}_impressions{suffix} BIGINT,
+                {entity}_clicks{suffix} BIGINT,
+                {entity}_click_rate{suffix} DOUBLE,
+                {last_impression}
+                created_timestamp TIMESTAMPTZ
+            """
     for table, layout in layouts.items():
         connection.execute(f"CREATE OR REPLACE TABLE {table} ({layout})")
     for view in channel_windows.statements(channels, WINDOW_DAYS):
@@ -132,35 +147,52 @@ def _replace(
     connection: duckdb.DuckDBPyConnection, table: str, fresh: str, key: Sequence[str], since: str
 ) -> None:
     """Make the table's rows of the fresh rows' keys, none of them before `since`, equal to these."""
-    values = [c for c in columns(connection, fresh) if c not in key]
+    keys = [sql_identifier(c) for c in key]
+    values = [sql_identifier(c) for c in columns(connection, fresh) if c not in key]
+    listed_key = ", ".join(keys)
     old = f"SELECT * FROM {table} WHERE event_timestamp >= {since}"
-    same_key = " AND ".join(f"t.{sql_identifier(c)} = f.{sql_identifier(c)}" for c in key)
     added = fresh
     if scalar(connection, f"SELECT count(*) FROM ({old} LIMIT 1)"):
-        differ = " OR ".join(
-            f"t.{sql_identifier(c)} IS DISTINCT FROM f.{sql_identifier(c)}" for c in values
+        same_key = " AND ".join(f"t.{name} = f.{name}" for name in keys)
+        differ = " OR ".join(f"t.{name} IS DISTINCT FROM f.{name}" for name in values)
+        different = scalar(
+            connection,
+            f"""
+            SELECT count(*)
+            FROM ({old}) t
+            JOIN {fresh} f ON {same_key}
+            WHERE {differ}
+            """,
         )
-        if scalar(
-            connection, f"SELECT count(*) FROM ({old}) t JOIN {fresh} f ON {same_key} WHERE {differ}"
-        ):
+        if different:
             connection.execute(
-                f"DELETE FROM {table} AS t USING {fresh} AS f"
-                f" WHERE t.event_timestamp >= {since} AND {same_key} AND ({differ})"
+                f"""
+                DELETE FROM {table} AS t
+                USING {fresh} AS f
+                WHERE t.event_timestamp >= {since} AND {same_key} AND ({differ})
+                """
             )
-        added = f"{fresh} ANTI JOIN ({old}) USING ({', '.join(key)})"
+        added = f"{fresh} ANTI JOIN ({old}) USING ({listed_key})"
     created = ", now() AS created_timestamp" if "created_timestamp" in columns(connection, table) else ""
     connection.execute(
-        f"INSERT INTO {table} BY NAME SELECT *{created} FROM {added} ORDER BY {', '.join(key)}"
+        f"""
+        INSERT INTO {table} BY NAME
+        SELECT *{created}
+        FROM {added}
+        ORDER BY {listed_key}
+        """
     )
 
 
 def _timelines(connection: duckdb.DuckDBPyConnection, channels: Sequence[str]) -> None:
     """`user_timeline` and `timeline_length` from each changed user's oldest new behavior on."""
     oldest = _moment(connection, "SELECT min(since) FROM changed_users")
-    events = (
-        "SELECT b.* FROM behaviors b JOIN changed_users c USING (user_id)"
-        f" WHERE b.event_timestamp >= {oldest} AND b.event_timestamp >= c.since"
-    )
+    events = f"""
+        SELECT b.*
+        FROM behaviors b
+        JOIN changed_users c USING (user_id)
+        WHERE b.event_timestamp >= {oldest} AND b.event_timestamp >= c.since
+    """
     parts = ranges(connection, f"({events})", "user_id")
     with progress("timelines", len(parts)) as advance:
         for part in parts:
@@ -172,57 +204,84 @@ def _timelines(connection: duckdb.DuckDBPyConnection, channels: Sequence[str]) -
 def _part_of_timelines(
     connection: duckdb.DuckDBPyConnection, channels: Sequence[str], part: str, events: str, oldest: str
 ) -> None:
-    counts = {c: sql_identifier(f"length_{c}") for c in channels}
-    known = scalar(connection, "SELECT count(*) FROM (SELECT 1 FROM timeline_length LIMIT 1)")
-    part = part.replace("user_id", "b.user_id")
-    fresh = (
-        f"SELECT b.user_id, channel, atom_id, event_timestamp, true AS fresh FROM ({events}) b WHERE {part}"
+    lengths = {c: sql_identifier(f"length_{c}") for c in channels}
+    listed_lengths = ", ".join(lengths.values())
+    so_far = ", ".join(f"max({length}) AS {length}" for length in lengths.values())
+    running = ",".join(
+        f"""
+                coalesce(base.{length}, 0)
+                    + count(*) FILTER (fresh AND channel = {sql_literal(c)})
+                        OVER (past ROWS UNBOUNDED PRECEDING) AS {length}"""
+        for c, length in lengths.items()
     )
-    base = f"(SELECT NULL::{columns(connection, 'behaviors')['user_id']} AS user_id"
-    base += "".join(f", 0 AS {length}" for length in counts.values()) + " WHERE false)"
-    if known:
-        # What a user did just before: the recent atoms of the first new instant need it.
-        fresh += (
-            " UNION ALL SELECT b.user_id, b.channel, b.atom_id, b.event_timestamp, false"
-            " FROM user_timeline b JOIN changed_users c USING (user_id)"
-            f" WHERE b.event_timestamp < c.since AND {part}"
-            " QUALIFY row_number() OVER (PARTITION BY b.user_id ORDER BY"
-            f" b.event_timestamp DESC, b.channel DESC, b.atom_id DESC) < {RECENT_ATOMS}"
-        )
-        so_far = ", ".join(f"max({length}) AS {length}" for length in counts.values())
-        base = (
-            f"(SELECT b.user_id, {so_far} FROM timeline_length b JOIN changed_users c USING (user_id)"
-            f" WHERE b.event_timestamp < c.since AND {part} GROUP BY b.user_id)"
-        )
-    running = ", ".join(
-        f"coalesce(base.{length}, 0) + count(*) FILTER (fresh AND channel = {sql_literal(c)})"
-        f" OVER (past ROWS UNBOUNDED PRECEDING) AS {length}"
-        for c, length in counts.items()
-    )
+    # What a user did just before is needed by the recent atoms of the first new instant. Events of one
+    # instant have no order of their own; channel and atom id make it reproducible.
     connection.execute(
-        "CREATE OR REPLACE TEMP TABLE events AS SELECT * EXCLUDE (fresh) FROM ("
-        f" SELECT e.user_id, channel, atom_id, event_timestamp, fresh, {running},"
-        f" list(atom_id) OVER (past ROWS {RECENT_ATOMS - 1} PRECEDING) AS recent_atoms,"
-        " lead(event_timestamp) OVER past IS DISTINCT FROM event_timestamp AS last_of_instant"
-        f" FROM ({fresh}) e LEFT JOIN {base} base ON e.user_id = base.user_id"
-        # Events of one instant have no order of their own; channel and atom id make it reproducible.
-        " WINDOW past AS (PARTITION BY e.user_id ORDER BY event_timestamp, channel, atom_id)"
-        ") WHERE fresh"
+        f"""
+        CREATE OR REPLACE TEMP TABLE events AS
+        WITH just_before AS (
+            SELECT user_id, b.channel, b.atom_id, b.event_timestamp
+            FROM user_timeline b
+            JOIN changed_users c USING (user_id)
+            WHERE b.event_timestamp < c.since AND {part}
+            QUALIFY row_number() OVER (
+                PARTITION BY user_id ORDER BY b.event_timestamp DESC, b.channel DESC, b.atom_id DESC
+            ) < {RECENT_ATOMS}
+        ),
+        base AS (
+            SELECT user_id, {so_far}
+            FROM timeline_length b
+            JOIN changed_users c USING (user_id)
+            WHERE b.event_timestamp < c.since AND {part}
+            GROUP BY user_id
+        )
+        SELECT * EXCLUDE (fresh)
+        FROM (
+            SELECT
+                e.user_id,
+                channel,
+                atom_id,
+                event_timestamp,
+                fresh,{running},
+                list(atom_id) OVER (past ROWS {RECENT_ATOMS - 1} PRECEDING) AS recent_atoms,
+                lead(event_timestamp) OVER past IS DISTINCT FROM event_timestamp AS last_of_instant
+            FROM (
+                SELECT user_id, channel, atom_id, event_timestamp, true AS fresh
+                FROM ({events})
+                WHERE {part}
+                UNION ALL
+                SELECT *, false FROM just_before
+            ) e
+            LEFT JOIN base ON e.user_id = base.user_id
+            WINDOW past AS (PARTITION BY e.user_id ORDER BY event_timestamp, channel, atom_id)
+        )
+        WHERE fresh
+        """
     )
-    position = " ".join(f"WHEN {sql_literal(c)} THEN {length}" for c, length in counts.items())
+    length_then = " ".join(f"WHEN {sql_literal(c)} THEN {length}" for c, length in lengths.items())
     _replace(
         connection,
         "user_timeline",
-        f"(SELECT user_id, channel, (CASE channel {position} END - 1)::BIGINT AS position, atom_id,"
-        " event_timestamp FROM events)",
+        f"""(
+            SELECT
+                user_id,
+                channel,
+                (CASE channel {length_then} END - 1)::BIGINT AS position,
+                atom_id,
+                event_timestamp
+            FROM events
+        )""",
         ("user_id", "channel", "position"),
         oldest,
     )
     _replace(
         connection,
         "timeline_length",
-        f"(SELECT user_id, event_timestamp, {', '.join(counts.values())}, recent_atoms FROM events"
-        " WHERE last_of_instant)",
+        f"""(
+            SELECT user_id, event_timestamp, {listed_lengths}, recent_atoms
+            FROM events
+            WHERE last_of_instant
+        )""",
         ("user_id", "event_timestamp"),
         oldest,
     )
@@ -235,12 +294,22 @@ def _all_statistics(connection: duckdb.DuckDBPyConnection) -> None:
         f"SELECT count(*), coalesce(sum(clicked), 0) FROM impressions WHERE event_timestamp < {since}"
     ).fetchone()
     assert before is not None
+    impressions, clicks = before
     # Beside each impression the log's own click rate so far: what a smoothed rate starts from, itself
     # point-in-time.
     connection.execute(
-        "CREATE OR REPLACE TEMP TABLE shown AS SELECT user_id, item_id, event_timestamp, clicked,"
-        f" ({before[1]} + sum(clicked) OVER past + 1) / ({before[0]} + count(*) OVER past + 2) AS rate"
-        f" FROM impressions WHERE event_timestamp >= {since} WINDOW past AS (ORDER BY event_timestamp)"
+        f"""
+        CREATE OR REPLACE TEMP TABLE shown AS
+        SELECT
+            user_id,
+            item_id,
+            event_timestamp,
+            clicked,
+            ({clicks} + sum(clicked) OVER past + 1) / ({impressions} + count(*) OVER past + 2) AS rate
+        FROM impressions
+        WHERE event_timestamp >= {since}
+        WINDOW past AS (ORDER BY event_timestamp)
+        """
     )
     for entity in ("user", "item"):
         parts = ranges(connection, "shown", f"{entity}_id")
@@ -257,24 +326,47 @@ def _all_statistics(connection: duckdb.DuckDBPyConnection) -> None:
 def _statistics(connection: duckdb.DuckDBPyConnection, entity: str, part: str, since: str) -> None:
     key, table = f"{entity}_id", f"{entity}_stats"
     connection.execute(
-        f"CREATE OR REPLACE TEMP TABLE instants AS SELECT {key}, event_timestamp, count(*) AS shown,"
-        " sum(clicked)::BIGINT AS clicks, any_value(rate) AS rate"
-        f" FROM shown WHERE {part} GROUP BY {key}, event_timestamp"
-    )
-    before = (
-        f"SELECT {key}, max({entity}_impressions) AS shown, max({entity}_clicks) AS clicks FROM {table}"
-        f" WHERE event_timestamp < {since} AND {part} GROUP BY {key}"
+        f"""
+        CREATE OR REPLACE TEMP TABLE instants AS
+        SELECT
+            {key},
+            event_timestamp,
+            count(*) AS shown,
+            sum(clicked)::BIGINT AS clicks,
+            any_value(rate) AS rate
+        FROM shown
+        WHERE {part}
+        GROUP BY {key}, event_timestamp
+        """
     )
     connection.execute(
-        f"CREATE OR REPLACE TEMP TABLE fresh AS SELECT {key}, event_timestamp,"
-        f" impressions AS {entity}_impressions, clicks AS {entity}_clicks,"
-        f" (clicks + {PRIOR_STRENGTH} * rate) / (impressions + {PRIOR_STRENGTH}) AS {entity}_click_rate,"
-        f" epoch_us(event_timestamp) AS {entity}_last_impression_us"
-        f" FROM (SELECT i.{key}, event_timestamp, rate,"
-        " (coalesce(b.shown, 0) + sum(i.shown) OVER past)::BIGINT AS impressions,"
-        " (coalesce(b.clicks, 0) + sum(i.clicks) OVER past)::BIGINT AS clicks"
-        f" FROM instants i LEFT JOIN ({before}) b ON i.{key} = b.{key}"
-        f" WINDOW past AS (PARTITION BY i.{key} ORDER BY event_timestamp))"
+        f"""
+        CREATE OR REPLACE TEMP TABLE fresh AS
+        WITH before AS (
+            SELECT {key}, max({entity}_impressions) AS shown, max({entity}_clicks) AS clicks
+            FROM {table}
+            WHERE event_timestamp < {since} AND {part}
+            GROUP BY {key}
+        )
+        SELECT
+            {key},
+            event_timestamp,
+            impressions AS {entity}_impressions,
+            clicks AS {entity}_clicks,
+            (clicks + {PRIOR_STRENGTH} * rate) / (impressions + {PRIOR_STRENGTH}) AS {entity}_click_rate,
+            epoch_us(event_timestamp) AS {entity}_last_impression_us
+        FROM (
+            SELECT
+                i.{key},
+                event_timestamp,
+                rate,
+                (coalesce(b.shown, 0) + sum(i.shown) OVER past)::BIGINT AS impressions,
+                (coalesce(b.clicks, 0) + sum(i.clicks) OVER past)::BIGINT AS clicks
+            FROM instants i
+            LEFT JOIN before b ON i.{key} = b.{key}
+            WINDOW past AS (PARTITION BY i.{key} ORDER BY event_timestamp)
+        )
+        """
     )
     _replace(connection, table, "fresh", (key, "event_timestamp"), since)
 
@@ -289,26 +381,48 @@ def _window_statistics(
     latest impression, so that a row depends on nothing that comes between.
     """
     key = f"{entity}_id"
-    came = f"SELECT {key}, event_timestamp, shown, clicks, rate FROM instants"
+    length = f"INTERVAL '{days} days'"
+    came_before = ""
     if since != _ALWAYS:
-        came += (
-            f" UNION ALL SELECT {key}, event_timestamp, count(*), sum(clicked), NULL FROM impressions"
-            f" SEMI JOIN instants USING ({key}) WHERE event_timestamp < {since} AND {part}"
-            f" AND event_timestamp >= {since} - INTERVAL '{days} days' GROUP BY ALL"
-        )
+        came_before = f"""
+            UNION ALL
+            SELECT {key}, event_timestamp, count(*), sum(clicked), NULL
+            FROM impressions SEMI JOIN instants USING ({key})
+            WHERE event_timestamp < {since} AND {part} AND event_timestamp >= {since} - {length}
+            GROUP BY ALL"""
+    # Without a rate there was no impression since then, and the row is what it was.
     connection.execute(
-        f"CREATE OR REPLACE TEMP TABLE fresh AS WITH came AS ({came}) SELECT {key}, event_timestamp,"
-        f" impressions AS {entity}_impressions_{days}d, clicks AS {entity}_clicks_{days}d,"
-        f" (clicks + {PRIOR_STRENGTH} * rate) / (impressions + {PRIOR_STRENGTH})"
-        f" AS {entity}_click_rate_{days}d"
-        f" FROM (SELECT {key}, event_timestamp, (sum(sum(shown)) OVER past)::BIGINT AS impressions,"
-        " (sum(sum(clicks)) OVER past)::BIGINT AS clicks,"
-        " last_value(max(rate) IGNORE NULLS) OVER past AS rate FROM (SELECT * FROM came UNION ALL"
-        f" SELECT {key}, event_timestamp + INTERVAL '{days} days', -shown, -clicks, NULL FROM came)"
-        f" GROUP BY {key}, event_timestamp WINDOW past AS"
-        f" (PARTITION BY {key} ORDER BY event_timestamp ROWS UNBOUNDED PRECEDING))"
-        # Without a rate there was no impression since then, and the row is what it was.
-        f" WHERE event_timestamp >= {since} AND rate IS NOT NULL"
+        f"""
+        CREATE OR REPLACE TEMP TABLE fresh AS
+        WITH came AS (
+            SELECT {key}, event_timestamp, shown, clicks, rate FROM instants{came_before}
+        )
+        SELECT
+            {key},
+            event_timestamp,
+            impressions AS {entity}_impressions_{days}d,
+            clicks AS {entity}_clicks_{days}d,
+            (clicks + {PRIOR_STRENGTH} * rate) / (impressions + {PRIOR_STRENGTH})
+                AS {entity}_click_rate_{days}d
+        FROM (
+            SELECT
+                {key},
+                event_timestamp,
+                (sum(sum(shown)) OVER past)::BIGINT AS impressions,
+                (sum(sum(clicks)) OVER past)::BIGINT AS clicks,
+                last_value(max(rate) IGNORE NULLS) OVER past AS rate
+            FROM (
+                SELECT * FROM came
+                UNION ALL
+                SELECT {key}, event_timestamp + {length}, -shown, -clicks, NULL FROM came
+            )
+            GROUP BY {key}, event_timestamp
+            WINDOW past AS (
+                PARTITION BY {key} ORDER BY event_timestamp ROWS UNBOUNDED PRECEDING
+            )
+        )
+        WHERE event_timestamp >= {since} AND rate IS NOT NULL
+        """
     )
     _replace(connection, f"{entity}_stats_{days}d", "fresh", (key, "event_timestamp"), since)
 
@@ -320,4 +434,4 @@ def _moment(connection: duckdb.DuckDBPyConnection, query: str) -> str:
     if row[1]:
         return _ALWAYS
     assert isinstance(row[0], datetime)
-    return f"TIMESTAMPTZ {sql_literal(row[0].isoformat())}"
+    return sql_literal(row[0])

@@ -24,16 +24,24 @@ from materialize.ingest.contract import FUTURE, UNKNOWN_ITEM, Projection, Rule, 
 from materialize.ingest.layouts import Layout
 from materialize.ingest.sources import FILE, File, Source
 
-CREATE = (
-    "CREATE TABLE IF NOT EXISTS quarantine (table_name VARCHAR, source VARCHAR, row_number BIGINT,"
-    " rule VARCHAR, reason VARCHAR, value VARCHAR, row VARCHAR, quarantined_at TIMESTAMPTZ, run VARCHAR)"
-)
+_COLUMNS = """(
+    table_name VARCHAR,
+    source VARCHAR,
+    row_number BIGINT,
+    rule VARCHAR,
+    reason VARCHAR,
+    value VARCHAR,
+    row VARCHAR,
+    quarantined_at TIMESTAMPTZ,
+    run VARCHAR
+)"""
+CREATE = f"CREATE TABLE IF NOT EXISTS quarantine {_COLUMNS}"
 _KEY = "table_name, source, row_number, rule, row"
 
 
 def prepare(connection: duckdb.DuckDBPyConnection) -> None:
     """An empty temporary table `held`, which `hold` fills and `statements` writes."""
-    connection.execute(CREATE.replace("TABLE IF NOT EXISTS quarantine", "OR REPLACE TEMP TABLE held"))
+    connection.execute(f"CREATE OR REPLACE TEMP TABLE held {_COLUMNS}")
 
 
 def hold(
@@ -69,12 +77,8 @@ def _files_with(
     """The layout's files that have rows of which the predicate is true."""
     column = sql_identifier(FILE) if len(layout.files) > 1 else "1"
     rows = projection.query(layout.relation, f", {column} AS _file")
-    paths = {
-        path
-        for (path,) in connection.execute(
-            f"SELECT DISTINCT _file FROM {rows} AS _row WHERE {bad}"
-        ).fetchall()
-    }
+    found = connection.execute(f"SELECT DISTINCT _file FROM {rows} AS _row WHERE {bad}").fetchall()
+    paths = {path for (path,) in found}
     return [file for file in layout.files if file.path in paths or (paths and len(layout.files) == 1)]
 
 
@@ -85,15 +89,23 @@ def _reasons(layout: Layout, projection: Projection, rules: Sequence[Rule], file
     )
 
     def of_first_broken(sql: Callable[[Rule], str]) -> str:
-        return "CASE " + " ".join(f"WHEN {rule.breaks} THEN {sql(rule)}" for rule in rules) + " END"
+        cases = " ".join(f"WHEN {rule.breaks} THEN {sql(rule)}" for rule in rules)
+        return f"CASE {cases} END"
 
     return f"""
-        SELECT {sql_literal(projection.table)}, {sql_literal(file.path)}, _number,
+        SELECT
+            {sql_literal(projection.table)},
+            {sql_literal(file.path)},
+            _number,
             {of_first_broken(lambda rule: sql_literal(rule.name))},
             {of_first_broken(lambda rule: rule.sentence)},
             {of_first_broken(lambda rule: f"({rule.value})::VARCHAR")},
-            to_json(_whole)::VARCHAR, NULL, NULL
-        FROM {rows} AS _row WHERE {broken(rules)}"""
+            to_json(_whole)::VARCHAR,
+            NULL,
+            NULL
+        FROM {rows} AS _row
+        WHERE {broken(rules)}
+    """
 
 
 def _refusal(row: tuple[Any, ...], file: File, files: int, count: int, read: int, max_share: float) -> str:
@@ -110,12 +122,19 @@ def statements(read: Sequence[tuple[Source, Sequence[File]]], run: str) -> list[
     for source, files in read:
         paths = ", ".join(sql_literal(file.path) for file in files)
         made.append(
-            f"DELETE FROM quarantine WHERE table_name = {sql_literal(source.table)} AND source IN ({paths})"
-            f" AND ({_KEY}) NOT IN (SELECT ({_KEY}) FROM held)"
+            f"""
+            DELETE FROM quarantine
+            WHERE table_name = {sql_literal(source.table)}
+                AND source IN ({paths})
+                AND ({_KEY}) NOT IN (SELECT ({_KEY}) FROM held)
+            """
         )
     made.append(
-        "INSERT INTO quarantine SELECT * REPLACE (now() AS quarantined_at,"
-        f" {sql_literal(run)} AS run) FROM held ANTI JOIN quarantine USING ({_KEY})"
+        f"""
+        INSERT INTO quarantine
+        SELECT * REPLACE (now() AS quarantined_at, {sql_literal(run)} AS run)
+        FROM held ANTI JOIN quarantine USING ({_KEY})
+        """
     )
     return made
 
@@ -129,17 +148,20 @@ def released(
     """
     if "quarantine" not in tables(connection):
         return set()
-    conditions = [
-        f"rule = {sql_literal(FUTURE)} AND TRY_CAST(value AS TIMESTAMPTZ) <="
-        f" TIMESTAMPTZ {sql_literal(latest.isoformat())}"
-    ]
+    item_has_come = ""
     if new_items and table == "impressions":
-        conditions.append(
-            f"rule = {sql_literal(UNKNOWN_ITEM)} AND value IN (SELECT item_id::VARCHAR FROM raw_items)"
-        )
+        item_has_come = f"""
+            OR rule = {sql_literal(UNKNOWN_ITEM)}
+            AND value IN (SELECT item_id::VARCHAR FROM raw_items)"""
     rows = connection.execute(
-        f"SELECT DISTINCT source FROM quarantine WHERE table_name = ? AND ({' OR '.join(conditions)})",
-        [table],
+        f"""
+        SELECT DISTINCT source
+        FROM quarantine
+        WHERE table_name = {sql_literal(table)} AND (
+            rule = {sql_literal(FUTURE)}
+            AND TRY_CAST(value AS TIMESTAMPTZ) <= {sql_literal(latest)}{item_has_come}
+        )
+        """
     ).fetchall()
     return {source for (source,) in rows}
 
@@ -163,15 +185,25 @@ def quarantined(home: Home, *, table: str | None = None, examples: int = 1) -> l
             return []
         where = f"WHERE table_name = {sql_literal(table)}" if table is not None else ""
         groups = connection.execute(
-            "SELECT table_name, rule, count(*), min(quarantined_at) FROM quarantine"
-            f" {where} GROUP BY ALL ORDER BY table_name, count(*) DESC, rule"
+            f"""
+            SELECT table_name, rule, count(*), min(quarantined_at)
+            FROM quarantine
+            {where}
+            GROUP BY ALL
+            ORDER BY table_name, count(*) DESC, rule
+            """
         ).fetchall()
         found = []
         for of, rule, rows, since in groups:
             shown = connection.execute(
-                "SELECT source, row_number, reason, row FROM quarantine WHERE table_name = ? AND rule = ?"
-                f" ORDER BY source, row_number LIMIT {int(examples)}",
-                [of, rule],
+                """
+                SELECT source, row_number, reason, row
+                FROM quarantine
+                WHERE table_name = ? AND rule = ?
+                ORDER BY source, row_number
+                LIMIT ?
+                """,
+                [of, rule, examples],
             ).fetchall()
             as_facts = [
                 {"source": s, "row_number": n, "reason": reason, "row": json.loads(row)}

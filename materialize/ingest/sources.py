@@ -30,10 +30,16 @@ FILE = "_bahe_file"
 
 _NEWER = ("timestamp_format", "csv", "types")
 
-CREATE = (
-    "CREATE TABLE IF NOT EXISTS sources (table_name VARCHAR, path VARCHAR, size BIGINT, modified_us BIGINT,"
-    " spec VARCHAR, ingested_at TIMESTAMPTZ)"
-)
+CREATE = """
+    CREATE TABLE IF NOT EXISTS sources (
+        table_name VARCHAR,
+        path VARCHAR,
+        size BIGINT,
+        modified_us BIGINT,
+        spec VARCHAR,
+        ingested_at TIMESTAMPTZ
+    )
+"""
 
 
 @dataclass(frozen=True)
@@ -100,11 +106,11 @@ def remember(source: Source, files: Sequence[File]) -> list[str]:
     """SQL that remembers these files as read."""
     if not files:
         return []
-    table = sql_literal(source.table)
+    table, spec = sql_literal(source.table), sql_literal(source.spec)
     paths = ", ".join(sql_literal(file.path) for file in files)
     rows = ", ".join(
-        f"({table}, {sql_literal(f.path)}, {f.size}, {f.modified_us}, {sql_literal(source.spec)}, now())"
-        for f in files
+        f"({table}, {sql_literal(file.path)}, {file.size}, {file.modified_us}, {spec}, now())"
+        for file in files
     )
     return [
         f"DELETE FROM sources WHERE table_name = {table} AND path IN ({paths})",
@@ -155,7 +161,12 @@ def _remote(connection: duckdb.DuckDBPyConnection, table: str, pattern: str) -> 
     try:
         # Only what the store says about the files; their contents are not asked for.
         rows = connection.execute(
-            "SELECT filename, size, epoch_us(last_modified) FROM read_blob(?) ORDER BY filename", [pattern]
+            """
+            SELECT filename, size, epoch_us(last_modified)
+            FROM read_blob(?)
+            ORDER BY filename
+            """,
+            [pattern],
         ).fetchall()
     except duckdb.Error as error:
         if "No files found" in str(error):

@@ -48,7 +48,10 @@ def changed_users_into_candidates(
             for table in sources
         )
     connection.execute(
-        f"CREATE OR REPLACE TEMP TABLE candidates AS SELECT DISTINCT user_id FROM ({changes})"
+        f"""
+        CREATE OR REPLACE TEMP TABLE candidates AS
+        SELECT DISTINCT user_id FROM ({changes})
+        """
     )
     return True
 
@@ -82,7 +85,8 @@ def users_to_embed(connection: duckdb.DuckDBPyConnection, sources: list[str], ve
             UNION ALL BY NAME
             SELECT user_id, min(event_timestamp) AS first_named
             FROM {table} SEMI JOIN candidates USING (user_id)
-            GROUP BY user_id"""
+            GROUP BY user_id
+            """
         for table in sources[1:]
     )
     connection.execute(
@@ -100,7 +104,8 @@ def users_to_embed(connection: duckdb.DuckDBPyConnection, sources: list[str], ve
                 count(*) AS behaviors,
                 bit_xor(hash(channel, atom_id, event_timestamp, item_id::VARCHAR)) AS mixed
             FROM behaviors SEMI JOIN candidates USING (user_id)
-            GROUP BY user_id{without_behaviors}
+            GROUP BY user_id
+            {without_behaviors}
         )
         GROUP BY user_id
         """
@@ -145,12 +150,17 @@ def items_to_embed(connection: duckdb.DuckDBPyConnection, version: str) -> pa.Ta
 
 def deletions(connection: duckdb.DuckDBPyConnection, version: str) -> list[str]:
     """Statements that delete the vectors of users and items no longer in the log."""
-    orphans = {
-        "user_embedding": "user_id IN (SELECT user_id FROM candidates ANTI JOIN everyone USING (user_id))",
-        "item_embedding": "item_id NOT IN (SELECT item_id FROM items)",
-    }
-    rows = [
-        f"{table} WHERE model_version = {sql_literal(version)} AND {orphaned}"
-        for table, orphaned in orphans.items()
+    of_version = f"model_version = {sql_literal(version)}"
+    orphans = [
+        f"""
+        FROM user_embedding
+        WHERE {of_version} AND user_id IN (
+            SELECT user_id FROM candidates ANTI JOIN everyone USING (user_id)
+        )
+        """,
+        f"""
+        FROM item_embedding
+        WHERE {of_version} AND item_id NOT IN (SELECT item_id FROM items)
+        """,
     ]
-    return [f"DELETE FROM {row}" for row in rows if scalar(connection, f"SELECT count(*) FROM {row}")]
+    return [f"DELETE {rows}" for rows in orphans if scalar(connection, f"SELECT count(*) {rows}")]
