@@ -20,6 +20,18 @@ def sql_identifier(identifier: str) -> str:
     return '"' + identifier.replace('"', '""') + '"'
 
 
+def old_enough(label_delay_us: int, impressions: str = "impressions") -> str:
+    """SQL of the impressions that are older than the label delay at the log's last impression."""
+    if not label_delay_us:
+        return impressions
+    return f"""(
+        SELECT *
+        FROM {impressions}
+        WHERE event_timestamp <= (SELECT max(event_timestamp) FROM {impressions})
+            - to_microseconds({label_delay_us})
+    )"""
+
+
 def known_until(freshness: str, time: str) -> str:
     """SQL of the instant whose past is known to an impression at `time` (a SQL expression).
 

@@ -18,7 +18,7 @@ from bahe_core.results import Result
 from bahe_lake import runs
 from bahe_lake.catalogue import scalar
 from bahe_lake.connection import lake
-from bahe_lake.sql import sql_literal
+from bahe_lake.sql import old_enough, sql_literal
 from bahe_lake.transactions import commit
 from materialize.config.dataset import Dataset, home_dataset
 from validation.suites import CLOCK_TOLERANCE
@@ -155,7 +155,11 @@ def _scope(
             for name, relation in of_lake("impressions", "user_timeline").items()
         }
         tables["frame"] = f"read_parquet({sql_literal(str(path))})"
-        rows = scalar(connection, f"SELECT count(*) FROM impressions {then}")
-        freshness = about.get("freshness", "live")
-        return tables, {"channels": channels, "rows": rows, "freshness": freshness}
+        shown = old_enough(about.get("label_delay_us", 0), tables["impressions"])
+        return tables, {
+            "channels": channels,
+            "rows": scalar(connection, f"SELECT count(*) FROM {shown}"),
+            "freshness": about.get("freshness", "live"),
+            "label_time": about.get("label_time", "event_timestamp"),
+        }
     return of_lake("user_embedding", "item_embedding"), dict(last.facts)

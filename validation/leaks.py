@@ -51,25 +51,54 @@ def history_leaks(channels: Sequence[str], freshness: str) -> list[Check]:
     ]
 
 
-def label_leaks(columns: AbstractSet[str], freshness: str) -> list[Check]:
-    """Count every row's statistics again, from the impressions strictly before its instant."""
-    windows, stored = [], []
+def _counted_before(entity: str, kind: str, freshness: str, label_time: str) -> str:
+    """SQL of the count of impressions or clicks strictly before each row's instant."""
+    name = f"true_{entity}_{kind}"
+    if label_time != "event_timestamp":
+        value = {"impressions": "shown", "clicks": "click"}[kind]
+        return f"""
+            coalesce(sum({value}) OVER (
+                PARTITION BY {entity}_id ORDER BY known
+                RANGE BETWEEN UNBOUNDED PRECEDING AND INTERVAL 1 MICROSECOND PRECEDING
+            ), 0) AS {name}"""
     # The rows before the start of an hour are those of earlier hours, so ranks by hour count them.
     time = known_until(freshness, "event_timestamp")
+    if kind == "impressions":
+        # rank() - 1 is the number of strictly earlier rows: those of the same time tie.
+        return f"rank() OVER (PARTITION BY {entity}_id ORDER BY {time}) - 1 AS {name}"
+    return f"""
+        sum(clicked) OVER (PARTITION BY {entity}_id ORDER BY {time} RANGE UNBOUNDED PRECEDING)
+        - sum(clicked) OVER (PARTITION BY {entity}_id, {time}) AS {name}"""
+
+
+def _events(freshness: str, label_time: str) -> str:
+    """SQL of impressions, at the instant whose past they see, and of clicks, when they are known."""
+    both = "impression_id, user_id, item_id, event_timestamp, clicked"
+    return f"""(
+        SELECT {both}, 1 AS shown, 0 AS click, {known_until(freshness, "event_timestamp")} AS known
+        FROM $impressions
+        UNION ALL
+        SELECT {both}, 0 AS shown, 1 AS click, {label_time} AS known
+        FROM $impressions
+        WHERE clicked = 1
+    )"""
+
+
+def label_leaks(columns: AbstractSet[str], freshness: str, label_time: str) -> list[Check]:
+    """Count every row's statistics again, from what was shown and clicked strictly before its instant.
+
+    `label_time` is SQL of the instant at which an impression's click is known.
+    """
+    windows, stored = [], []
     for entity in ("user", "item"):
-        if f"{entity}_impressions" in columns:
-            stored.append(f"{entity}_impressions")
-            # rank() - 1 is the number of strictly earlier rows: those of the same time tie.
-            windows.append(
-                f"rank() OVER (PARTITION BY {entity}_id ORDER BY {time}) - 1 AS true_{entity}_impressions"
-            )
-        if f"{entity}_clicks" in columns:
-            stored.append(f"{entity}_clicks")
-            windows.append(
-                f"""
-                sum(clicked) OVER (PARTITION BY {entity}_id ORDER BY {time} RANGE UNBOUNDED PRECEDING)
-                - sum(clicked) OVER (PARTITION BY {entity}_id, {time}) AS true_{entity}_clicks"""
-            )
+        for kind in ("impressions", "clicks"):
+            if f"{entity}_{kind}" in columns:
+                stored.append(f"{entity}_{kind}")
+                windows.append(_counted_before(entity, kind, freshness, label_time))
+    events = "$impressions" if label_time == "event_timestamp" else _events(freshness, label_time)
+    counted = f"SELECT *, {', '.join(windows)} FROM {events}"
+    if label_time != "event_timestamp":
+        counted = f"SELECT * FROM ({counted}) WHERE shown = 1"
     same = ("user_id", "item_id", "event_timestamp", "clicked")
     in_frame = ", ".join(f"f.{name}" for name in (*same, *stored))
     in_log = ", ".join(f"i.{name} AS log_{name}" for name in same)
@@ -77,7 +106,7 @@ def label_leaks(columns: AbstractSet[str], freshness: str) -> list[Check]:
     source = f"""(
         SELECT f.impression_id, {in_frame}, {in_log}, {counted_again}
         FROM $frame f
-        LEFT JOIN (SELECT *, {", ".join(windows)} FROM $impressions) i USING (impression_id)
+        LEFT JOIN ({counted}) i USING (impression_id)
     )"""
     differs = " OR ".join(f"{name} IS DISTINCT FROM log_{name}" for name in same)
     checks = [

@@ -364,7 +364,7 @@ def _frame(parameters: Parameters, columns: Columns) -> list[Check]:
     return [
         *checks,
         *history_leaks(parameters["channels"], freshness),
-        *label_leaks(columns["frame"], freshness),
+        *label_leaks(columns["frame"], freshness, parameters.get("label_time", "event_timestamp")),
     ]
 
 

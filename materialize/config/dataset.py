@@ -38,6 +38,8 @@ class ClickRule(_Section):
     at_least: Annotated[float, Field(allow_inf_nan=False)]
 
 
+NamedType = Literal["text", "integer", "number", "boolean", "time"]
+
 Freshness = Literal["nightly", "hourly", "live"]
 
 
@@ -88,7 +90,7 @@ class Table(_Section):
     """How times are written in text when not in ISO 8601: `%d/%m/%Y %H:%M` and the like (UTC unless it has
     `%z`)."""
     csv: CsvFormat = CsvFormat()
-    types: dict[str, Literal["text", "integer", "number", "boolean", "time"]] = Field(default_factory=dict)
+    types: dict[str, NamedType] = Field(default_factory=dict)
     """Of columns (by bahe's names) whose source does not say: CSV is text unless stated here."""
 
     @model_validator(mode="after")
@@ -98,17 +100,41 @@ class Table(_Section):
         return self
 
 
+CLICKED_AT = "clicked_timestamp"
+
+
 class ImpressionTable(Table):
     """The impressions, and which of their columns are context: known when the impression is asked for."""
 
     context: list[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]] = Field(default_factory=list)
     """Categorical columns (device, slot, hour), in the order of the model's inputs."""
+    label_delay: Annotated[str, Field(pattern=r"^[0-9]+ ?(s|m|h|d)$")] = "0s"
+    """How long after an impression its click may come, as `24h`: a click is known that much later, unless
+    `columns.clicked_timestamp` says when, and younger impressions are neither trained nor evaluated on."""
 
     @model_validator(mode="after")
     def _distinct(self) -> ImpressionTable:
         if len(set(self.context)) != len(self.context):
             raise ValueError("`context` names one column twice")
         return self
+
+    @property
+    def label_delay_us(self) -> int:
+        """The label delay in microseconds."""
+        seconds = {"s": 1, "m": 60, "h": 3600, "d": 86_400}[self.label_delay[-1]]
+        return int(self.label_delay[:-1]) * seconds * 1_000_000
+
+    @property
+    def click_times(self) -> bool:
+        """Whether the log says when each click happened."""
+        return CLICKED_AT in self.columns
+
+    @property
+    def label_time(self) -> str:
+        """SQL of the instant at which an impression's click is known, over the lake's columns."""
+        later = f"event_timestamp + to_microseconds({self.label_delay_us})"
+        known = later if self.label_delay_us else "event_timestamp"
+        return f"coalesce({CLICKED_AT}, {known})" if self.click_times else known
 
 
 def context_column(context: str) -> str:

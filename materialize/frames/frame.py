@@ -25,7 +25,7 @@ from bahe_core.progress import progress, say
 from bahe_core.results import Result
 from bahe_lake import runs
 from bahe_lake.connection import lake
-from bahe_lake.sql import known_until, sql_literal
+from bahe_lake.sql import known_until, old_enough, sql_literal
 from bahe_lake.transactions import commit
 from feature_repo.store import open_store
 from materialize.config.dataset import Split, context_column, home_dataset
@@ -99,13 +99,15 @@ def frame(
         require_gates(then, JOB)
         features = _service(store, service)
         projected = [[p.name, [f.name for f in p.features]] for p in features.feature_view_projections]
-        identity = [ingested.fingerprint, projected, dataset.split.model_dump(mode="json")]
+        identity: list[object] = [ingested.fingerprint, projected, dataset.split.model_dump(mode="json")]
         if dataset.freshness != "live":
             # In the words of version 0.1, so that its frames keep their names.
             identity.append("daily" if dataset.freshness == "nightly" else dataset.freshness)
-        context = dataset.impressions.context
+        context, delay_us = dataset.impressions.context, dataset.impressions.label_delay_us
         if context:
             identity.append(context)
+        if delay_us:
+            identity.append(delay_us)
         frame_id = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
         path = home.frames / frame_id / "frame.parquet"
         last = runs.last(connection, JOB)
@@ -118,7 +120,8 @@ def frame(
                 f" {before}; `freshness` in dataset.yaml says which"
             )
         with runs.record(connection, JOB, frame_id) as run:
-            entities = _entities(then, dataset.split, dataset.freshness, context)
+            impressions = old_enough(delay_us)
+            entities = _entities(then, impressions, dataset.split, dataset.freshness, context)
             rows = _split_rows(then, entities)
             job = store.get_historical_features(entity_df=entities, features=features)
             about = {
@@ -126,6 +129,8 @@ def frame(
                 "service": service,
                 "freshness": dataset.freshness,
                 "context": context,
+                "label_delay_us": delay_us,
+                "label_time": dataset.impressions.label_time,
             }
             with start(where) as executor:
                 alone = executor.workers == 1
@@ -159,12 +164,16 @@ def _service(store: FeatureStore, name: str) -> FeatureService:
 
 
 def _entities(
-    connection: duckdb.DuckDBPyConnection, split: Split, freshness: str, context: Sequence[str]
+    connection: duckdb.DuckDBPyConnection,
+    impressions: str,
+    split: Split,
+    freshness: str,
+    context: Sequence[str],
 ) -> str:
     """The entity query: impressions in order of time, each with its split.
 
     `event_timestamp` is the instant whose knowledge an impression gets, `impression_timestamp` its own.
-    All impressions of one instant are in the same split.
+    All impressions of one instant are in the same split. Raises BadInput when there are none.
     """
     if split.validation_from is not None and split.test_from is not None:
         cuts = [split.validation_from, split.test_from]
@@ -172,9 +181,14 @@ def _entities(
         train = 1 - split.validation - split.test
         shares = f"[{train}, {train + split.validation}]"
         row = connection.execute(
-            f"SELECT quantile_disc(event_timestamp, {shares}) FROM impressions"
+            f"SELECT quantile_disc(event_timestamp, {shares}) FROM {impressions}"
         ).fetchone()
         assert row is not None
+        if row[0] is None:
+            raise BadInput(
+                "dataset.yaml: no impression is older than `impressions.label_delay`; shorten it, or ingest"
+                " later ones."
+            )
         cuts = row[0]
     validation_from, test_from = map(sql_literal, cuts)
     known = known_until(freshness, "i.event_timestamp")
@@ -192,7 +206,7 @@ def _entities(
                 WHEN i.event_timestamp < {test_from} THEN 'validation'
                 ELSE 'test'
             END AS split
-        FROM impressions i
+        FROM {impressions} i
         ORDER BY i.event_timestamp, impression_id
         """
 

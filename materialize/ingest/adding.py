@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import datetime
 
 import duckdb
 
 from bahe_core.progress import progress
 from bahe_lake.catalogue import columns, scalar, tables
 from bahe_lake.sql import sql_identifier, sql_literal
+from materialize.config.dataset import CLICKED_AT
 from materialize.ingest import derive, quarantine, sources
 from materialize.ingest.conflicts import ROW_KEY, own_columns
 from materialize.ingest.reading import Read
@@ -20,6 +22,7 @@ def add(connection: duckdb.DuckDBPyConnection, reads: Mapping[str, Read]) -> boo
     connection.execute(sources.CREATE)
     reads = {table: read for table, read in reads.items() if read.rows}
     changed = False
+    oldest_late_click = None
     for table in ("items", "users", "impressions"):
         if table in reads:
             _new_rows(connection, table)
@@ -33,11 +36,15 @@ def add(connection: duckdb.DuckDBPyConnection, reads: Mapping[str, Read]) -> boo
                 """
             )
             changed |= scalar(connection, f"SELECT count(*) FROM new_{table}") > 0
+            if table == "impressions":
+                oldest_late_click = _late_clicks(connection)
             changed |= _fill(connection, table)
     item_type = columns(connection, "items")["item_id"]
     connection.execute("CREATE OR REPLACE TEMP TABLE seen_atoms (atom_id BIGINT, first_seen TIMESTAMPTZ)")
     _create_others(connection)
     derive.prepare(connection)
+    if oldest_late_click is not None:
+        connection.execute(f"INSERT INTO changed_impressions VALUES ({sql_literal(oldest_late_click)})")
     if "impressions" in reads:
         connection.execute(
             """
@@ -66,7 +73,11 @@ def _merge_repeated(connection: duckdb.DuckDBPyConnection, table: str) -> None:
     if not scalar(connection, f"SELECT count(*) FROM repeated_{table}"):
         return
     rest = [column for column in columns(connection, f"raw_{table}") if column not in ROW_KEY[table]]
-    merged = "".join(f", any_value({name}) AS {name}" for name in map(sql_identifier, rest))
+    merged = "".join(
+        # Of two values of `clicked` one was written before the click.
+        f", {'max' if column == 'clicked' else 'any_value'}({name}) AS {name}"
+        for column, name in zip(rest, map(sql_identifier, rest), strict=True)
+    )
     connection.execute(
         f"""
         CREATE OR REPLACE TEMP TABLE merged_{table} AS
@@ -89,6 +100,26 @@ def _make_room(connection: duckdb.DuckDBPyConnection, table: str) -> bool:
     for column, kind in new.items():
         connection.execute(f"ALTER TABLE {table} ADD COLUMN {sql_identifier(column)} {kind}")
     return bool(new)
+
+
+def _late_clicks(connection: duckdb.DuckDBPyConnection) -> datetime | None:
+    """Impressions of the lake whose click, or its time, is told only now; the moment of the oldest of them.
+
+    `_fill` gives them the time.
+    """
+    if CLICKED_AT not in columns(connection, "raw_impressions"):
+        return None
+    told = f"""
+        raw_impressions n
+        WHERE o.impression_id = n.impression_id
+            AND o.{CLICKED_AT} IS NULL
+            AND n.{CLICKED_AT} IS NOT NULL"""
+    oldest = connection.execute(f"SELECT min(o.event_timestamp) FROM impressions o, {told}").fetchone()
+    assert oldest is not None
+    moment: datetime | None = oldest[0]
+    if scalar(connection, f"SELECT count(*) FROM impressions o, {told} AND o.clicked = 0"):
+        connection.execute(f"UPDATE impressions o SET clicked = 1 FROM {told} AND o.clicked = 0")
+    return moment
 
 
 def _fill(connection: duckdb.DuckDBPyConnection, table: str) -> bool:

@@ -15,7 +15,14 @@ import duckdb
 from bahe_core.errors import BadInput
 from bahe_lake.catalogue import columns, tables
 from bahe_lake.sql import sql_identifier
-from materialize.config.dataset import ClickRule, Table, context_column
+from materialize.config.dataset import (
+    CLICKED_AT,
+    ClickRule,
+    ImpressionTable,
+    NamedType,
+    Table,
+    context_column,
+)
 from materialize.ingest import values
 from materialize.ingest.layouts import Layout, unreadable
 
@@ -175,7 +182,10 @@ def _attributes(
             if not layout.empty and source_column(section, target) == column:
                 said.setdefault(target, []).append(layout)
     types = dict(held)
-    for target, named in section.types.items():
+    stated: dict[str, NamedType] = dict(section.types)
+    if isinstance(section, ImpressionTable) and section.click_times:
+        stated[CLICKED_AT] = "time"
+    for target, named in stated.items():
         there = dict.fromkeys(column for layout in of_table for column in layout.columns)
         in_lake = target in held or context_column(target) in held
         if not in_lake and source_column(section, target) not in there:

@@ -11,6 +11,7 @@ import duckdb
 
 from bahe_lake.catalogue import columns, tables
 from bahe_lake.sql import sql_identifier, sql_literal
+from materialize.config.dataset import CLICKED_AT
 from materialize.ingest.contract import REQUIRED, UNKNOWN_ITEM, Rule
 
 ROW_KEY = {
@@ -27,24 +28,31 @@ def own_columns(connection: duckdb.DuckDBPyConnection, table: str) -> list[str]:
     return [column for column in columns(connection, f"raw_{table}") if column not in given]
 
 
-def rules_of_many(connection: duckdb.DuckDBPyConnection, table: str, *, new_items: bool) -> list[Rule]:
+def rules_of_many(
+    connection: duckdb.DuckDBPyConnection, table: str, *, new_items: bool, click_times: bool
+) -> list[Rule]:
     """The rules for the rows in `raw_<table>`; makes the temporary tables that they look into."""
     if table == "behaviors":
         return []  # all of a behavior is its key
-    rules = [_twice(connection, table)]
+    click_times = click_times and CLICKED_AT in columns(connection, f"raw_{table}")
+    rules = [_twice(connection, table, click_times=click_times)]
     if table in tables(connection):
-        rules.append(_changed(connection, table))
+        rules.append(_changed(connection, table, click_times=click_times))
     if table == "impressions":
         rules.append(_unknown_item(connection, new_items=new_items))
     return rules
 
 
-def _twice(connection: duckdb.DuckDBPyConnection, table: str) -> Rule:
+def _twice(connection: duckdb.DuckDBPyConnection, table: str, *, click_times: bool) -> Rule:
     key, identity = ", ".join(ROW_KEY[table]), ROW_KEY[table][0]
     compared = [column for column in columns(connection, f"raw_{table}") if column != "_bad"]
     own = own_columns(connection, table)
+    differs = []
+    if table == "impressions" and click_times:  # shown, and clicked later
+        compared.remove("clicked")
+        differs.append(f"min(clicked) <> max(clicked) AND count({CLICKED_AT}) = 0")
     always = ", ".join(sql_identifier(column) for column in compared if column not in own)
-    differs = [f"min(hash({always})) <> max(hash({always}))"]
+    differs.append(f"min(hash({always})) <> max(hash({always}))")
     for name in map(sql_identifier, own):
         there = f"FILTER (WHERE {name} IS NOT NULL)"
         differs.append(f"coalesce(min(hash({name})) {there} <> max(hash({name})) {there}, false)")
@@ -65,20 +73,31 @@ def _twice(connection: duckdb.DuckDBPyConnection, table: str) -> Rule:
     )
 
 
-def _changed(connection: duckdb.DuckDBPyConnection, table: str) -> Rule:
+def _changed(connection: duckdb.DuckDBPyConnection, table: str, *, click_times: bool) -> Rule:
     key, identity = ROW_KEY[table], ROW_KEY[table][0]
     lake, own = columns(connection, table), own_columns(connection, table)
+    times = [f"{of}.{CLICKED_AT}" for of in ("n", *(["o"] if CLICKED_AT in lake else []))]
+
+    def difference(column: str) -> str:
+        name = sql_identifier(column)
+        if column in own:
+            return f"n.{name} <> o.{name}"
+        differs = f"n.{name} IS DISTINCT FROM o.{name}"
+        if column == "clicked" and click_times:  # one of them was written before the click
+            return f"{differs} AND coalesce({', '.join(times)}) IS NULL"
+        return differs
+
     differences = [
-        f"n.{name} <> o.{name}" if column in own else f"n.{name} IS DISTINCT FROM o.{name}"
+        difference(column)
         for column in columns(connection, f"raw_{table}")
-        if column in lake and column not in key and (name := sql_identifier(column))
+        if column in lake and column not in key
     ]
     changed, joined = f"changed_{table}", ", ".join(key)
     connection.execute(
         f"""CREATE OR REPLACE TEMP TABLE {changed} AS
             SELECT {", ".join(f"o.{column}" for column in key)}, any_value(to_json(o)::VARCHAR) AS lake_row
             FROM (SELECT * FROM raw_{table} WHERE NOT _bad) n JOIN {table} o USING ({joined})
-            WHERE {" OR ".join(f"({difference})" for difference in differences) or "false"}
+            WHERE {" OR ".join(f"({differs})" for differs in differences) or "false"}
             GROUP BY ALL"""
     )
     same_key = " AND ".join(f"c.{column} = _row.{column}" for column in key)

@@ -9,7 +9,7 @@ from datetime import datetime
 from bahe_core.errors import BadInput
 from bahe_lake.blank import blank
 from bahe_lake.sql import sql_identifier, sql_literal
-from materialize.config.dataset import ClickRule, Table, context_column
+from materialize.config.dataset import CLICKED_AT, ClickRule, ImpressionTable, Table, context_column
 from materialize.ingest import values
 from materialize.ingest.column_types import KEYS, ColumnTypes, source_column
 from materialize.ingest.layouts import Layout
@@ -134,7 +134,13 @@ def project(
         made.columns.setdefault("item_id", f"NULL::{types.keys['item_id']}")
     made.extra["_time"] = f"{sql_identifier(source_column(section, 'event_timestamp'))}::VARCHAR"
     made.rules += conversions + _rules(table, section, channels, latest)
+    if CLICKED_AT in made.columns and _has_click_times(section):
+        made.rules += _rules_of_clicks(latest)
     return made
+
+
+def _has_click_times(section: Table) -> bool:
+    return isinstance(section, ImpressionTable) and section.click_times
 
 
 def _check_context(table: str, layout: Layout, context: Sequence[str]) -> None:
@@ -181,7 +187,7 @@ def _value(
             return _written_category(raw) if layout.source.csv else category(raw, kind)
         if target in KEYS and (target in REQUIRED[table] or table == "behaviors"):
             return _key(raw, kind, types.keys[target], section)
-        if target == "event_timestamp":
+        if target == "event_timestamp" or (target == CLICKED_AT and _has_click_times(section)):
             return values.moment(raw, kind, section)
         if target == "clicked" and table == "impressions":
             if isinstance(rule, ClickRule):
@@ -296,6 +302,29 @@ def _rules(table: str, section: Table, channels: Sequence[str], latest: datetime
             )
         )
     return rules
+
+
+def _rules_of_clicks(latest: datetime) -> list[Rule]:
+    return [
+        Rule(
+            name="click before its impression",
+            breaks=f"{CLICKED_AT} < event_timestamp",
+            value=CLICKED_AT,
+            reason=f"{CLICKED_AT} {{}} lies before the impression's event_timestamp; correct one of them",
+        ),
+        Rule(
+            name="time of no click",
+            breaks=f"clicked = 0 AND {CLICKED_AT} IS NOT NULL",
+            value=CLICKED_AT,
+            reason=f"{CLICKED_AT} is {{}} where clicked is 0; correct one of them",
+        ),
+        Rule(
+            name=FUTURE,
+            breaks=f"{CLICKED_AT} > TIMESTAMPTZ {sql_literal(latest.isoformat())}",
+            value=CLICKED_AT,
+            reason=f"{CLICKED_AT} {{}} lies in the future; correct the clock, or set `timestamp_unit`",
+        ),
+    ]
 
 
 def _rules_of_time(section: Table, latest: datetime) -> list[Rule]:

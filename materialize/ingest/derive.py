@@ -26,6 +26,7 @@ import duckdb
 from bahe_core.progress import progress
 from bahe_lake.catalogue import columns, scalar
 from bahe_lake.sql import sql_identifier, sql_literal
+from materialize.config.dataset import CLICKED_AT
 from materialize.ingest import channel_windows
 
 VERSION = 4
@@ -43,6 +44,9 @@ RECENT_ATOMS = 20
 PART_ROWS = 2_000_000
 """Events that are derived from at once, about; 2 million take about 1 GB."""
 
+AT_ONCE = "event_timestamp"
+"""The label time of a log whose clicks are known as soon as an impression is shown."""
+
 _ALWAYS = "TIMESTAMPTZ '-infinity'"
 
 
@@ -57,10 +61,17 @@ def prepare(connection: duckdb.DuckDBPyConnection) -> None:
     connection.execute("CREATE OR REPLACE TEMP TABLE changed_impressions (since TIMESTAMPTZ)")
 
 
-def derive(connection: duckdb.DuckDBPyConnection, channels: Sequence[str], *, anew: bool) -> None:
+def derive(
+    connection: duckdb.DuckDBPyConnection,
+    channels: Sequence[str],
+    *,
+    anew: bool,
+    label_time: str = AT_ONCE,
+) -> None:
     """Bring every derived table up to what the lake's behaviors and impressions say.
 
     Runs inside the caller's transaction. `anew` makes the tables from the whole log, whatever is new.
+    `label_time` is SQL of the instant at which an impression's click is known.
     """
     if anew:
         _create(connection, channels)
@@ -72,7 +83,24 @@ def derive(connection: duckdb.DuckDBPyConnection, channels: Sequence[str], *, an
     if scalar(connection, "SELECT count(*) FROM changed_users"):
         _timelines(connection, channels)
     if scalar(connection, "SELECT count(*) FROM changed_impressions"):
-        _all_statistics(connection)
+        _all_statistics(connection, label_time)
+
+
+def log_end(connection: duckdb.DuckDBPyConnection, label_time: str) -> str:
+    """SQL of the log's last instant, up to which anything is known."""
+    clicks = f"UNION ALL SELECT {CLICKED_AT} FROM impressions" if CLICKED_AT in label_time else ""
+    return _moment(
+        connection,
+        f"""
+        SELECT max(event_timestamp)
+        FROM (
+            SELECT event_timestamp FROM impressions
+            UNION ALL
+            SELECT event_timestamp FROM behaviors
+            {clicks}
+        )
+        """,
+    )
 
 
 def ranges(connection: duckdb.DuckDBPyConnection, relation: str, key: str) -> list[str]:
@@ -287,26 +315,29 @@ def _part_of_timelines(
     )
 
 
-def _all_statistics(connection: duckdb.DuckDBPyConnection) -> None:
+def _all_statistics(connection: duckdb.DuckDBPyConnection, label_time: str) -> None:
     """Every statistic from the oldest new impression on."""
-    since = _moment(connection, "SELECT since FROM changed_impressions")
+    since = _moment(connection, "SELECT min(since) FROM changed_impressions")
+    events = _events(label_time, log_end(connection, label_time))
+    connection.execute(f"CREATE OR REPLACE TEMP VIEW events AS {events}")
     before = connection.execute(
-        f"SELECT count(*), coalesce(sum(clicked), 0) FROM impressions WHERE event_timestamp < {since}"
+        f"""
+        SELECT coalesce(sum(shown), 0), coalesce(sum(clicks), 0)
+        FROM events
+        WHERE event_timestamp < {since}
+        """
     ).fetchone()
     assert before is not None
     impressions, clicks = before
-    # Beside each impression the log's own click rate so far: what a smoothed rate starts from, itself
+    # Beside each event the log's own click rate so far: what a smoothed rate starts from, itself
     # point-in-time.
     connection.execute(
         f"""
         CREATE OR REPLACE TEMP TABLE shown AS
         SELECT
-            user_id,
-            item_id,
-            event_timestamp,
-            clicked,
-            ({clicks} + sum(clicked) OVER past + 1) / ({impressions} + count(*) OVER past + 2) AS rate
-        FROM impressions
+            *,
+            ({clicks} + sum(clicks) OVER past + 1) / ({impressions} + sum(shown) OVER past + 2) AS rate
+        FROM events
         WHERE event_timestamp >= {since}
         WINDOW past AS (ORDER BY event_timestamp)
         """
@@ -320,7 +351,25 @@ def _all_statistics(connection: duckdb.DuckDBPyConnection) -> None:
                     _window_statistics(connection, entity, part, since, days)
                 advance()
     connection.execute("DROP TABLE temp.shown")
+    connection.execute("DROP VIEW temp.events")
     connection.execute("DROP TABLE IF EXISTS temp.instants")
+
+
+def _events(label_time: str, end: str) -> str:
+    """SQL of what statistics count: impressions as they are shown, clicks as they are known.
+
+    What is known only after the log's end waits for the ingest that brings later events.
+    """
+    if label_time == AT_ONCE:
+        return """
+            SELECT user_id, item_id, event_timestamp, 1 AS shown, clicked AS clicks
+            FROM lake.main.impressions"""
+    return f"""
+        SELECT user_id, item_id, event_timestamp, 1 AS shown, 0 AS clicks FROM lake.main.impressions
+        UNION ALL
+        SELECT user_id, item_id, {label_time} AS event_timestamp, 0 AS shown, 1 AS clicks
+        FROM lake.main.impressions
+        WHERE clicked = 1 AND {label_time} <= {end}"""
 
 
 def _statistics(connection: duckdb.DuckDBPyConnection, entity: str, part: str, since: str) -> None:
@@ -331,8 +380,8 @@ def _statistics(connection: duckdb.DuckDBPyConnection, entity: str, part: str, s
         SELECT
             {key},
             event_timestamp,
-            count(*) AS shown,
-            sum(clicked)::BIGINT AS clicks,
+            sum(shown)::BIGINT AS shown,
+            sum(clicks)::BIGINT AS clicks,
             any_value(rate) AS rate
         FROM shown
         WHERE {part}
@@ -343,7 +392,11 @@ def _statistics(connection: duckdb.DuckDBPyConnection, entity: str, part: str, s
         f"""
         CREATE OR REPLACE TEMP TABLE fresh AS
         WITH before AS (
-            SELECT {key}, max({entity}_impressions) AS shown, max({entity}_clicks) AS clicks
+            SELECT
+                {key},
+                max({entity}_impressions) AS shown,
+                max({entity}_clicks) AS clicks,
+                max({entity}_last_impression_us) AS shown_us
             FROM {table}
             WHERE event_timestamp < {since} AND {part}
             GROUP BY {key}
@@ -354,12 +407,16 @@ def _statistics(connection: duckdb.DuckDBPyConnection, entity: str, part: str, s
             impressions AS {entity}_impressions,
             clicks AS {entity}_clicks,
             (clicks + {PRIOR_STRENGTH} * rate) / (impressions + {PRIOR_STRENGTH}) AS {entity}_click_rate,
-            epoch_us(event_timestamp) AS {entity}_last_impression_us
+            shown_us AS {entity}_last_impression_us
         FROM (
             SELECT
                 i.{key},
                 event_timestamp,
                 rate,
+                greatest(
+                    b.shown_us,
+                    max(epoch_us(event_timestamp)) FILTER (WHERE i.shown > 0) OVER past
+                ) AS shown_us,
                 (coalesce(b.shown, 0) + sum(i.shown) OVER past)::BIGINT AS impressions,
                 (coalesce(b.clicks, 0) + sum(i.clicks) OVER past)::BIGINT AS clicks
             FROM instants i
@@ -386,8 +443,8 @@ def _window_statistics(
     if since != _ALWAYS:
         came_before = f"""
             UNION ALL
-            SELECT {key}, event_timestamp, count(*), sum(clicked), NULL
-            FROM impressions SEMI JOIN instants USING ({key})
+            SELECT {key}, event_timestamp, sum(shown), sum(clicks), NULL
+            FROM events SEMI JOIN instants USING ({key})
             WHERE event_timestamp < {since} AND {part} AND event_timestamp >= {since} - {length}
             GROUP BY ALL"""
     # Without a rate there was no impression since then, and the row is what it was.

@@ -88,7 +88,11 @@ def ingest(home: Home, dataset_path: Path) -> Ingested:
                 # By itself and first: what is read is compared with the lake as it then is.
                 _write(connection, dataset, {}, last, started, dataset_path, anew=True, mend=True)
                 last = runs.last(connection, JOB)
-            anew = last is None or last.facts.get("derived") != derive.VERSION
+            anew = (
+                last is None
+                or last.facts.get("derived") != derive.VERSION
+                or last.facts.get("label_time", derive.AT_ONCE) != dataset.impressions.label_time
+            )
             with utf8_copies(connection):
                 reads = read_new(home, connection, dataset, found)
             if not reads and not anew:
@@ -148,11 +152,13 @@ def _write(
 ) -> None:
     """Everything that an ingest leaves in the lake, as one transaction; with `mend`, after a repair."""
     fingerprint = _fingerprint(dataset, reads, last)
+    label_time = dataset.impressions.label_time
     facts = {
         "dataset": dataset.name,
         "channels": dataset.channels,
         "source": str(dataset_path.resolve()),
         "derived": derive.VERSION,
+        "label_time": label_time,
         "contract": repair.VERSION,
         "read": {table: read.rows for table, read in reads.items()},
         "broken": {table: read.broken for table, read in reads.items()},
@@ -163,7 +169,11 @@ def _write(
             if mend:
                 repair.repair(connection, fingerprint)
             changed = add(connection, reads)
-            derive.derive(connection, dataset.channels, anew=anew)
+            facts["log_end"] = derive.log_end(connection, label_time)
+            if changed and last is not None and "log_end" in last.facts and label_time != derive.AT_ONCE:
+                # Clicks that were not known yet at the end of the log of before.
+                connection.execute(f"INSERT INTO changed_impressions VALUES ({last.facts['log_end']})")
+            derive.derive(connection, dataset.channels, anew=anew, label_time=label_time)
             for statement in quarantine.statements(
                 [(read.source, read.files) for read in reads.values()], fingerprint
             ):

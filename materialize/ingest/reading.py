@@ -135,7 +135,9 @@ def _read(
         if table not in tables(connection):
             raise BadInput(f"{table}: the source has no rows; check its path or query.")
         return Read(source, files, 0)
-    rules = rules_of_many(connection, table, new_items=new_items)
+    rules = rules_of_many(
+        connection, table, new_items=new_items, click_times=dataset.impressions.click_times
+    )
     breaks = f"_bad OR {broken(rules)}"
     bad = scalar(connection, f"SELECT count(*) FROM {raw} AS _row WHERE {breaks}")
     counted = 0

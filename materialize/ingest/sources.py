@@ -87,7 +87,8 @@ def find_sources(
         remembered = set(rows)
     found = {}
     for table, section in sections.items():
-        spec: list[object] = [section.model_dump(mode="json", exclude={"context", *_unset(section)})]
+        left_out = {"context", "label_delay", *_unset(section)}
+        spec: list[object] = [section.model_dump(mode="json", exclude=left_out)]
         if isinstance(section, ImpressionTable):
             spec.append(sorted(section.context))
         if section.files is None:
