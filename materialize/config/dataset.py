@@ -22,7 +22,7 @@ from bahe_core.errors import NotReady
 from bahe_core.files import replace_atomically
 from bahe_core.home import Home
 from bahe_core.lake_location import LakeConfig
-from bahe_models.config import BackboneConfig, EncoderConfig, ModelConfig, TrainingConfig, WindowConfig
+from bahe_models import BackboneConfig, EncoderConfig, ModelConfig, TrainingConfig, WindowConfig
 from materialize.config.problems import problems_of, read_yaml, refusal
 
 
