@@ -12,17 +12,19 @@ from bahe_models.config import BackboneConfig, EncoderConfig, ModelConfig, Train
 
 if TYPE_CHECKING:
     from bahe_models.artifact import Artifact, load
+    from bahe_models.artifact_folder import require_servable
     from bahe_models.backbone import Backbone, load_backbone
     from bahe_models.checkpoint import Checkpoint
-    from bahe_models.ctr_training import Batches, train
+    from bahe_models.ctr_training import Batches, build_model, fit_dense, item_id_rows, table_ids, train
     from bahe_models.encoder import AtomicEncoder, encoder_version
-    from bahe_models.evaluation import evaluate
-    from bahe_models.features import DenseFeatures, logit
+    from bahe_models.evaluation import SplitEvaluation, evaluate
+    from bahe_models.features import DenseFeatures, logit, needed_columns
     from bahe_models.impressions import Impressions, TrainingData
     from bahe_models.incremental import UserState
     from bahe_models.metrics import auc, expected_calibration_error, gauc, log_loss
     from bahe_models.model import BaheModel
-    from bahe_models.timelines import Timelines, window_batch
+    from bahe_models.timelines import Int64, Timelines, window_batch
+    from bahe_models.training_loop import Epoch, Trained, seeded
 
 _MODULES = {
     "Artifact": "artifact",
@@ -31,19 +33,30 @@ _MODULES = {
     "Backbone": "backbone",
     "BaheModel": "model",
     "Batches": "ctr_training",
+    "build_model": "ctr_training",
     "Checkpoint": "checkpoint",
     "DenseFeatures": "features",
     "encoder_version": "encoder",
+    "Epoch": "training_loop",
     "evaluate": "evaluation",
     "expected_calibration_error": "metrics",
+    "fit_dense": "ctr_training",
     "gauc": "metrics",
     "Impressions": "impressions",
+    "Int64": "timelines",
+    "item_id_rows": "ctr_training",
     "load": "artifact",
     "load_backbone": "backbone",
     "log_loss": "metrics",
     "logit": "features",
+    "needed_columns": "features",
+    "require_servable": "artifact_folder",
+    "seeded": "training_loop",
+    "SplitEvaluation": "evaluation",
+    "table_ids": "ctr_training",
     "Timelines": "timelines",
     "train": "ctr_training",
+    "Trained": "training_loop",
     "TrainingData": "impressions",
     "UserState": "incremental",
     "window_batch": "timelines",
@@ -60,22 +73,33 @@ __all__ = [
     "Checkpoint",
     "DenseFeatures",
     "EncoderConfig",
+    "Epoch",
     "Impressions",
+    "Int64",
     "ModelConfig",
+    "SplitEvaluation",
     "Timelines",
+    "Trained",
     "TrainingConfig",
     "TrainingData",
     "UserState",
     "WindowConfig",
     "auc",
+    "build_model",
     "encoder_version",
     "evaluate",
     "expected_calibration_error",
+    "fit_dense",
     "gauc",
+    "item_id_rows",
     "load",
     "load_backbone",
     "log_loss",
     "logit",
+    "needed_columns",
+    "require_servable",
+    "seeded",
+    "table_ids",
     "train",
     "window_batch",
 ]

@@ -25,6 +25,7 @@ from bahe_core.errors import BadInput
 from bahe_models.config import WindowConfig
 
 Int64 = npt.NDArray[np.int64]
+"""Rows, ids, lengths and microseconds."""
 Int16 = npt.NDArray[np.int16]
 
 GAP_STARTS_US = 10**6 * 4 ** np.arange(13, dtype=np.int64)

@@ -21,10 +21,7 @@ from benchmarks.harness import Row, main
 if TYPE_CHECKING:
     from torch import nn
 
-    from bahe_models.backbone import Backbone
-    from bahe_models.config import BackboneConfig, EncoderConfig
-    from bahe_models.impressions import TrainingData
-    from bahe_models.model import BaheModel
+    from bahe_models import Backbone, BackboneConfig, BaheModel, EncoderConfig, TrainingData
     from materialize.training.train_with_baselines import Settings
 
 
@@ -168,8 +165,7 @@ class Encodings:
 
     def cut(self, change: dict[str, Any]) -> tuple[Backbone, np.ndarray]:
         """Freshly loaded halves, and the atoms' vectors under them."""
-        from bahe_models.backbone import load_backbone
-        from bahe_models.encoder import AtomicEncoder
+        from bahe_models import AtomicEncoder, load_backbone
 
         config = replace(self.scene.backbone, **change)
         halves = load_backbone(config)
@@ -183,8 +179,8 @@ def validation_auc(scene: Scene, encodings: Encodings, variant: Variant, seed: i
     """The best epoch's, as early stopping keeps it."""
     import torch
 
-    from bahe_models.ctr_training import Batches, build_model, fit_dense, item_id_rows, precision, train
-    from bahe_models.training_loop import seeded
+    from bahe_models import Batches, build_model, fit_dense, item_id_rows, seeded, train
+    from bahe_models.ctr_training import precision
 
     halves, vectors = encodings.cut(variant.backbone)
     data = variant.data(replace(scene.data, atoms_AD=vectors))

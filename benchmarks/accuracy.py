@@ -19,9 +19,8 @@ GOAL = 0.760
 def measure(quick: bool, home_path: Path) -> Iterable[Row]:
     """Train each network with one seed (quick) or three; same data, threads and run."""
     from bahe_lake.connection import lake
-    from bahe_models.backbone import load_backbone
+    from bahe_models import auc, gauc, load_backbone
     from bahe_models.baselines import train_din
-    from bahe_models.metrics import auc, gauc
     from materialize.config.backbone import encoder_settings
     from materialize.config.dataset import home_dataset
     from materialize.frames.frame import latest_frame

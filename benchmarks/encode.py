@@ -32,8 +32,7 @@ from benchmarks.matmul import matmul_rate
 if TYPE_CHECKING:
     import torch
 
-    from bahe_models.backbone import Backbone
-    from bahe_models.encoder import AtomicEncoder
+    from bahe_models import AtomicEncoder, Backbone
 
 PEER_BATCH_SIZES = (16, 32, 64, 128)
 PEER_ATTENTION = ("sdpa", "eager")
@@ -55,8 +54,7 @@ def speed(scene: Scene, *, texts: int, repetitions: int, quick: bool) -> Iterabl
     """Tokens a second of both contenders, and how near ours is to its matrix products."""
     import torch
 
-    from bahe_models.backbone import load_backbone
-    from bahe_models.encoder import AtomicEncoder
+    from bahe_models import AtomicEncoder, load_backbone
 
     halves = load_backbone(scene.backbone)
     encoder = AtomicEncoder(halves, scene.encoder, device=torch.device("cpu"))
@@ -189,8 +187,7 @@ def peer_encoders(halves: Backbone, encoder: AtomicEncoder, dtype: torch.dtype) 
 def deduplication(home_path: Path, scene: Scene) -> Row:
     """Tokens of the log as it came, against those of its distinct atoms."""
     from bahe_lake.connection import lake
-    from bahe_models.backbone import load_backbone
-    from bahe_models.encoder import AtomicEncoder
+    from bahe_models import AtomicEncoder, load_backbone
 
     encoder = AtomicEncoder(load_backbone(scene.backbone), scene.encoder)
     lengths = np.array([len(row) for row in encoder.tokenize(scene.channels, scene.texts)])
@@ -302,8 +299,7 @@ def half(vectors: np.ndarray) -> np.ndarray:
 
 def accuracy(scene: Scene, quick: bool) -> Iterable[Row]:
     """Validation AUC of models trained on rounded vectors, and on vectors computed in float32."""
-    from bahe_models.backbone import load_backbone
-    from bahe_models.encoder import AtomicEncoder
+    from bahe_models import AtomicEncoder, load_backbone
 
     training = {"epochs": 1} if quick else {}
     variants = {

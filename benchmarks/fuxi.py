@@ -30,9 +30,8 @@ if TYPE_CHECKING:
     import duckdb
     import torch
 
+    from bahe_models import Impressions, Int64, TrainingData
     from bahe_models.ctr_training import Scores
-    from bahe_models.impressions import Impressions, TrainingData
-    from bahe_models.timelines import Int64
 
 Network = Literal["DIN", "DCNv2"]
 HISTORY = 50
@@ -73,7 +72,8 @@ class Encoder:
 
     def __init__(self, data: TrainingData, item_A: Int64, setting: Setting) -> None:
         """`item_A` is of `behavior_items`."""
-        from bahe_models.ctr_training import fit_dense, id_rows
+        from bahe_models import fit_dense
+        from bahe_models.ctr_training import id_rows
 
         def known(seen: Int64, size: int) -> Int64:
             # id_rows has 0 for ids unseen; that row is padding here.
@@ -233,7 +233,7 @@ def train_fuxi(
     It stops early by the AUC on validation and goes back to the best weights. `item_A` is of
     `behavior_items`.
     """
-    from bahe_models.training_loop import seeded
+    from bahe_models import seeded
 
     encoder = Encoder(data, item_A, setting)
     train = Batches(encoder, data.splits["train"], rng=np.random.default_rng(seed))
@@ -352,7 +352,7 @@ def measure(quick: bool, home_path: Path) -> Iterable[Row]:
     The test split is not looked at.
     """
     from bahe_lake.connection import lake
-    from bahe_models.metrics import auc
+    from bahe_models import auc
     from materialize.config.dataset import home_dataset
     from materialize.frames.frame import latest_frame
     from materialize.training.training_data import read_training_data

@@ -31,8 +31,7 @@ from benchmarks.training_steps import (
 )
 
 if TYPE_CHECKING:
-    from bahe_models.config import TrainingConfig
-    from bahe_models.impressions import TrainingData
+    from bahe_models import TrainingConfig, TrainingData
 
 Scores = npt.NDArray[np.float64]
 Contender = Callable[[Scene, "TrainingConfig"], tuple[Scores, float]]
@@ -58,8 +57,7 @@ def sampled(data: TrainingData, count: int) -> TrainingData:
 
 def bahe(scene: Scene, config: TrainingConfig, *, alone: bool = False) -> tuple[Scores, float]:
     """BAHE; `alone` leaves it its deep layers, without profile and collaborative part."""
-    from bahe_models.ctr_training import train
-    from bahe_models.training_loop import seeded
+    from bahe_models import seeded, train
 
     with seeded(config.seed):
         batches = bahe_batches(scene, **({"behavior_ids": False} if alone else {}))
@@ -74,8 +72,8 @@ def text(scene: Scene, config: TrainingConfig) -> tuple[Scores, float]:
     """The long-text LLM in its packed form."""
     import torch
 
-    from bahe_models.metrics import auc
-    from bahe_models.training_loop import Task, fit, seeded
+    from bahe_models import auc, seeded
+    from bahe_models.training_loop import Task, fit
 
     splits = scene.data.splits
     train, validation = splits["train"], splits["validation"]
@@ -117,8 +115,7 @@ def text(scene: Scene, config: TrainingConfig) -> tuple[Scores, float]:
 
 def measure(quick: bool, home_path: Path) -> Iterable[Row]:
     """Test AUC of each on the same sample, and what training cost."""
-    from bahe_models.ctr_training import fit_dense, item_id_rows
-    from bahe_models.evaluation import evaluate
+    from bahe_models import evaluate, fit_dense, item_id_rows
 
     whole = read_scene(Home.at(home_path))
     data = sampled(whole.data, 1000 if quick else 8000)

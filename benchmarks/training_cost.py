@@ -43,7 +43,7 @@ from benchmarks.training_steps import (
 if TYPE_CHECKING:
     import torch
 
-    from bahe_models.ctr_training import Batches
+    from bahe_models import Batches
 
 
 PEER_IMPRESSIONS_PER_STEP = (1, 4)
@@ -195,7 +195,7 @@ def memory_of_step(kind: str, home_path: Path) -> float:
 
 def slope(scene: Scene, repetitions: int) -> Row:
     """How one pass per user grows with the history: log-log slope of seconds per user."""
-    from bahe_models.timelines import Timelines
+    from bahe_models import Timelines
 
     rng = np.random.default_rng(0)
     channels = scene.data.timelines.channels
@@ -254,8 +254,8 @@ def epoch(scene: Scene, one_pass: Callable[[Int64], float], share: float) -> Ite
     """Seconds of an epoch from evenly spaced steps, and how near it is to its matrix products alone."""
     import torch
 
+    from bahe_models import window_batch
     from bahe_models.ctr_training import precision
-    from bahe_models.timelines import window_batch
 
     split, settings = scene.split, scene.settings
     steps = planned(scene, np.arange(len(split)), settings.training.impressions_per_step)

@@ -16,11 +16,8 @@ from bahe_core.home import Home
 if TYPE_CHECKING:
     import torch
 
-    from bahe_models.backbone import Backbone
+    from bahe_models import Backbone, Batches, DenseFeatures, Impressions, TrainingData
     from bahe_models.baselines import LongText, TokenTimelines
-    from bahe_models.ctr_training import Batches
-    from bahe_models.features import DenseFeatures
-    from bahe_models.impressions import Impressions, TrainingData
     from materialize.training.train_with_baselines import Settings
 
 
@@ -65,9 +62,8 @@ def read_scene(home: Home) -> Scene:
     import pyarrow.parquet as pq
 
     from bahe_lake.connection import lake
-    from bahe_models.backbone import load_backbone
+    from bahe_models import fit_dense, item_id_rows, load_backbone
     from bahe_models.baselines import token_timelines
-    from bahe_models.ctr_training import fit_dense, item_id_rows
     from materialize.config.backbone import encoder_settings
     from materialize.config.dataset import home_dataset
     from materialize.frames.frame import latest_frame
@@ -112,7 +108,8 @@ def bahe_batches(scene: Scene, **changes: Any) -> Batches:
     """BAHE, ready to train; `changes` are of its ModelConfig."""
     import torch
 
-    from bahe_models.ctr_training import Batches, build_model, precision
+    from bahe_models import Batches, build_model
+    from bahe_models.ctr_training import precision
 
     settings, cpu = scene.settings, torch.device("cpu")
     config = replace(settings.model, **changes)
@@ -130,8 +127,8 @@ def bahe_batches(scene: Scene, **changes: Any) -> Batches:
 
 def long_text(scene: Scene, attention: str) -> LongText:
     """The peer with the same deep layers and head; `attention` is transformers' name of a kernel."""
+    from bahe_models import build_model
     from bahe_models.baselines import LongText
-    from bahe_models.ctr_training import build_model
 
     # A prompt is one sequence, whatever channels its behaviors are of.
     merged = replace(scene.settings.model, channels="merged")

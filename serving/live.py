@@ -21,10 +21,7 @@ import torch
 from bahe_core.errors import BadInput, NotReady
 from bahe_core.home import Home
 from bahe_lake.connection import lake
-from bahe_models.artifact import Artifact
-from bahe_models.backbone import load_backbone
-from bahe_models.encoder import AtomicEncoder, encoder_version
-from bahe_models.incremental import UserState
+from bahe_models import Artifact, AtomicEncoder, UserState, encoder_version, load_backbone
 from materialize.config.backbone import encoder_settings
 from materialize.config.dataset import home_dataset
 from materialize.ingest.atoms import ATOM_ID, NORMAL_TEXT

@@ -17,15 +17,15 @@ import pyarrow.parquet as pq
 from bahe_core.errors import BadInput, Damaged, NotReady, UnknownEntity
 from bahe_core.home import Home
 from bahe_core.results import Result
+from bahe_models import needed_columns
 from bahe_models.artifact_folder import read_config
-from bahe_models.features import needed_columns
 from feast_ducklake.online.rows import Vectors
 from feast_ducklake.online.vectors import VectorReader
 from feature_repo.store import online_errors, open_store
 from materialize.release.pointer import DEPLOYMENT
 
 if TYPE_CHECKING:
-    from bahe_models.artifact import Artifact
+    from bahe_models import Artifact
     from bahe_models.context import Value
 
 Identifier = str | int
@@ -100,7 +100,7 @@ class OnlineLookup:
 
         Raises Damaged when the models folder does not have it whole, as before it has been copied there.
         """
-        from bahe_models.artifact import load  # torch, which a lookup does without
+        from bahe_models import load  # torch, which a lookup does without
 
         with self._lock:
             if version not in self._artifacts:

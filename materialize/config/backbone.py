@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from bahe_models.config import DEFAULT_BACKBONE, BackboneConfig, EncoderConfig
+from bahe_models import BackboneConfig, EncoderConfig
+from bahe_models.config import DEFAULT_BACKBONE
 from materialize.config.dataset import Dataset
 from materialize.config.fetch import DOWNLOADS, fetch
 

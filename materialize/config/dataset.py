@@ -23,8 +23,8 @@ from bahe_core.errors import NotReady
 from bahe_core.files import replace_atomically
 from bahe_core.home import Home
 from bahe_core.lake_location import LakeConfig
-from bahe_models.config import BackboneConfig, EncoderConfig, ModelConfig, TrainingConfig, WindowConfig
-from materialize.config.problems import problems_of, read_yaml, refusal
+from bahe_models import BackboneConfig, EncoderConfig, ModelConfig, TrainingConfig, WindowConfig
+from materialize.config.problems import Place, problems_of, read_yaml, refusal
 
 
 class _Section(BaseModel):
@@ -226,6 +226,12 @@ class Dataset(_Section):
 
 def load_dataset(path: Path) -> Dataset:
     """Read and check a dataset.yaml. Raises BadInput with every problem in it, each with its line."""
+    dataset, _ = dataset_and_lines(path)
+    return dataset
+
+
+def dataset_and_lines(path: Path) -> tuple[Dataset, dict[Place, int]]:
+    """`load_dataset`, and the line of each key and list entry, for whoever finds further problems."""
     raw, lines = read_yaml(path)
     lake = raw.get("lake")
     if isinstance(lake, dict) and isinstance(lake.get("data"), str) and "://" not in lake["data"]:
@@ -236,7 +242,7 @@ def load_dataset(path: Path) -> Dataset:
         if beside.exists():  # anything else is a name on the hub
             backbone["path"] = str(beside.resolve())
     try:
-        return Dataset.model_validate(raw)
+        return Dataset.model_validate(raw), lines
     except ValidationError:
         raise refusal(path, problems_of(Dataset, raw, lines)) from None
 

@@ -15,8 +15,8 @@ from bahe_core.errors import BadInput
 from bahe_core.machine import threads
 from bahe_core.results import Result
 from bahe_lake.catalogue import scalar
-from materialize.config.dataset import Dataset, Table, load_dataset
-from materialize.config.problems import Place, Problem, line_of, read_yaml, refusal
+from materialize.config.dataset import Dataset, Table, dataset_and_lines
+from materialize.config.problems import Place, Problem, line_of, refusal
 from materialize.ingest import values
 from materialize.ingest.column_types import column_types
 from materialize.ingest.layouts import Layout, check_nanoseconds, layouts
@@ -53,8 +53,7 @@ def check(path: Path) -> Checked:
     Values are not looked at: that is the ingest's to do, which sets wrong rows aside. Raises BadInput with
     all problems at once, each with its line.
     """
-    dataset = load_dataset(path)
-    _, lines = read_yaml(path)
+    dataset, lines = dataset_and_lines(path)
     problems: list[Problem] = []
 
     def attempt(place: Place, step: Callable[[], Found]) -> Found | None:

@@ -24,7 +24,7 @@ from bahe_core.results import Result
 from bahe_lake import runs
 from bahe_lake.connection import lake
 from bahe_lake.versions import LATEST_ITEMS
-from bahe_models.artifact_folder import require_servable
+from bahe_models import require_servable
 from feature_repo.store import online_errors, open_store
 from materialize.gate import require_gates
 from materialize.release import lag, pointer

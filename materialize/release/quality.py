@@ -17,7 +17,7 @@ from materialize.config.dataset import home_dataset
 from materialize.frames.frame import Frame, latest_frame
 
 if TYPE_CHECKING:
-    from bahe_models.artifact import Artifact
+    from bahe_models import Artifact
 
 JOB = "gate quality"
 SPLIT = "validation"
@@ -89,8 +89,7 @@ def _compared(
     live_version: str,
     device_name: str | None,
 ) -> dict[str, Any]:
-    from bahe_models.artifact import load
-    from bahe_models.evaluation import evaluate
+    from bahe_models import evaluate, load
     from materialize.training.training_data import read_training_data
 
     new, live = load(home.models / model_version), load(home.models / live_version)

@@ -10,8 +10,7 @@ import torch
 
 from bahe_core.machine import PeakMemory, is_first_process
 from bahe_core.progress import say
-from bahe_models import ModelConfig, TrainingConfig, WindowConfig
-from bahe_models.impressions import Impressions
+from bahe_models import Impressions, ModelConfig, TrainingConfig, WindowConfig
 from bahe_models.timelines import sequence_lengths, window_start
 from bahe_models.training_loop import impressions_per_epoch
 

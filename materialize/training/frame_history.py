@@ -29,7 +29,7 @@ from bahe_lake.connection import lake
 from bahe_lake.sql import sql_literal
 from bahe_lake.vector_columns import vector_matrix
 from bahe_lake.versions import item_texts_shown
-from bahe_models.timelines import Int64
+from bahe_models import Int64
 from materialize.config.dataset import home_dataset
 from materialize.frames.frame import Frame
 from materialize.vectors.stored_atoms import current_encoder

@@ -6,8 +6,7 @@ import io
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from bahe_models.evaluation import SplitEvaluation
-from bahe_models.training_loop import Epoch
+from bahe_models import Epoch, SplitEvaluation
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

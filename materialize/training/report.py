@@ -9,8 +9,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from bahe_models.evaluation import LEVEL, REPLICATES, SplitEvaluation
-from bahe_models.training_loop import Epoch
+from bahe_models import Epoch, SplitEvaluation
+from bahe_models.evaluation import LEVEL, REPLICATES
 from materialize.training.plots import NAMES, reliability_plot, training_curves
 
 _PAGE = """<!doctype html>

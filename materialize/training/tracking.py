@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from bahe_core.errors import NotReady
 from bahe_core.home import Home
-from bahe_models.training_loop import Epoch
+from bahe_models import Epoch
 
 Tracker = Literal["mlflow", "tensorboard", "none"]
 

@@ -19,16 +19,10 @@ from bahe_core.results import Result
 from bahe_lake import runs
 from bahe_lake.connection import lake
 from bahe_lake.transactions import commit
-from bahe_models.artifact import Artifact, load
+from bahe_models import Artifact, Checkpoint, TrainingData, encoder_version, load, load_backbone
 from bahe_models.artifact_folder import FORMAT
-from bahe_models.backbone import load_backbone
-from bahe_models.checkpoint import Checkpoint
-from bahe_models.ctr_training import (
-    require_fit,
-)
+from bahe_models.ctr_training import require_fit
 from bahe_models.distributed import own_device, processes
-from bahe_models.encoder import encoder_version
-from bahe_models.impressions import TrainingData
 from bahe_models.sharding import require_processes
 from bahe_models.warm_start import require_fit as warm_start_fits
 from materialize.config.backbone import encoder_settings

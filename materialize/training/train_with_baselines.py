@@ -10,25 +10,29 @@ import numpy as np
 
 from bahe_core.machine import PeakMemory, device
 from bahe_core.progress import progress
-from bahe_models import baselines
-from bahe_models.artifact import Artifact
-from bahe_models.checkpoint import Checkpoint
-from bahe_models.config import ModelConfig, TrainingConfig, WindowConfig
-from bahe_models.ctr_training import (
+from bahe_models import (
+    Artifact,
     Batches,
-    Scores,
+    Checkpoint,
+    Epoch,
+    ModelConfig,
+    SplitEvaluation,
+    Trained,
+    TrainingConfig,
+    TrainingData,
+    WindowConfig,
+    baselines,
     build_model,
+    evaluate,
     fit_dense,
     item_id_rows,
-    precision,
+    seeded,
     table_ids,
     train,
 )
-from bahe_models.evaluation import SplitEvaluation, evaluate
-from bahe_models.impressions import TrainingData
+from bahe_models.ctr_training import Scores, precision
 from bahe_models.sharding import gathered
 from bahe_models.sharding import shard as shard_deep_layers
-from bahe_models.training_loop import Epoch, Trained, seeded
 from bahe_models.warm_start import known_behaviors, known_items, start_from
 from materialize.config.dataset import Dataset
 from materialize.training import tracking

@@ -12,10 +12,8 @@ import pyarrow.parquet as pq
 
 from bahe_core.errors import BadInput
 from bahe_lake.versions import item_texts_shown
+from bahe_models import Impressions, Int64, TrainingData, needed_columns
 from bahe_models.context import MISSING, hash_values
-from bahe_models.features import needed_columns
-from bahe_models.impressions import Impressions, TrainingData
-from bahe_models.timelines import Int64
 from materialize.config.dataset import context_column
 from materialize.frames.frame import SPLITS, Frame
 from materialize.vectors.stored_atoms import read_atoms

@@ -26,8 +26,7 @@ from bahe_lake.catalogue import scalar
 from bahe_lake.connection import lake
 from bahe_lake.sql import sql_literal
 from bahe_lake.transactions import commit
-from bahe_models.backbone import load_backbone
-from bahe_models.encoder import encoder_version
+from bahe_models import encoder_version, load_backbone
 from feature_repo.store import open_store
 from materialize.config.backbone import encoder_settings
 from materialize.config.dataset import home_dataset

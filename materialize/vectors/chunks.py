@@ -25,9 +25,14 @@ from bahe_core.errors import BadInput, BaheError
 from bahe_core.home import Home
 from bahe_core.machine import configure_threads, device, read_ahead, threads
 from bahe_lake.connection import connect
-from bahe_models.backbone import Backbone, load_backbone
-from bahe_models.config import BackboneConfig, EncoderConfig
-from bahe_models.encoder import AtomicEncoder, encoder_version
+from bahe_models import (
+    AtomicEncoder,
+    Backbone,
+    BackboneConfig,
+    EncoderConfig,
+    encoder_version,
+    load_backbone,
+)
 from materialize.executors import Executor
 
 ATOMS_PER_CHUNK = 8192

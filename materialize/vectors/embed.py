@@ -29,8 +29,7 @@ from bahe_lake.connection import lake
 from bahe_lake.sql import sql_literal
 from bahe_lake.transactions import commit
 from bahe_lake.vector_columns import vector_column
-from bahe_models.artifact import Artifact, load
-from bahe_models.artifact_folder import require_servable
+from bahe_models import Artifact, load, require_servable
 from materialize.config.dataset import home_dataset
 from materialize.executors import LOCAL, ExecutorConfig, start
 from materialize.gate import gated, require_gates

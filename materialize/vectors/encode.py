@@ -28,9 +28,7 @@ from bahe_lake.connection import LAKE, lake
 from bahe_lake.sql import sql_literal
 from bahe_lake.transactions import commit
 from bahe_lake.vector_columns import vector_column
-from bahe_models.backbone import load_backbone
-from bahe_models.config import BackboneConfig, EncoderConfig
-from bahe_models.encoder import encoder_version
+from bahe_models import BackboneConfig, EncoderConfig, encoder_version, load_backbone
 from materialize.config.backbone import encoder_settings
 from materialize.config.dataset import home_dataset
 from materialize.executors import LOCAL, ExecutorConfig, start

@@ -10,7 +10,7 @@ import duckdb
 from bahe_core.home import Home
 from bahe_lake import runs
 from bahe_lake.catalogue import scalar
-from bahe_models.config import BackboneConfig, EncoderConfig
+from bahe_models import BackboneConfig, EncoderConfig
 from materialize.config.backbone import Settings
 
 

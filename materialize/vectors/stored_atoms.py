@@ -17,7 +17,7 @@ from bahe_core.home import Home
 from bahe_lake import runs
 from bahe_lake.catalogue import scalar
 from bahe_lake.vector_columns import vector_matrix
-from bahe_models.timelines import Int64
+from bahe_models import Int64
 
 NOT_ENCODED = "some atoms have no vector yet; run `bahe encode` first."
 

@@ -14,8 +14,7 @@ from bahe_core.errors import NotReady
 from bahe_core.home import Home
 from bahe_core.machine import device
 from bahe_lake.connection import connect
-from bahe_models.artifact import Artifact, load
-from bahe_models.timelines import Timelines
+from bahe_models import Artifact, Timelines, load
 from materialize.vectors.stored_atoms import Atoms, stored_atoms
 from materialize.vectors.timelines import read_timelines
 

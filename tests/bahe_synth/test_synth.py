@@ -16,7 +16,7 @@ import pytest
 
 from bahe_core.errors import BadInput, Busy
 from bahe_core.home import Home
-from bahe_models.metrics import auc
+from bahe_models import auc
 from bahe_synth import rows as synth_rows
 from bahe_synth.log import counted_auc, synth
 from bahe_synth.rows import Settings

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from bahe_models.metrics import auc
+from bahe_models import auc
 from benchmarks.fuxi import FIRST, PADDING, TUNED, UNKNOWN, Batches, Encoder, Network, Setting, train_fuxi
 from tests.support.toy import at_moments, toy_data
 

@@ -22,7 +22,7 @@ from bahe_core.errors import BadInput, BaheError, Damaged, GateFailed, NotReady,
 from bahe_core.home import Home
 from bahe_lake.catalogue import scalar
 from bahe_lake.connection import lake
-from bahe_models.features import needed_columns
+from bahe_models import needed_columns
 from feature_repo.store import open_store
 from materialize.frames.frame import latest_frame
 from materialize.training.training_data import read_training_data

@@ -13,8 +13,7 @@ from safetensors.torch import load_file
 
 from bahe_core.errors import BadInput
 from bahe_core.home import Home
-from bahe_models import load
-from bahe_models.checkpoint import Checkpoint
+from bahe_models import Checkpoint, load
 from tests.support import REPOSITORY
 from tests.support.cli import call
 from tests.support.home_contents import copy_of

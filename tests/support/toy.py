@@ -16,16 +16,18 @@ from bahe_models import (
     Batches,
     DenseFeatures,
     Impressions,
+    Int64,
     ModelConfig,
     Timelines,
     TrainingConfig,
     TrainingData,
     WindowConfig,
+    build_model,
+    item_id_rows,
     load_backbone,
+    needed_columns,
+    table_ids,
 )
-from bahe_models.ctr_training import build_model, item_id_rows, table_ids
-from bahe_models.features import needed_columns
-from bahe_models.timelines import Int64
 
 CPU = torch.device("cpu")
 

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 
 from bahe_core.home import Home
-from bahe_models import Impressions, evaluate
+from bahe_models import Epoch, Impressions, evaluate
 from bahe_models.metrics import probability
-from bahe_models.training_loop import Epoch
 from materialize.training import tracking
 from materialize.training.report import shown, shown_auc, shown_interval, write_report
 from materialize.training.train_with_baselines import EVALUATED, _rows, _Scored

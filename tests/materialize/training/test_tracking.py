@@ -6,7 +6,7 @@ import pytest
 
 from bahe_core.errors import NotReady
 from bahe_core.home import Home
-from bahe_models.training_loop import Epoch
+from bahe_models import Epoch
 from materialize.training import tracking
 
 RESULT = {"model": "bahe", "split": "test", "auc": 0.75, "gauc": 0.7, "train_seconds": 1.0}
