@@ -130,8 +130,10 @@ class LongText(nn.Module):
         states, row_W, offset = [], np.empty(len(first_W), dtype=np.int64), 0
         for group in like_lengths(count_W + 1):
             longest = int(count_W[group].max()) + 1
-            rows_per_pass = max(1, tokens_per_pass // longest)
-            for members in (group[i : i + rows_per_pass] for i in range(0, len(group), rows_per_pass)):
+            windows_per_pass = max(1, tokens_per_pass // longest)
+            for members in (
+                group[i : i + windows_per_pass] for i in range(0, len(group), windows_per_pass)
+            ):
                 column_S = np.arange(longest - 1)
                 present = column_S < count_W[members, None]
                 # Right padding: a causal layer's earlier positions never see it.
