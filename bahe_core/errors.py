@@ -16,11 +16,11 @@ class BadInput(BaheError):
 
 
 class NotServable(BadInput):
-    """A model whose scores need more than stored vectors was asked to be stored or served."""
+    """A model that needs more than stored vectors to score was to be embedded or served."""
 
 
 class NotReady(BaheError):
-    """A job was asked for before the job whose output it needs."""
+    """A job was started before the job whose output it needs."""
 
 
 class UnknownEntity(BaheError):
@@ -32,11 +32,11 @@ class GateFailed(BaheError):
 
 
 class Damaged(BaheError):
-    """A file of the home cannot be read any more."""
+    """A file in the home can no longer be read."""
 
 
 class NotWritable(BaheError):
-    """The disk is full, or a file may not be read or written to; what was committed before is kept."""
+    """The disk is full, or permission to read or write a file is missing; earlier commits are kept."""
 
 
 class Busy(BaheError):
@@ -44,10 +44,10 @@ class Busy(BaheError):
 
 
 class Unreachable(BaheError):
-    """A server that the home is configured with (PostgreSQL, Ray) does not answer, or not as it should."""
+    """A server that the home uses (PostgreSQL, Ray) does not answer, or answers with an error."""
 
 
-# The last one is DuckLake's of a catalogue in SQLite, which rolls back by itself where it cannot write.
+# The last one is DuckLake's, for an SQLite catalogue: SQLite rolls back by itself when it cannot write.
 _FULL = re.compile(
     "no space left on device|disk is full|disk quota exceeded|file too large|disk i/o error"
     "|max_temp_directory_size|cannot rollback - no transaction is active",
@@ -61,10 +61,10 @@ _FORBIDDEN = re.compile(
 
 
 def storage_problem(error: BaseException) -> NotWritable | None:
-    """The NotWritable that a library's error stands for; None when it is about something else.
+    """The NotWritable for a library's error; None when the error is about something else.
 
-    Libraries tell of a full disk in types of their own (DuckDB, SQLite, safetensors, Arrow), some with the
-    operating system's error as cause, but all in its words.
+    Libraries report a full disk in their own types of error (DuckDB, SQLite, safetensors, Arrow), some with
+    the operating system's error as cause, but all in its words.
     """
     cause: BaseException | None = error
     while cause is not None:
@@ -72,12 +72,13 @@ def storage_problem(error: BaseException) -> NotWritable | None:
             if _FULL.search(str(cause)):
                 return NotWritable(
                     f"the disk is full or fails ({one_line(cause)}); what was committed before is kept, so"
-                    " make room and run it again."
+                    " free some space and run it again."
                 )
             if _FORBIDDEN.search(str(cause)):
                 return NotWritable(
                     f"a file or folder may not be read or written to ({one_line(cause)}); what was"
-                    " committed before is kept, so allow it or choose another folder, and run it again."
+                    " committed before is kept, so grant permission or choose another folder, and run it"
+                    " again."
                 )
         cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
     return None
@@ -90,6 +91,6 @@ def one_line(error: BaseException) -> str:
 
 
 def last_line(error: Exception) -> str:
-    """The last line of a library's error message that says something, where the first is its context."""
+    """The last non-blank line of a library's error message, where the first is only context."""
     lines = [line for line in str(error).splitlines() if line.strip() and not line.startswith("\t")]
     return " ".join(lines[-1].split()).rstrip(".") if lines else type(error).__name__

@@ -1,4 +1,4 @@
-"""Files and folders that are there whole or not at all, whatever happens while they are written."""
+"""Files and folders that are complete or absent, whatever happens while they are written."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from pathlib import Path
 
 
 def part_of(path: Path) -> Path:
-    """Where `path` is written before it takes its name; what a killed process left is written over."""
+    """Where `path` is written before it is renamed; what a killed process left there is overwritten."""
     return path.with_name(path.name + ".part")
 
 
 @contextmanager
 def replace_atomically(path: Path) -> Iterator[Path]:
-    """A file beside `path` to write; at the end of the block it is on disk and replaces `path`.
+    """A temporary file to write; at the end of the block it is flushed to disk and replaces `path`.
 
-    A block that raises leaves `path` as it was. One process may write a path at a time. The folder is made.
+    A block that raises leaves `path` as it was. Only one process at a time may write a path. Missing parent
+    folders are created.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = part_of(path)
@@ -33,7 +34,7 @@ def replace_atomically(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """An empty folder beside `folder` to fill; at the end of the block it is on disk and takes that name.
+    """An empty folder to fill; at the end of the block it is flushed to disk and renamed to `folder`.
 
     A block that raises leaves nothing. Raises OSError when `folder` exists and is not empty.
     """
@@ -52,7 +53,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 def _flush(path: Path) -> None:
-    """Bring a file's bytes, or a folder's names, to the disk: a new name must not outlive what it names."""
+    """Flush a file's bytes or a folder's entries: a crash must not leave a name without its content."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""The home folder: all state of one dataset, so that two datasets never meet."""
+"""The home folder: all state of one dataset, so that two datasets never mix."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ DEFAULT_HOME = Path(".bahe")
 
 @dataclass(frozen=True)
 class Home:
-    """Where each part of the state lies. Nothing is created until `create` is called."""
+    """The paths of each part of the state. Nothing is created until `create` is called."""
 
     root: Path
     known_lake: LakeLocation | None = None
-    """Where the lake lies, on a machine that has the lake and not the home."""
+    """The lake's location, on a machine that can reach the lake but not the home."""
 
     @classmethod
     def at(cls, folder: Path | str | None = None) -> Home:
-        """The home named, else BAHE_HOME, else `.bahe` in the working directory."""
+        """The given folder, else BAHE_HOME, else `.bahe` in the working directory."""
         chosen = folder or os.environ.get("BAHE_HOME") or DEFAULT_HOME
         return cls(Path(chosen).expanduser().resolve())
 
@@ -40,7 +40,7 @@ class Home:
         """Where the catalogue and the Parquet files are. Raises Damaged when lake.yaml cannot be read."""
         if self.known_lake is not None:
             return self.known_lake
-        # Not at the top: it brings pydantic and yaml, which `bahe --help` does without.
+        # Not at the top: it imports yaml, which `bahe --help` does without.
         from bahe_core.lake_location import LakeLocation, read_lake_config
 
         config = read_lake_config(self._lake_yaml)
@@ -52,7 +52,7 @@ class Home:
         )
 
     def elsewhere(self) -> Home:
-        """The home as a worker on another machine can be given it: with where its lake lies."""
+        """The home to give to a worker on another machine: it carries its lake's location."""
         return Home(self.root, self.lake)
 
     @property
@@ -60,15 +60,15 @@ class Home:
         return self.root / "lake.yaml"
 
     def place_lake(self, config: LakeConfig) -> None:
-        """Keep where the lake shall lie, before it is first opened. Raises BadInput when a home that holds
-        a dataset has its lake elsewhere."""
+        """Record the lake's location before it is first opened. Raises BadInput when the home holds a
+        dataset and its lake is elsewhere."""
         from bahe_core.lake_location import read_lake_config, write_lake_config
 
         if config == read_lake_config(self._lake_yaml):
             return
         if (self.root / "dataset.yaml").is_file():
             raise BadInput(
-                f"`lake` of dataset.yaml is not where the lake of {self.root} lies ({self.lake}); put it"
+                f"`lake` in dataset.yaml is not where the lake of {self.root} is ({self.lake}); change it"
                 " back, or ingest into a new --home."
             )
         self.create()
@@ -76,7 +76,7 @@ class Home:
 
     @property
     def spill(self) -> Path:
-        """Where DuckDB puts what exceeds its memory; there only while it needs it."""
+        """Where DuckDB spills what exceeds its memory; exists only while it is needed."""
         if self.known_lake is not None and not self.root.is_dir():
             return Path(tempfile.gettempdir()) / "bahe-spill"
         return self.root / "lake" / "spill"
@@ -98,12 +98,12 @@ class Home:
 
     @property
     def frames(self) -> Path:
-        """Training frames, a folder each."""
+        """Training frames, one folder each."""
         return self.root / "frames"
 
     @property
     def models(self) -> Path:
-        """Model artifacts, a folder for each model_version."""
+        """Model artifacts, one folder per model_version."""
         return self.root / "models"
 
     def checkpoint(self, model_version: str) -> Path:
@@ -117,7 +117,7 @@ class Home:
 
     @property
     def tensorboard(self) -> Path:
-        """TensorBoard's event files, a folder for each run."""
+        """TensorBoard's event files, one folder per run."""
         return self.root / "tensorboard"
 
     @property
@@ -132,22 +132,22 @@ class Home:
 
     @property
     def days(self) -> Path:
-        """What each daily run did and how far it came, a JSON file for each date."""
+        """What each daily run did and how far it got, one JSON file per date."""
         return self.root / "daily"
 
     def create(self) -> Home:
-        """Make the folders; returns itself."""
+        """Create the folders; returns itself."""
         for folder in (self.spill.parent, self.frames, self.models, self.tracking, self.reports):
             folder.mkdir(parents=True, exist_ok=True)
         return self
 
     @contextmanager
     def exclusive(self, wait: float = 0) -> Iterator[None]:
-        """Hold the home's lock while a job writes; a job within a job of the same thread holds it too.
+        """Hold the home's lock while a job writes; within a thread it is reentrant.
 
-        Raises Busy when another process holds it, after waiting so many seconds. The lock belongs to the
+        Raises Busy when another process still holds it after `wait` seconds. The lock belongs to the
         process (flock), so a killed job leaves no stale lock behind. With a catalogue in PostgreSQL it
-        also keeps out the jobs of other homes and machines.
+        also keeps out jobs of other homes and machines.
         """
         from filelock import FileLock, Timeout
 
@@ -160,9 +160,9 @@ class Home:
             # At least a moment: `busy` holds the lock while it looks.
             lock.acquire(timeout=max(wait, _LOOKING), poll_interval=0.02)
         except Timeout:
-            way_out = "wait for it to end" if not wait else f"it did not end within {wait:g} s; try later"
+            advice = "wait for it to end" if not wait else f"it did not end within {wait:g} s; try later"
             raise Busy(
-                f"another bahe job is writing to {self.root}; {way_out}, or use another --home."
+                f"another bahe job is writing to {self.root}; {advice}, or use another --home."
             ) from None
         try:
             with self.lake.exclusive(wait):

@@ -1,4 +1,4 @@
-"""Where a home's lake lies: its catalogue in SQLite or PostgreSQL, its data in a folder or on S3."""
+"""Where a home's lake is: its catalogue in SQLite or PostgreSQL, its data in a folder or on S3."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ if TYPE_CHECKING:
 
 
 def bound_postgres_wait() -> None:
-    """Let connections to PostgreSQL, also DuckDB's and Feast's, give up after 10 s unless the user says
-    otherwise; libpq, which reads the environment, would wait for minutes."""
+    """Make connections to PostgreSQL, including DuckDB's and Feast's, time out after 10 s unless the user
+    has set another limit; libpq, which reads this variable, would otherwise wait for minutes."""
     os.environ.setdefault("PGCONNECT_TIMEOUT", "10")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LakeConfig:
-    """The `lake` section of dataset.yaml. What is left out lies in the home."""
+    """The `lake` section of dataset.yaml. What is left out is in the home."""
 
     catalogue: str | None = None
-    """`postgresql://user@host:port/database`, without the password: that is PGPASSWORD's or ~/.pgpass's
-    to give, as for every PostgreSQL client. Left out: SQLite, for one machine."""
+    """`postgresql://user@host:port/database`, without the password, which comes from PGPASSWORD or
+    ~/.pgpass, as for every PostgreSQL client. Left out: SQLite, for one machine."""
     schema: str = "bahe"
-    """The catalogue's schema in that database, made by the first ingest; one for each dataset."""
+    """The catalogue's schema in that database, created by the first ingest; one for each dataset."""
     data: str | None = None
     """Folder of the Parquet files (relative to dataset.yaml), or `s3://bucket/prefix`."""
 
@@ -49,14 +49,14 @@ class LakeConfig:
                 )
         if not re.fullmatch(r"(?!pg_)[a-z_][a-z0-9_]{0,62}", self.schema):
             raise ValueError(
-                f"`schema` is {self.schema}; take small letters, digits and _, not pg_ in front"
+                f"`schema` is {self.schema}; use lower-case letters, digits and _, not starting with pg_"
             )
         if self.data is not None and "://" in self.data and not re.match(r"s3://[^/]", self.data):
             raise ValueError(f"`data` is {self.data}; give a folder or s3://bucket/prefix")
 
 
 def _check_url(url: str) -> None:
-    """Raises ValueError; what may hold a password is not shown."""
+    """Raises ValueError, which does not show the URL, since that may hold a password."""
     try:
         parts = urlsplit(url)
         password = parts.password or "password" in dict(parse_qsl(parts.query))
@@ -64,22 +64,22 @@ def _check_url(url: str) -> None:
     except ValueError:
         password, complete = None, False
     if password:
-        raise ValueError("`catalogue` holds a password; take it out, and set PGPASSWORD or write ~/.pgpass")
+        raise ValueError("`catalogue` holds a password; remove it, and set PGPASSWORD or use ~/.pgpass")
     if not complete:
         raise ValueError("`catalogue` is not of the form postgresql://user@host:port/database")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LakeLocation:
-    """A lake's place, complete; with a PostgreSQL catalogue the same on every machine."""
+    """A lake's full location; with a PostgreSQL catalogue it is the same on every machine."""
 
     catalogue: str
     """A PostgreSQL URL, or the path of an SQLite file."""
     data: str
     schema: str | None = None
-    """PostgreSQL's."""
+    """The schema in PostgreSQL; None with SQLite."""
     moves: bool = True
-    """The data lies beside the catalogue, and may be moved or copied together with it."""
+    """Whether the data is beside the catalogue, and may be moved or copied together with it."""
 
     @property
     def postgres(self) -> bool:
@@ -87,17 +87,17 @@ class LakeLocation:
         return self.schema is not None
 
     def __str__(self) -> str:
-        """As errors name it."""
+        """The name used in errors."""
         return f"{self.catalogue} (schema {self.schema})" if self.postgres else self.catalogue
 
     @contextmanager
     def exclusive(self, wait: float = 0) -> Iterator[None]:
-        """Keep the writers of all machines out while a job writes.
+        """Keep writers on all machines out while a job writes.
 
-        Raises Busy when one is still at work after so many seconds.
+        Raises Busy when another job is still writing after `wait` seconds.
 
-        An advisory lock of PostgreSQL, which goes when the connection does, so a killed job leaves none
-        behind. Nothing to do with SQLite, whose writers all hold the home's own lock.
+        This is an advisory lock of PostgreSQL, released with the connection, so a killed job leaves none
+        behind. With SQLite there is nothing to do: its writers all hold the home's own lock.
         """
         if not self.postgres:
             yield
@@ -111,10 +111,10 @@ class LakeLocation:
                 )
             yield
             try:
-                kept = _single(session, "SELECT pg_advisory_unlock(hashtextextended(%s, 0))", key)
+                still_held = _single(session, "SELECT pg_advisory_unlock(hashtextextended(%s, 0))", key)
             except _psycopg().OperationalError:
-                kept = False
-            if not kept:
+                still_held = False
+            if not still_held:
                 raise Busy(
                     f"the connection to {self} was lost during the job, and with it the lock, so another"
                     " job may have written at the same time; what was committed is kept, run it again."
@@ -137,7 +137,7 @@ class LakeLocation:
             session.close()
 
     def unreachable(self, error: Exception) -> Unreachable:
-        """The sentence for a server that does not answer, or not as it should."""
+        """The error for a server that does not answer, or answers with an error."""
         return Unreachable(
             f"the lake's catalogue {self} cannot be reached ({last_line(error)}); start the server, create"
             " the database, or correct `lake.catalogue` (the password comes from PGPASSWORD or ~/.pgpass)."
@@ -145,7 +145,7 @@ class LakeLocation:
 
 
 def _locked(session: psycopg.Connection, key: str, wait: float) -> bool:
-    """Take the advisory lock of this key, after waiting for it so many seconds."""
+    """Take the advisory lock of this key; False if it is still held after `wait` seconds."""
     if not wait:
         return bool(_single(session, "SELECT pg_try_advisory_lock(hashtextextended(%s, 0))", key))
     session.execute(f"SET lock_timeout = {round(wait * 1000)}")
@@ -168,14 +168,13 @@ def _psycopg() -> ModuleType:
         import psycopg
     except ImportError:
         raise BadInput(
-            "`lake.catalogue` is in PostgreSQL, for which a package is missing: pip install"
-            " 'bahe[postgres]'."
+            "`lake.catalogue` is in PostgreSQL, which needs another package: pip install 'bahe[postgres]'."
         ) from None
     return psycopg
 
 
 def read_lake_config(path: Path) -> LakeConfig:
-    """The home's lake.yaml; the default where there is none. Raises Damaged."""
+    """The home's lake.yaml; the default if there is none. Raises Damaged."""
     if not path.is_file():
         return LakeConfig()
     try:
@@ -187,10 +186,10 @@ def read_lake_config(path: Path) -> LakeConfig:
 
 
 def write_lake_config(config: LakeConfig, path: Path) -> None:
-    """Keep it in the home, whole or not at all; the default is no file."""
+    """Write lake.yaml atomically; the default has no file."""
     if config == LakeConfig():
         path.unlink(missing_ok=True)
         return
-    text = "# Where the lake of this home lies; written by the first `bahe ingest`.\n"
+    text = "# Where the lake of this home is; written by the first `bahe ingest`.\n"
     with replace_atomically(path) as part:
         part.write_text(text + yaml.safe_dump(asdict(config), sort_keys=False))

@@ -18,9 +18,9 @@ _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS
 _WAITING = {
     "OMP_WAIT_POLICY": "PASSIVE",  # of every OpenMP runtime, GNU's in torch's wheels included
     "KMP_BLOCKTIME": "0",  # Intel's and LLVM's, in milliseconds
-    "TOKENIZERS_PARALLELISM": "false",  # a pool of its own beside ours
+    "TOKENIZERS_PARALLELISM": "false",  # a thread pool beside ours
 }
-"""Threads that wait for work sleep rather than spin, unless the user has said otherwise."""
+"""Settings with which idle threads sleep rather than spin, unless the user has set others."""
 
 
 def usable_cores() -> int:
@@ -36,15 +36,15 @@ def threads() -> int:
 
 
 def memory_limit() -> str | None:
-    """How much memory a DuckDB connection may take before it spills to disk: BAHE_MEMORY (as `4GB`)."""
+    """How much memory a DuckDB connection may use before it spills to disk: BAHE_MEMORY (such as `4GB`)."""
     return os.environ.get("BAHE_MEMORY") or None
 
 
 def configure_threads() -> int:
     """Give every numerical library the same thread count, and let idle threads sleep.
 
-    Call before importing torch: its OpenMP runtime reads the environment once, when it is loaded. Processes
-    that are started from here inherit it. Oversubscribed threads made one training epoch twenty times
+    Call before importing torch: its OpenMP runtime reads the environment once, when it is loaded. Child
+    processes inherit it. Oversubscribed threads made one training epoch twenty times
     slower on two cores, because torch and the OpenMP runtimes of other libraries each start one thread per
     *visible* core; threads that spin while they wait made it as slow beside another busy process
     (`python -m benchmarks.neighbour`).
@@ -60,12 +60,12 @@ def configure_threads() -> int:
 
 
 def is_first_process() -> bool:
-    """Whether this is torchrun's first process, or the only one: of several, it alone speaks and writes."""
+    """Whether this is torchrun's rank 0, or the only process: only it prints and writes."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def device(name: str | None = None) -> torch.device:
-    """The torch device to compute on: the one named, else CUDA, else Apple's MPS, else CPU."""
+    """The torch device to compute on: the given one, else CUDA, else Apple's MPS, else CPU."""
     import torch
 
     if name is not None:
@@ -78,11 +78,11 @@ def device(name: str | None = None) -> torch.device:
 
 
 def read_ahead(items: Iterator[Item]) -> Iterator[Item]:
-    """The same items, none of them None; a thread reads the next one while the caller works on one."""
+    """The same items, which must not be None; a thread prefetches the next one."""
     with ThreadPoolExecutor(1) as reader:
-        following = reader.submit(next, items, None)
-        while (item := following.result()) is not None:
-            following = reader.submit(next, items, None)
+        upcoming = reader.submit(next, items, None)
+        while (item := upcoming.result()) is not None:
+            upcoming = reader.submit(next, items, None)
             yield item
 
 

@@ -1,4 +1,4 @@
-"""What a job says while it works, on standard error: lines and bars for people, JSON for machines."""
+"""Progress of a job on standard error: lines and bars for people, JSON for machines."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 FORMATS = ("text", "json")
 REPORT_SECONDS = 15.0
-"""Where there is no terminal for a bar, a long step says how far it is once in so many seconds."""
+"""How often a long step reports its progress where there is no terminal for a bar."""
 
 _job: ContextVar[str | None] = ContextVar("job", default=None)
 _bar_console: ContextVar[Console | None] = ContextVar("bar_console", default=None)
-"""Where a bar is shown: lines said meanwhile go above it."""
+"""The console of the current bar; lines printed meanwhile go above it."""
 
 
 def json_log() -> bool:
@@ -31,16 +31,16 @@ def json_log() -> bool:
 
 
 def use_log_format(name: str) -> None:
-    """Write what is said from here on as `text` or `json`, here and in processes started from here."""
+    """Log as `text` or `json` from now on, in this process and those that it starts."""
     os.environ["BAHE_LOG"] = name
     if name == "json":
-        # What libraries log would otherwise stand between the objects as bare text.
+        # Otherwise libraries' messages would appear between the objects as plain text.
         logging.basicConfig(handlers=[_JsonHandler()], level=logging.WARNING, force=True)
 
 
 @contextmanager
 def job(name: str) -> Iterator[None]:
-    """Lines said within belong to this job."""
+    """Lines logged within the block belong to this job."""
     token = _job.set(name)
     try:
         yield
@@ -49,7 +49,7 @@ def job(name: str) -> Iterator[None]:
 
 
 def console() -> Console:
-    """Standard error, so that what a command prints as its answer can be piped."""
+    """Standard error, so that a command's output can be piped."""
     from rich.console import Console
 
     return _bar_console.get() or Console(stderr=True, highlight=False)
@@ -80,10 +80,11 @@ def write_json(level: str, message: str, fields: dict[str, Any]) -> None:
 
 @contextmanager
 def progress(description: str, total: float | None) -> Iterator[Callable[..., None]]:
-    """How far a step is; yields `advance(amount=1, note=None, earlier=False)`. A total of None is unknown.
+    """Show a step's progress; yields `advance(amount=1, note=None, earlier=False)`.
 
-    `earlier` says that an interrupted run did this part: it counts, and the time left is reckoned without
-    it. A bar with time left on a terminal, else a line every `REPORT_SECONDS` and one at the end.
+    A total of None is unknown. `earlier` marks a part that an interrupted run did: it counts as done, but
+    the time left is estimated without it. On a terminal this is a bar with the time left, else a line every
+    `REPORT_SECONDS` and one at the end.
     """
     if json_log() or not console().is_terminal:
         yield from _lines(description, total)
@@ -93,32 +94,33 @@ def progress(description: str, total: float | None) -> Iterator[Callable[..., No
 
 def _lines(description: str, total: float | None) -> Iterator[Callable[..., None]]:
     start = last = time.monotonic()
-    done, before, shown = 0.0, 0.0, ""
-    said: tuple[float, str] | None = None
+    done, done_earlier, last_note = 0.0, 0.0, ""
+    reported: tuple[float, str] | None = None
 
     def advance(amount: float = 1, note: str | None = None, earlier: bool = False) -> None:
-        nonlocal done, before, shown, last
+        nonlocal done, done_earlier, last_note, last
         done += amount
-        before += amount if earlier else 0
-        shown = shown if note is None else note
-        # The line of a step that is complete is the one at the end.
+        done_earlier += amount if earlier else 0
+        last_note = last_note if note is None else note
+        # A complete step is reported at the end.
         if done != total and time.monotonic() - last >= REPORT_SECONDS:
             last = time.monotonic()
             report()
 
     def report() -> None:
-        nonlocal said
-        said = (done, shown)
+        nonlocal reported
+        reported = (done, last_note)
         of = "" if total is None else f" of {total:,.0f}"
         seconds = round(time.monotonic() - start, 1)
-        of += f" ({before:,.0f} by an earlier run)" if before else ""
-        words = f"  {description}: {done:,.0f}{of}, {seconds} s{f', {shown}' if shown else ''}"
+        of += f" ({done_earlier:,.0f} by an earlier run)" if done_earlier else ""
+        note = f", {last_note}" if last_note else ""
+        message = f"  {description}: {done:,.0f}{of}, {seconds} s{note}"
         fields: dict[str, Any] = {"step": description, "done": done, "total": total, "seconds": seconds}
-        fields |= {"earlier": before} if before else {}
-        say(words, **fields, **({"note": shown} if shown else {}))
+        fields |= {"earlier": done_earlier} if done_earlier else {}
+        say(message, **fields, **({"note": last_note} if last_note else {}))
 
     yield advance
-    if done and said != (done, shown):
+    if done and reported != (done, last_note):
         report()
 
 
@@ -154,7 +156,7 @@ def _bar(description: str, total: float | None) -> Iterator[Callable[..., None]]
         task = bar.add_task(description, total=total, note="")
 
         def advance(amount: float = 1, note: str | None = None, earlier: bool = False) -> None:
-            if earlier:  # starts the clock again, so that the rate is this run's
+            if earlier:  # restarts the clock, so that the rate is this run's
                 bar.reset(task, completed=int(bar.tasks[task].completed + amount))
             else:
                 bar.advance(task, amount)

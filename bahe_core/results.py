@@ -1,4 +1,4 @@
-"""What a job returns: a frozen dataclass that prints as itself and shows as a table in a notebook."""
+"""What a job returns: a frozen dataclass, shown as a table in a notebook."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class Result:
 
     @property
     def summary(self) -> list[str]:
-        """What a person wants to know of it, a line each; said when the job ends."""
+        """Lines for people, printed when the job ends."""
         return []
 
     def _repr_html_(self) -> str:
@@ -32,7 +32,7 @@ def _shown(value: Any) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, dict):
-        return ", ".join(f"{key}: {_shown(one)}" for key, one in value.items()) or "none"
+        return ", ".join(f"{key}: {_shown(item)}" for key, item in value.items()) or "none"
     if isinstance(value, list | tuple):
-        return ", ".join(_shown(one) for one in value) or "none"
+        return ", ".join(_shown(item) for item in value) or "none"
     return "none" if value is None else str(value)

@@ -1,6 +1,6 @@
 """What is learned: backbone split, atomic encoder, user aggregator, CTR head, trainer, baselines.
 
-Knows torch and transformers, and nothing of Feast, DuckDB or any file beyond its own artifacts.
+Depends on torch and transformers; knows nothing of Feast, DuckDB or any file but its own artifacts.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ _MODULES = {
     "UserState": "incremental",
     "window_batch": "timelines",
 }
-"""Imported when asked for: whoever only reads a configuration loads neither torch nor transformers."""
+"""Imported lazily, so that reading a configuration loads neither torch nor transformers."""
 
 __all__ = [
     "Artifact",

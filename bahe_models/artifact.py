@@ -29,7 +29,7 @@ from bahe_models.timelines import Int64, Timelines, plan_steps, window_batch
 
 @dataclass
 class Artifact:
-    """A model with everything that is needed to use it."""
+    """A model with everything needed to use it."""
 
     model: BaheModel
     model_version: str
@@ -41,7 +41,7 @@ class Artifact:
     item_ids: tuple[str | int, ...]
     """Items of the ID table, in the order of its rows 1, 2, ..."""
     facts: dict[str, Any]
-    """Where it comes from and how good it is: frame, dataset, configuration, metrics."""
+    """Provenance and quality: frame, dataset, configuration, metrics."""
     logit_shift: float = 0.0
     """Added to the model's logits: the correction for sampling and weights in training."""
 
@@ -52,16 +52,16 @@ class Artifact:
 
     @property
     def context_columns(self) -> tuple[str, ...]:
-        """Names of the context columns that `score` wants."""
+        """Names of the context columns that `score` expects."""
         return () if self.model.context is None else self.model.context.columns
 
     @property
     def vectors_suffice(self) -> bool:
-        """Whether `score` works from stored vectors; otherwise `score_timelines` alone does."""
+        """Whether `score` works, from stored vectors; if not, use `score_timelines`."""
         return self.model.config.vectors_suffice
 
     def save(self, folder: Path) -> None:
-        """Write the folder, beside and then renamed: it is whole or not there."""
+        """Write the folder atomically: it is complete or absent."""
         from safetensors.torch import save_file
 
         config = {
@@ -94,8 +94,8 @@ class Artifact:
     ) -> npt.NDArray[np.float32]:
         """User vectors [N, width] after the first `length_NC` behaviors of each user's timelines.
 
-        `atoms_AD` must be of this artifact's encoder_version, and on the model's device; `atom_ids_A`
-        says which atoms they are of.
+        `atoms_AD` must come from this artifact's encoder_version and be on the model's device;
+        `atom_ids_A` are their atom ids.
         """
         self._check_width(atoms_AD)
         self.model.eval()
@@ -114,7 +114,7 @@ class Artifact:
         return None if until is None else datetime.fromisoformat(until)
 
     def id_table_rows(self, item_ids: Sequence[str | int]) -> torch.Tensor:
-        """Row of the ID table [N] of each item; 0 for items that training has not seen."""
+        """Each item's row in the ID table [N]; 0 for items unseen in training."""
         row = {item_id: index for index, item_id in enumerate(self.item_ids, start=1)}
         return torch.tensor([row.get(item_id, 0) for item_id in item_ids], dtype=torch.long)
 
@@ -139,11 +139,11 @@ class Artifact:
         now_us_N: Int64,
         context: Mapping[str, Sequence[object]] | Int64 | None = None,
     ) -> npt.NDArray[np.float64]:
-        """Click probabilities [N] of pairs of stored vectors, with their statistics.
+        """Click probabilities [N] of pairs of stored vectors and their statistics.
 
-        `context` has the values of each of `context_columns`, None where unknown, or already their
-        hashes [N, X]. Raises BadInput when a column is missing or not one of them, and NotServable when
-        stored vectors do not suffice (see `score_timelines`).
+        `context` holds the values of each of `context_columns`, None where unknown, or their hashes
+        [N, X]. Raises BadInput when a column is missing or unknown, and NotServable when stored vectors
+        do not suffice (see `score_timelines`).
         """
         require_vectors_suffice(self.model_version, self.model.config)
         self.model.eval()
@@ -170,9 +170,9 @@ class Artifact:
     ) -> npt.NDArray[np.float64]:
         """Click probabilities [N] of impressions, from timelines instead of stored vectors.
 
-        Works with every head. `atoms_AD` must be of this artifact's encoder_version, and on the model's
-        device; `item_atom_N` are the rows of the items' texts in it, and `length_NC` how many behaviors
-        of each timeline came strictly before the impression. `context` is that of `score`.
+        Works with every head. `atoms_AD` must come from this artifact's encoder_version and be on the
+        model's device; `item_atom_N` are the rows of the items' texts in it, and `length_NC` counts the
+        behaviors of each timeline strictly before the impression. `context` is as in `score`.
         """
         self._check_width(atoms_AD)
         self.model.eval()
@@ -184,13 +184,13 @@ class Artifact:
         logits_N = torch.empty(len(user_N), device=device)
         merged = self.model.config.merged
         for rows in plan_steps(user_N, length_NC, impressions_per_step=256, rng=None, merged=merged):
-            part = torch.from_numpy(rows).to(device)
+            index = torch.from_numpy(rows).to(device)
             batch = window_batch(timelines, user_N[rows], length_NC[rows], self.window, merged=merged)
             user_NV = self.model.user_vectors(atoms_AD, batch, id_row_A)
-            item_NV = self.model.item_vectors(atoms_AD[item_atom_N[rows]], item_row_N[part])
+            item_NV = self.model.item_vectors(atoms_AD[item_atom_N[rows]], item_row_N[index])
             interest_NT = self.model.interests(atoms_AD, timelines, user_N[rows], length_NC[rows], item_NV)
-            logits_N[part] = self.model.score(
-                user_NV, item_NV, dense_NF[part], hashed_NX[part], interest_NT
+            logits_N[index] = self.model.score(
+                user_NV, item_NV, dense_NF[index], hashed_NX[index], interest_NT
             )
         return self._probabilities(logits_N)
 
@@ -198,7 +198,7 @@ class Artifact:
         width = self.model.aggregator.start_D.numel()
         if atoms_AD.shape[1] != width:
             raise BadInput(
-                f"the atom vectors have {atoms_AD.shape[1]} numbers and {self.model_version} reads {width};"
+                f"the atom vectors have width {atoms_AD.shape[1]}, but {self.model_version} reads {width};"
                 f" give it those of {self.encoder_version}."
             )
 
@@ -240,7 +240,7 @@ def load(folder: Path | str) -> Artifact:
         items=len(item_ids),
         dense_features=len(features.names),
         config=ModelConfig(**config["model"]),
-        context=config.get("context", ()),  # artifacts of before context have none
+        context=config.get("context", ()),  # older artifacts have no context
         behaviors=len(state.get("collaborative.atom_ids_B", ())),
     )
     model.load_state_dict(state)
@@ -253,5 +253,5 @@ def load(folder: Path | str) -> Artifact:
         dense=features,
         item_ids=item_ids,
         facts=config["facts"],
-        logit_shift=config.get("logit_shift", 0.0),  # artifacts of before sampling have none
+        logit_shift=config.get("logit_shift", 0.0),  # older artifacts have no shift
     )

@@ -5,11 +5,11 @@ atomic behavior, the deep layers read a sequence of behaviors. The paper does no
 here that is configuration.
 
 Both halves are models of the original's own class with fewer layers, so whatever a family does around
-its layers (masks, rotary angles, Gemma's scaled token embeddings) stays Hugging Face's. The deep half
-of the uncut rest, applied to the shallow half's states, is the whole model again. The exception is
-GPT-2, which adds learned positions to whatever goes in: its deep half adds the positions of the
-*behaviors*, as the rotary families' deep halves do by their angles, on top of the tokens' positions
-that the shallow half has added already.
+its layers (masks, rotary angles, Gemma's scaled token embeddings) is left to Hugging Face. A deep half of
+all remaining layers, applied to the shallow half's states, is the whole model again. The exception is
+GPT-2, which adds learned positions to its inputs: its deep half adds the positions of the *behaviors*, as
+the rotary families' deep halves do by their angles, on top of the token positions that the shallow half
+has already added.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from bahe_models.config import BackboneConfig
 
 @dataclass(frozen=True)
 class Family:
-    """Where the models of one family keep what the cut moves."""
+    """Names of the attributes that the cut moves, in models of one family."""
 
     layers: str
     embedding: str
     norm: str
     positions: str | None = None
-    """The table of learned positions, where there is one; both halves keep it."""
+    """The table of learned positions, if there is one; both halves keep it."""
 
 
 _LLAMA = Family("layers", "embed_tokens", "norm")
@@ -58,7 +58,7 @@ FAMILIES = {
 """The families that can be cut, by Hugging Face's `model_type`."""
 
 _PER_LAYER = ("layer_types", "no_rope_layers")
-"""Settings of a Hugging Face configuration that hold one entry a layer."""
+"""Settings of a Hugging Face configuration that hold one entry per layer."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def load_backbone(config: BackboneConfig) -> Backbone:
     """Load, cut and freeze. The shallow half has no gradients; both halves are fp32 on the CPU.
 
     Layers that neither half needs are not loaded. Raises BadInput when there is no such model, when
-    weights or layers are missing, or when it is of no family that can be cut.
+    weights or layers are missing, or when its family cannot be cut.
     """
     from transformers import AutoConfig, AutoModel, AutoTokenizer
 
@@ -98,17 +98,18 @@ def load_backbone(config: BackboneConfig) -> Backbone:
         _keep_layers(hf_config, 0, needed)
         tokenizer = AutoTokenizer.from_pretrained(name, **extra)
         with _without_load_report():
-            model, loaded = AutoModel.from_pretrained(
+            model, loading_info = AutoModel.from_pretrained(
                 name, config=hf_config, dtype=torch.float32, output_loading_info=True, **extra
             )
     except OSError as error:
         raise BadInput(f"backbone.path {config.path} cannot be read ({one_line(error)}).") from None
     except ValueError as error:  # an architecture that transformers does not know
         raise BadInput(f"{_cannot_be_cut(config.path)} ({one_line(error)}).") from None
-    if loaded["missing_keys"]:
+    missing = loading_info["missing_keys"]
+    if missing:
         raise BadInput(
-            f"backbone.path {config.path} lacks {len(loaded['missing_keys'])} weights"
-            f" ({min(loaded['missing_keys'])} among them); fetch it again."
+            f"backbone.path {config.path} lacks {len(missing)} weights"
+            f" ({min(missing)} among them); fetch it again."
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -116,9 +117,9 @@ def load_backbone(config: BackboneConfig) -> Backbone:
 
 
 def cut(model: nn.Module, tokenizer: Any, config: BackboneConfig) -> Backbone:
-    """Take a base model (no language-model head) apart into its two halves; see `load_backbone`.
+    """Split a base model (no language-model head) into its two halves; see `load_backbone`.
 
-    The layers move into the halves and those of neither half are freed: the model is used up.
+    The layers are moved, not copied, and unneeded ones are freed: `model` cannot be used afterwards.
     """
     hf_config: Any = model.config
     needed = _check(hf_config, config)
@@ -140,12 +141,12 @@ def cut(model: nn.Module, tokenizer: Any, config: BackboneConfig) -> Backbone:
 
 
 def deep_from_config(config: dict[str, Any]) -> nn.Module:
-    """Deep half with random weights from its own saved configuration, ready for loading weights."""
+    """A deep half with random weights from its saved configuration, to load weights into."""
     from transformers import AutoConfig, AutoModel
 
     settings = dict(config)
     hf_config = AutoConfig.for_model(settings.pop("model_type"), **settings)
-    # The deep half never sees a token; without this, a table of random embeddings would be made first.
+    # The deep half never sees a token; without this, a table of random embeddings would be allocated.
     hf_config.vocab_size, hf_config.pad_token_id = 1, None
     model: nn.Module = AutoModel.from_config(hf_config)
     setattr(model, FAMILIES[hf_config.model_type].embedding, None)
@@ -153,7 +154,7 @@ def deep_from_config(config: dict[str, Any]) -> nn.Module:
 
 
 def recompute_activations(half: nn.Module, on: bool) -> None:
-    """Whether each layer keeps its input alone and computes the rest again for its gradients."""
+    """Turn activation checkpointing on or off: layers keep only their input and recompute the rest."""
     hf_half: Any = half
     if on:
         hf_half.activation_checkpointing_enable()
@@ -169,14 +170,14 @@ def decoder_layers(half: nn.Module) -> nn.ModuleList:
 
 
 def longest_input(half: nn.Module) -> int | None:
-    """How many positions a half can read: rows of its table of learned positions, None without one."""
+    """How many positions a half can read: the size of its table of learned positions, None without one."""
     hf_half: Any = half
     positions = FAMILIES[hf_half.config.model_type].positions
     return None if positions is None else int(getattr(hf_half, positions).num_embeddings)
 
 
 def _check(hf_config: Any, config: BackboneConfig) -> int:
-    """How many layers both halves need. Raises BadInput where the model cannot be cut so."""
+    """Layers that both halves need together. Raises BadInput when the model cannot be cut this way."""
     if hf_config.model_type not in FAMILIES:
         raise BadInput(f"{_cannot_be_cut(config.path)}; this one is {hf_config.model_type}.")
     causal = getattr(hf_config, "is_causal", True)
@@ -187,7 +188,7 @@ def _check(hf_config: Any, config: BackboneConfig) -> int:
         )
     if getattr(hf_config, "scale_attn_by_inverse_layer_idx", False):
         raise BadInput(
-            f"backbone.path {config.path} scales attention by the layer's number, which a cut changes;"
+            f"backbone.path {config.path} scales attention by the layer index, which a cut changes;"
             " choose a model without scale_attn_by_inverse_layer_idx."
         )
     needed = config.shallow_layers + config.deep_layers
@@ -204,12 +205,12 @@ def _without_load_report() -> Iterator[None]:
     """Keep Hugging Face from listing every weight past the cut as unexpected."""
     from transformers.utils import logging
 
-    before = logging.get_verbosity()
+    previous = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
         yield
     finally:
-        logging.set_verbosity(before)
+        logging.set_verbosity(previous)
 
 
 def _cannot_be_cut(path: str) -> str:
@@ -225,7 +226,7 @@ def _keep_layers(hf_config: Any, start: int, stop: int) -> None:
 
 
 def _half(
-    frame: nn.Module,
+    shell: nn.Module,
     layers: nn.ModuleList,
     start: int,
     stop: int,
@@ -233,8 +234,8 @@ def _half(
     embedding: nn.Module | None,
     norm: nn.Module,
 ) -> nn.Module:
-    """A copy of the model's frame (what is left of it without layers) around some of its layers."""
-    half: Any = copy.deepcopy(frame)
+    """A copy of the model's shell (the model without its layers) around some of its layers."""
+    half: Any = copy.deepcopy(shell)
     family = FAMILIES[half.config.model_type]
     _keep_layers(half.config, start, stop)
     setattr(half, family.layers, nn.ModuleList(layers[start:stop]))
@@ -242,10 +243,10 @@ def _half(
     setattr(half, family.norm, norm)
     for index, layer in enumerate(getattr(half, family.layers)):
         for module in layer.modules():
-            # The key-value cache is indexed by this number; a half starts counting at nought again.
+            # The key-value cache is indexed by this number, so each half counts from zero.
             if hasattr(module, "layer_idx"):
                 module.layer_idx = index
-            # The attention asks its configuration which implementation to use: the half's, not the whole's.
+            # Attention looks up its implementation here: it must be the half's configuration.
             if hasattr(module, "config"):
                 module.config = half.config
     result: nn.Module = half

@@ -1,8 +1,8 @@
 """What the deep layers read of one behavior: its atom's vector, marked with its channel and its time.
 
-Both marks are learned, optional and start at nought, so that training begins with the atoms alone. The
-time is that since the behavior before it, never that of an impression: a mark is settled when its
-behavior happens, and states stored of a timeline stay right whenever they are read.
+Both marks are learned, optional and start at zero, so that training begins with the atoms alone. Time is
+the gap since the previous behavior, never that to an impression: a mark is final when its behavior
+happens, and stored states of a timeline stay valid whenever they are read.
 
 Shape letters: P positions, D backbone width, C channels, G gap buckets.
 """
@@ -16,10 +16,10 @@ from bahe_models.timelines import GAP_BUCKETS
 
 
 class BehaviorInput(nn.Module):
-    """Adds to atom vectors an embedding of the channel, one of the time gap, both, or none."""
+    """Adds to atom vectors an embedding of the channel, one of the time gap, both, or neither."""
 
     def __init__(self, width: int, *, channels: int | None, gaps: bool) -> None:
-        """`channels` is how many there are to tell apart; None where a sequence holds one alone."""
+        """`channels` is how many there are to tell apart; None when each sequence holds only one."""
         super().__init__()
         self.channel_CD = nn.Parameter(torch.zeros(channels, width)) if channels else None
         self.gap_GD = nn.Parameter(torch.zeros(GAP_BUCKETS, width)) if gaps else None

@@ -1,4 +1,4 @@
-"""A half-finished training run as one file, from which it goes on bit for bit."""
+"""An unfinished training run as one file, from which it resumes bit for bit."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class Checkpoint:
 
     path: Path
     identity: str
-    """Names data and settings, as a model_version does; another run's state is never continued."""
+    """Identifies data and settings, as a model_version does; another run's state is never resumed."""
 
     def save(self, state: dict[str, Any]) -> None:
-        """Replace the file by this state (tensors and plain values); a kill leaves the old or the new."""
+        """Replace the file with this state (tensors and plain values); a kill leaves the old or the new."""
         with replace_atomically(self.path) as part, part.open("wb") as file:
             torch.save({"identity": self.identity, "state": state}, file)
 
@@ -42,8 +42,8 @@ class Checkpoint:
             return None
         try:
             # Only tensors and plain values are unpickled: a file can run no code.
-            found = torch.load(self.path, map_location="cpu", weights_only=True, mmap=mmap)
-            identity, state = found["identity"], found["state"]
+            content = torch.load(self.path, map_location="cpu", weights_only=True, mmap=mmap)
+            identity, state = content["identity"], content["state"]
         except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError):
             raise BadInput(
                 f"{self.path} is not a training checkpoint; delete it to train from the start."
@@ -57,7 +57,7 @@ class Checkpoint:
         return result
 
     def delete(self) -> None:
-        """Remove the file and what a kill while writing left of it."""
+        """Remove the file, and any part that a kill left while writing it."""
         for path in (self.path, part_of(self.path)):
             path.unlink(missing_ok=True)
 
@@ -69,7 +69,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Put torch's random generators back to a `random_state`."""
+    """Restore torch's random generators from a `random_state`."""
     torch.set_rng_state(state["cpu"])
     if state["cuda"]:
         torch.cuda.set_rng_state_all(state["cuda"])

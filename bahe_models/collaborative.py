@@ -18,12 +18,12 @@ _SPREAD = 0.02
 
 
 class Collaborative(nn.Module):
-    """ID embeddings of behaviors and items; row 0 of each stands for all that is unknown."""
+    """ID embeddings of behaviors and items; row 0 of each stands for all unknown ids."""
 
     def __init__(self, behaviors: int, items: int, width: int) -> None:
         super().__init__()
         self.atom_ids_B: torch.Tensor
-        # With the weights, so that an artifact knows which atom a row belongs to.
+        # Saved with the weights, so that an artifact knows which atom a row belongs to.
         self.register_buffer("atom_ids_B", torch.zeros(behaviors, dtype=torch.int64))
         self.behavior = nn.Embedding(behaviors + 1, width, padding_idx=0)
         self.item = nn.Embedding(items + 1, width, padding_idx=0)
@@ -38,7 +38,7 @@ class Collaborative(nn.Module):
         return self.item.embedding_dim
 
     def rows(self, atom_ids_A: torch.Tensor) -> torch.Tensor:
-        """Row of each atom id's embedding [A]; 0 for those that training has not seen."""
+        """Row of each atom id's embedding [A]; 0 for ids unseen in training."""
         ids_B = self.atom_ids_B.to(atom_ids_A.device)
         if not len(ids_B):
             return torch.zeros_like(atom_ids_A)

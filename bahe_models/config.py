@@ -1,4 +1,4 @@
-"""How the model is cut, read, shaped and trained: the sections of dataset.yaml. Imports nothing heavy."""
+"""The model's sections of dataset.yaml, from backbone to training. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class BackboneConfig:
     """A hub name, a local folder, or a local .gguf file, of a family in `bahe_models.backbone.FAMILIES`; by
     default SmolLM2-135M-Instruct, which is fetched when it is needed."""
     shallow_layers: int = 8
-    """The first layers, frozen: they encode atoms."""
+    """How many of the first layers encode atoms; they are frozen."""
     deep_layers: int = 2
-    """How many of the layers after the cut are kept and trained (a prefix of what is left)."""
+    """How many of the layers after the cut are kept and trained (the first ones)."""
 
     def __post_init__(self) -> None:
         for name in ("shallow_layers", "deep_layers"):
@@ -35,20 +35,20 @@ Storage = Literal["float32", "float16"]
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderConfig:
-    """How an atom's text becomes tokens, and its token states become one vector."""
+    """How an atom's text becomes tokens, and its token states one vector."""
 
     pooling: Pooling = "mean"
     """`mean`: over the tokens without the first, which is an attention sink; `last`: last token."""
     template: str = "{text}"
     """Text given to the model; `{channel}` and `{text}` are filled in."""
     max_tokens: int = 128
-    """Longer texts are cut at this many tokens."""
+    """Longer texts are truncated to this many tokens."""
     storage: Storage = "float32"
-    """`float16`: vectors are rounded to half precision, which halves what they take on disk."""
+    """`float16`: vectors are rounded to half precision, which halves their size on disk."""
     bfloat16: bool | None = None
-    """Precision of the computation; by default bfloat16 where the hardware multiplies it itself."""
+    """Whether to compute in bfloat16; by default where the hardware multiplies it natively."""
     compile: bool = False
-    """Fuse the layers' operations by `torch.compile`, which takes a minute and a C++ compiler first."""
+    """Fuse the layers' operations with `torch.compile`; needs a C++ compiler, and a minute to start."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,7 @@ class WindowConfig:
     """How much of a timeline one pass reads."""
 
     size: int = 512
-    """Most behaviors in one window (per channel)."""
+    """Maximum number of behaviors in one window (per channel)."""
     overlap: int = 256
     """Every impression of a longer timeline sees at least this many behaviors."""
 
@@ -76,13 +76,13 @@ class ModelConfig:
 
     channels: Literal["parallel", "merged"] = "parallel"
     """`parallel`: the deep layers read each channel's timeline by itself, as in the paper, and their
-    states stand side by side; `merged`: one timeline of all channels in time order, one pass, one
-    state, with a learned embedding of each behavior's channel. At one instant, channels come in the
-    dataset's order."""
+    states are concatenated; `merged`: one timeline of all channels in time order, one pass, one
+    state, with a learned embedding of each behavior's channel. Ties are in the dataset's order of
+    channels."""
     time_gaps: bool = False
-    """Whether the deep layers also read how long before a behavior the one before it was, by a learned
-    embedding of `timelines.gap_buckets`. It speaks of behaviors alone, not of the impression's time, so
-    that stored states stay right."""
+    """Whether the deep layers also read the time since the previous behavior, as a learned embedding of
+    `timelines.gap_buckets`. It depends on behaviors alone, not on the impression's time, so stored states
+    stay valid."""
     deep_width: int = 64
     """Width of the deep part of the stored user and item vectors."""
     profile_width: int = 48
@@ -90,8 +90,8 @@ class ModelConfig:
     head: HeadName = "dnn"
     """`dnn`, `dcn`: cross layers (DCN-V2) before the DNN, or `target`: the candidate item's attention
     over the user's latest behaviors (DIN) beside the user vector, then the DNN. A `target` model reads
-    the raw history for every pair, so that stored vectors no longer suffice to score: it is for use
-    offline, and cannot be embedded, published or served."""
+    the raw history for every pair, so stored vectors are not enough to score: it is for offline use, and
+    cannot be embedded, published or served."""
     head_width: int = 128
     """Width of the head's hidden layer."""
     cross_layers: int = 2
@@ -109,11 +109,11 @@ class ModelConfig:
     item_id_dropout: float = 0.3
     """Share of items whose ID embedding is hidden in a training step, so that text is learned too."""
     context_buckets: int = 2**14
-    """Rows of each context column's embedding table; values that share one are told apart no more."""
+    """Rows of each context column's embedding table; values that share one cannot be told apart."""
     context_width: int = 8
     """Width of each context column's embedding."""
     context_dropout: float = 0.1
-    """Share of context values hidden in a training step, so that a missing one is learned too."""
+    """Share of context values hidden in a training step, so that missing values are learned too."""
 
     def __post_init__(self) -> None:
         if self.context_buckets < 1 or self.context_width < 1:
@@ -135,7 +135,7 @@ class ModelConfig:
 
     @property
     def vectors_suffice(self) -> bool:
-        """Whether a score needs nothing of user and item but their vectors, so that it can be served."""
+        """Whether stored user and item vectors are enough to score, so that the model can be served."""
         return self.head != "target"
 
 
@@ -147,21 +147,21 @@ class TrainingConfig:
     """How the model is trained."""
 
     epochs: int = 4
-    """Most passes over the training impressions."""
+    """Maximum number of passes over the training impressions."""
     pretraining_epochs: int = 0
-    """Passes over the timelines before the impressions' turn; see `bahe_models.pretraining`."""
+    """Passes over the timelines before training on impressions; see `bahe_models.pretraining`."""
     patience: int = 1
     """Epochs without a better validation AUC before training stops."""
     impressions_per_step: int = 1000
     accumulate: int = 1
-    """Steps whose gradients make one update: large updates in the memory of small steps."""
+    """Steps whose gradients are accumulated into one update: large batches in the memory of small ones."""
     learning_rate: float = 1e-3
-    """Peak rate of everything but the deep layers."""
+    """Peak learning rate of everything but the deep layers."""
     deep_learning_rate: float = 1e-4
-    """Peak rate of the deep layers."""
+    """Peak learning rate of the deep layers."""
     weight_decay: float = 0.01
     warm_up: float = 0.1
-    """Share of the updates in which the rates rise; they fall as a cosine afterwards."""
+    """Share of the updates in which learning rates rise; then they fall along a cosine."""
     gradient_norm: float = 1.0
     """Gradients are clipped to this norm."""
     positive_weight: float = 1.0
@@ -169,13 +169,13 @@ class TrainingConfig:
     negative_rate: float = 1.0
     """Share of the unclicked impressions that each epoch draws; predictions are corrected for it."""
     bfloat16: bool | None = None
-    """Mixed precision; by default where the hardware multiplies bfloat16 matrices itself."""
+    """Mixed precision; by default where the hardware multiplies bfloat16 natively."""
     recompute: bool = False
-    """Deep layers compute their activations again in the backward pass instead of keeping them: less
-    memory, more time, the same weights."""
+    """Activation checkpointing: deep layers recompute their activations in the backward pass. Less memory,
+    more time, the same weights."""
     seed: int = 0
     checkpoint_seconds: float = 60.0
-    """Most training that a kill costs, for a run with a checkpoint; no effect on the weights."""
+    """Most training that a kill can cost, for a run with a checkpoint; no effect on the weights."""
 
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.impressions_per_step < 1:
@@ -199,5 +199,5 @@ class TrainingConfig:
         return logit_shift(self.negative_rate, self.positive_weight)
 
     def fields_affecting_weights(self) -> dict[str, Any]:
-        """The fields that move the trained weights, by name."""
+        """The fields that affect the trained weights, by name."""
         return {name: value for name, value in asdict(self).items() if name not in _NO_EFFECT_ON_WEIGHTS}

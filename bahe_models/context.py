@@ -1,6 +1,6 @@
-"""Context of an impression: what is known when it is asked for (device, slot, hour), hashed and embedded.
+"""Context of an impression: what is known at request time (device, slot, hour), hashed and embedded.
 
-A value is known by a 64-bit hash of its column and text, the same in every process and release, so
+A value is identified by a 64-bit hash of its column and text, the same in every process and release, so
 that training and serving agree without a table of values. Shape letters: N impressions, X context
 columns, Y width of all their embeddings together.
 """
@@ -19,7 +19,7 @@ from bahe_core.errors import BadInput
 from bahe_models.timelines import Int64
 
 Value = str | int | float | bool | None
-"""A context value; numbers and booleans stand for their text, None for an unknown one."""
+"""A context value; numbers and booleans are hashed as text, None means unknown."""
 
 MISSING = 0
 """The hash of a value that is not known."""
@@ -38,7 +38,7 @@ def hash_values(column: str, values: Sequence[object]) -> Int64:
 def hash_context(columns: Sequence[str], context: Mapping[str, Sequence[object]], count: int) -> Int64:
     """Hashes [N, X] of `count` values for each of the columns, in their order.
 
-    Raises BadInput when a column is missing, is not one of `columns`, or has another number of values.
+    Raises BadInput when a column is missing, is not one of `columns`, or has the wrong number of values.
     """
     refuse_unknown(columns, context)
     for column in columns:
@@ -60,8 +60,8 @@ def refuse_unknown(columns: Sequence[str], given: Mapping[str, object]) -> None:
     """Raises BadInput when a name is not one of the context columns."""
     for name in given:
         if name not in columns:
-            known = f"choose from {', '.join(columns)}" if columns else "the model has none"
-            raise BadInput(f"{name} is not a context column of the model; {known}.")
+            hint = f"choose from {', '.join(columns)}" if columns else "the model has none"
+            raise BadInput(f"{name} is not a context column of the model; {hint}.")
 
 
 def _hash(column: str, value: object) -> int:
@@ -70,7 +70,7 @@ def _hash(column: str, value: object) -> int:
         return MISSING
     data = f"{column}\x1f{text}".encode("utf-8", "surrogatepass")
     digest = hashlib.blake2b(data, digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True) or 1  # 0 says missing
+    return int.from_bytes(digest, "little", signed=True) or 1  # 0 means missing
 
 
 def _text(column: str, value: object) -> str | None:
@@ -96,7 +96,7 @@ class ContextEmbedding(nn.Module):
     """One table of embeddings: for each column a row for a missing value, then its buckets.
 
     All rows start at zero: the first predictions are those without context, and a value whose bucket
-    training has not met says nothing.
+    training never met adds nothing.
     """
 
     def __init__(self, columns: Sequence[str], *, buckets: int, width: int, dropout: float) -> None:
@@ -117,7 +117,7 @@ class ContextEmbedding(nn.Module):
         return first_X + bucket_NX.masked_fill(hashed_NX == MISSING, 0)
 
     def forward(self, hashed_NX: torch.Tensor) -> torch.Tensor:
-        """Embeddings [N, Y] of hashed values; in training some are hidden, so that missing is learned."""
+        """Embeddings [N, Y] of hashed values; some are hidden in training, so that missing is learned."""
         if self.training and self.dropout:
             hidden_NX = torch.rand(hashed_NX.shape, device=hashed_NX.device) < self.dropout
             hashed_NX = hashed_NX.masked_fill(hidden_NX, MISSING)

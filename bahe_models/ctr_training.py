@@ -41,22 +41,22 @@ def id_rows(seen: Int64, count: int) -> Int64:
 def item_id_rows(seen: Int64, item_ids: Sequence[str | int]) -> Int64:
     """Row of the ID table [I] of each item row: 1.. for items of the rows `seen`, 0 for the others.
 
-    Rows of one item, which stand side by side in `item_ids`, share an ID.
+    Rows of one item, which are adjacent in `item_ids`, share an ID.
     """
-    is_another = [a != b for a, b in pairwise(item_ids)]
-    item_I = np.concatenate([[0], np.cumsum(is_another, dtype=np.int64)])[: len(item_ids)]
+    is_new = [a != b for a, b in pairwise(item_ids)]
+    item_I = np.concatenate([[0], np.cumsum(is_new, dtype=np.int64)])[: len(item_ids)]
     rows_I: Int64 = id_rows(item_I[seen], len(item_ids))[item_I]
     return rows_I
 
 
 def table_ids(item_row_I: Int64, item_ids: Sequence[str | int]) -> tuple[str | int, ...]:
-    """The ids of an ID table's rows 1, 2, ...; `item_row_I` is what `item_id_rows` gave."""
-    of_row = dict(zip(item_row_I.tolist(), item_ids, strict=True))
-    return tuple(of_row[row] for row in sorted(of_row) if row)
+    """The ids of an ID table's rows 1, 2, ...; `item_row_I` comes from `item_id_rows`."""
+    id_of_row = dict(zip(item_row_I.tolist(), item_ids, strict=True))
+    return tuple(id_of_row[row] for row in sorted(id_of_row) if row)
 
 
 def seen_atoms(data: TrainingData) -> Int64:
-    """Rows of the atoms that some training impression has in its timelines."""
+    """Rows of the atoms in the timelines of the training impressions."""
     timelines = data.timelines
     seen = []
     for longest_U, offsets, atoms in zip(
@@ -68,14 +68,14 @@ def seen_atoms(data: TrainingData) -> Int64:
 
 
 def context_rows(split: Impressions, rows: Int64, device: torch.device) -> torch.Tensor | None:
-    """Hashed context [n, X] of some impressions; None in a log without any."""
+    """Hashed context [n, X] of some impressions; None if the log has none."""
     if split.context_NX is None:
         return None
     return torch.from_numpy(split.context_NX[rows]).to(device)
 
 
 def fit_dense(data: TrainingData) -> DenseFeatures:
-    """Dense features standardised by the training rows."""
+    """Dense features standardised on the training rows."""
     train = data.splits["train"]
     return DenseFeatures.fit(
         train.columns,
@@ -92,7 +92,7 @@ def require_fit(deep: nn.Module, data: TrainingData, window: WindowConfig) -> No
     width, expected = data.atoms_AD.shape[1], int(hf_deep.config.hidden_size)
     if width != expected:
         raise BadInput(
-            f"the atom vectors have {width} numbers and the backbone reads {expected}; encode them by the"
+            f"the atom vectors have width {width}, but the backbone reads {expected}; encode them with the"
             " same backbone."
         )
     limit = longest_input(deep)
@@ -124,7 +124,7 @@ class Batches:
         self.model, self.data, self.dense, self.window = model, data, dense, window
         self.device, self.bfloat16 = device, bfloat16
         self.logit_shift = 0.0
-        """What the model's logits lack to speak of the whole log; `train` sets it."""
+        """Corrects the model's logits for sampling and weights; `train` sets it."""
         self.atoms_AD = torch.from_numpy(data.atoms_AD).to(device)
         self.item_row_I = torch.from_numpy(item_row_I).to(device)
         self.item_atom_I = torch.from_numpy(data.item_atom_I).to(device)
@@ -138,7 +138,7 @@ class Batches:
     def logits(
         self, split: Impressions, dense_NF: torch.Tensor, rows: Int64, *, share: bool = True
     ) -> torch.Tensor:
-        """The model's own logits of some impressions, by one pass over their users' timelines."""
+        """The model's uncorrected logits of some impressions, by one pass over their users' timelines."""
         batch = window_batch(
             self.data.timelines,
             split.user_N[rows],
@@ -167,8 +167,8 @@ class Batches:
     def predict(self, split: Impressions, impressions_per_step: int = 4000) -> Scores:
         """Click logits [N] of a split, in its order, corrected for sampling and weights.
 
-        Of several processes each computes some steps, and all of them get all scores. Those of a sharded
-        model take equally many steps, some without rows.
+        With several processes each computes some of the steps, and all get every score. With a sharded
+        model all take equally many steps, some without rows.
         """
         self.model.eval()
         processes = Processes.here()
@@ -226,7 +226,7 @@ def build_model(
     behaviors = torch.from_numpy(data.atoms_AD[np.unique(np.concatenate(used))])
     items = torch.from_numpy(data.atoms_AD[data.item_atom_I])
     model.profile.fit(behaviors, items, _channel_lift(train))
-    # The first prediction is close to the floor itself; training learns what is left to know.
+    # The first predictions are close to the floor itself; training learns the rest.
     weights_F = torch.zeros(model.head.wide.in_features)
     weights_F[0], weights_F[len(dense.names)] = dense.deviation[0], 0.1
     if model.collaborative is not None:
@@ -236,10 +236,10 @@ def build_model(
 
 
 def _channel_lift(train: Impressions) -> torch.Tensor:
-    """Sign and size with which each channel's behaviors first enter the profile, [C].
+    """The weight with which each channel's behaviors first enter the profile, [C].
 
-    A channel counts by how the share of a user's behaviors in it goes with the user's clicks; at
-    least a little, so that every channel's gate gets a gradient.
+    It is the covariance of clicks with the channel's share of a user's behaviors, scaled to at most 1; at
+    least 0.1 in size, so that every channel's gate gets a gradient.
     """
     share_NC = train.length_NC / np.maximum(train.length_NC.sum(axis=1, keepdims=True), 1)
     centred_NC = share_NC - share_NC.mean(axis=0)
@@ -266,23 +266,22 @@ def train(
 
     Under torchrun every process calls this with the same arguments; see `bahe_models.distributed`.
     `checkpoint`, `on_step`, `on_epoch` and `on_resume` are those of `fit`, `on_pretraining` is
-    `pretrain`'s `on_step`.
-    A run killed while pre-training starts that again. Raises BadInput before any step when the data
-    cannot be trained on, or the checkpoint is of another run.
+    `pretrain`'s `on_step`. A run killed during pre-training starts it again. Raises BadInput before any
+    step when the data cannot be trained on, or the checkpoint belongs to another run.
     """
     model, data = batches.model, batches.data
     data.check()
     if config.pretraining_epochs and is_sharded(model):
         raise BadInput(
-            "training.pretraining_epochs works on whole models; train with it once without --shard, and"
-            " --warm-start from that model."
+            "training.pretraining_epochs does not work with --shard; train with it once without --shard,"
+            " then --warm-start from that model."
         )
     if config.pretraining_epochs and (checkpoint is None or not checkpoint.path.is_file()):
         pretrain(model, data, batches.window, config, bfloat16=batches.bfloat16, on_step=on_pretraining)
     split = data.splits["train"]
     dense_NF = batches.dense_features(split)
     with torch.no_grad():
-        # The first predictions stay what they are: what `predict` adds from now on is taken off here.
+        # Keeps the first predictions as they are: subtracts what `predict` will add from now on.
         model.head.wide.bias.add_(batches.logit_shift - config.logit_shift)
     batches.logit_shift = config.logit_shift
 

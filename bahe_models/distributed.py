@@ -1,10 +1,10 @@
-"""Several processes that train one model on shares of the same steps (torchrun).
+"""Several processes train one model, each on its share of every step (torchrun).
 
 Every process plans the same global steps from the same seed and computes its share of each. A share's
-loss is weighted by its rows of the whole step, so the *sum* of the processes' gradients is the gradient
-of the global step: N processes take the steps that one would take. torch's DistributedDataParallel
-averages processes instead, whatever each one's number of rows, and waits forever for a process that got
-none; so the gradients are summed here, explicitly.
+loss is weighted by its part of the step's rows, so the *sum* of the processes' gradients is the gradient
+of the global step: N processes take the same steps as one. torch's DistributedDataParallel averages over
+processes instead, regardless of their numbers of rows, and hangs on a process without any; so gradients
+are summed explicitly here.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from bahe_models.timelines import Int64
 
 @dataclass(frozen=True)
 class Processes:
-    """Which of how many processes this one is."""
+    """Rank and world size."""
 
     rank: int = 0
     size: int = 1
 
     @classmethod
     def here(cls) -> Processes:
-        """Of torch's process group; alone when there is none."""
+        """Those of torch's process group; a single process when there is none."""
         if dist.is_available() and dist.is_initialized():
             return cls(dist.get_rank(), dist.get_world_size())
         return cls()
@@ -52,26 +52,26 @@ class Processes:
         return part
 
     def broadcast(self, model: nn.Module) -> None:
-        """Give every process the parameters and buffers of the first."""
+        """Broadcast rank 0's parameters and buffers."""
         if self.size > 1:
             for tensor in model.state_dict().values():
-                if not isinstance(tensor, DTensor):  # no process but its own has a share
+                if not isinstance(tensor, DTensor):  # each process has its own shard
                     dist.broadcast(tensor, src=0)
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Replace each gradient by its sum over the processes; one without rows adds nothing.
+        """Replace each gradient with its sum over the processes; one without rows adds nothing.
 
-        Gradients of sharded parameters are left alone: they are summed as they arise.
+        Gradients of sharded parameters are left alone: FSDP sums them in the backward pass.
         """
         if self.size == 1:
             return
-        waiting = []
+        pending = []
         for parameter in parameters:
             if parameter.requires_grad and not isinstance(parameter, DTensor):
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
-                waiting.append(dist.all_reduce(parameter.grad, async_op=True))
-        for work in waiting:
+                pending.append(dist.all_reduce(parameter.grad, async_op=True))
+        for work in pending:
             work.wait()
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
@@ -81,7 +81,7 @@ class Processes:
         return values
 
     def gather(self, value: Any) -> list[Any]:
-        """Every process's value, in the order of their ranks."""
+        """Every process's value, by rank."""
         values = [value] * self.size
         if self.size > 1:
             dist.all_gather_object(values, value)
@@ -90,7 +90,7 @@ class Processes:
 
 @contextmanager
 def processes(device: torch.device) -> Iterator[Processes]:
-    """Join the processes that torchrun started, for a block; without torchrun, be alone."""
+    """Join torchrun's process group for a block; without torchrun, a single process."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Processes()
         return
@@ -104,7 +104,7 @@ def processes(device: torch.device) -> Iterator[Processes]:
 
 
 def own_device(device: torch.device) -> torch.device:
-    """The device for this process: under torchrun each process of a machine gets a GPU of its own."""
+    """The device for this process: under torchrun each process on a machine gets its own GPU."""
     if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
         return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     return device

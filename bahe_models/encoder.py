@@ -1,10 +1,11 @@
 """The atomic encoder: frozen shallow layers turn one behavior's text into one vector.
 
-Precision: where the hardware multiplies bfloat16 matrices, weights and states are bfloat16 (sums inside of
+Precision: where the hardware multiplies bfloat16 matrices, weights and states are bfloat16 (sums inside
 norms, softmax and pooling are float32). Vectors then lie within about 1 % of float32's, far closer than two
-atoms do; what that means for a model trained on them, `python -m benchmarks.encode` measures. How a
-machine computes is therefore not part of the encoder_version: a home moves between machines, and a service
-on one encodes for vectors of another. What is *stored*, `storage`, is part of it.
+atoms do; `python -m benchmarks.encode` measures what that means for a model trained on them. The precision
+of the computation is therefore not part of the encoder_version: a home moves between machines, and a
+service on one encodes texts to go with vectors from another. The *stored* precision, `storage`, is part of
+it.
 """
 
 from __future__ import annotations
@@ -26,19 +27,19 @@ from bahe_models.norms import fuse_norms
 from bahe_models.packing import attend_within
 
 TOKENS_PER_BATCH = {"cpu": 1024}
-"""On a CPU what a layer holds of so many tokens stays in the core's cache, which was worth a quarter of the
-time against four times as many."""
+"""On a CPU a layer's activations for this many tokens stay in the core's cache, which saved a quarter of
+the time compared with four times as many."""
 TOKENS_PER_BATCH_ELSEWHERE = 16384
 _LIKE, _LEAST_TOKENS = 1.125, 256
-"""A batch of at least so many tokens takes no text that much longer than its shortest: padding would cost
-more than fuller batches gain."""
+"""A batch of at least `_LEAST_TOKENS` tokens takes no text more than `_LIKE` times as long as its shortest:
+padding would cost more than fuller batches gain."""
 
 
 def encoder_version(backbone: Backbone, config: EncoderConfig, shallow_layers: int) -> str:
-    """Name of the vector space: equal versions give equal vectors; vectors of two versions must never meet.
+    """Name of the vector space: equal versions give equal vectors; never mix vectors of two versions.
 
-    It names settings, not texts, so it did not change when markup in a text became plain text: all other
-    texts have the vectors they had, and a home keeps those that it has stored.
+    It covers settings, not texts, so it did not change when control tokens in texts became plain text: all
+    other texts keep their vectors, and a home keeps those that it has stored.
     """
     facts = {
         "weights": backbone.fingerprint,
@@ -55,7 +56,7 @@ def encoder_version(backbone: Backbone, config: EncoderConfig, shallow_layers: i
 class AtomicEncoder:
     """Encodes texts in batches of nearly equal length, so that padding costs next to nothing.
 
-    Raises BadInput when `max_tokens` is more than the backbone has positions for.
+    Raises BadInput when `max_tokens` exceeds the backbone's positions.
     """
 
     def __init__(
@@ -79,13 +80,13 @@ class AtomicEncoder:
         self._control_tokens = [str(token) for token in added if token.special]
         self.width = backbone.width
         self.device = device or torch.device("cpu")
-        wanted = config.bfloat16 if bfloat16 is None else bfloat16
-        self.bfloat16 = hardware_has_bfloat16(self.device) if wanted is None else wanted
+        requested = config.bfloat16 if bfloat16 is None else bfloat16
+        self.bfloat16 = hardware_has_bfloat16(self.device) if requested is None else requested
         self.shallow = _placed(
             backbone.shallow, self.device, torch.bfloat16 if self.bfloat16 else torch.float32
         )
         if self.bfloat16 and self.device.type == "cpu":
-            # Faster there than what transformers does, by a twentieth.
+            # About 5 % faster there than transformers' own.
             fuse_norms(self.shallow)
             attend_within(self.shallow)
         self._forward: Any = torch.compile(self.shallow, dynamic=True) if config.compile else self.shallow
@@ -95,8 +96,8 @@ class AtomicEncoder:
     def tokenize(self, channels: Sequence[str], texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, after the template, at most `max_tokens` long, never empty.
 
-        A text is data: what looks like a control token in it is read as the characters it is written
-        with. Control tokens of the template itself are kept, except around a text that contains one.
+        A text is data: anything in it that looks like a control token is read as plain characters.
+        Control tokens of the template itself are kept, except around a text that contains one.
         """
         filled = [
             self.config.template.format(channel=channel, text=text)
@@ -116,7 +117,7 @@ class AtomicEncoder:
         start = self.tokenizer.bos_token_id
         if start is None:
             start = self.tokenizer.eos_token_id
-        # A start token in front takes the attention sink's place, so no word of a short text does.
+        # A start token in front becomes the attention sink, so that no word of a short text does.
         return [row if row[:1] == [start] else [start, *row] for row in ids]
 
     def _token_ids(self, texts: list[str], *, control_tokens: bool) -> list[list[int]]:
@@ -141,8 +142,8 @@ class AtomicEncoder:
             shortest, stop = lengths[order[start]], start + 1
             while stop < len(order):
                 longest, count = lengths[order[stop]], stop - start
-                unlike = longest > _LIKE * shortest and longest * count >= _LEAST_TOKENS
-                if unlike or longest * (count + 1) > self.tokens_per_batch:
+                too_long = longest > _LIKE * shortest and longest * count >= _LEAST_TOKENS
+                if too_long or longest * (count + 1) > self.tokens_per_batch:
                     break
                 stop += 1
             yield order[start:stop]
@@ -163,7 +164,7 @@ class AtomicEncoder:
             last_B = mask.sum(dim=1) - 1
             pooled_BD = states_BSD[torch.arange(len(tokens), device=self.device), last_B]
         else:
-            mask[:, 0] = mask.sum(dim=1) == 1  # only a lone token may stand for itself
+            mask[:, 0] = mask.sum(dim=1) == 1  # the first token counts only if it is alone
             weight_BS = mask.float()
             pooled_BD = torch.einsum("bsd,bs->bd", states_BSD, weight_BS)
             pooled_BD = pooled_BD / weight_BS.sum(dim=1, keepdim=True)
@@ -182,14 +183,14 @@ class AtomicEncoder:
         return states_BSD
 
     def _stored(self, vectors: np.ndarray) -> np.ndarray:
-        """The vectors as `storage` keeps them, still float32. Raises BadInput beyond float16's range."""
+        """The vectors rounded as `storage` says, still float32. Raises BadInput beyond float16's range."""
         if self.config.storage == "float32":
             return vectors
         with np.errstate(over="ignore"):
             rounded = vectors.astype(np.float16).astype(np.float32)
         if not (np.isfinite(rounded) | ~np.isfinite(vectors)).all():
             raise BadInput(
-                f"encoder.storage is float16, which ends at 65504, but a vector of this backbone has"
+                f"encoder.storage is float16, which ends at 65504, but a vector of this backbone reaches"
                 f" {np.abs(vectors).max():.6g}; set it to float32."
             )
         return rounded
@@ -204,7 +205,7 @@ class AtomicEncoder:
 
 
 def _placed(shallow: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """The layers on that device with weights of that type; those that are so already are shared.
+    """The layers on `device` with weights of type `dtype`; weights that already match are shared.
 
     Buffers keep their type: rotary angles in bfloat16 would be wrong from a few hundred positions on.
     """

@@ -1,4 +1,4 @@
-"""How good models are on one split, how sure that is, and for whom: intervals, differences, segments.
+"""Model quality on one split: metrics with confidence intervals, paired differences and segments.
 
 Intervals come from a cluster bootstrap over users: impressions of one user depend on each other, so
 whole users are drawn with replacement (Field and Welsh 2007). Resampling single impressions would
@@ -60,18 +60,18 @@ class Quality:
     bahe_gain_high: float | None = None
 
     def row(self) -> dict[str, float | None]:
-        """The metrics for JSON, which knows no NaN: None where undefined; no gain for BAHE itself."""
-        alone = self.bahe_gain is None
+        """The metrics for JSON, which has no NaN: None where undefined; no gain for BAHE itself."""
+        is_bahe = self.bahe_gain is None
         return {
             name: None if value is None or np.isnan(value) else value
             for name, value in asdict(self).items()
-            if not (alone and name.startswith("bahe_gain"))
+            if not (is_bahe and name.startswith("bahe_gain"))
         }
 
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentQuality:
-    """One model on one segment of a split; NaN where the segment has one class only."""
+    """One model on one segment of a split; NaN where the segment has only one class."""
 
     segment: str
     model: str
@@ -94,10 +94,10 @@ class SplitEvaluation:
 
 
 def evaluate(split: Impressions, logits: Mapping[str, Float]) -> SplitEvaluation:
-    """Judge the models by their click logits [N], in the split's order; one of them is `REFERENCE`.
+    """Evaluate models by their click logits [N], in the split's order; one of them is `REFERENCE`.
 
-    Deterministic. Models are compared on the same resamples, so what is hard about a user cancels out
-    of a difference.
+    Deterministic. Models are compared on the same resamples, so the difficulty of a user cancels out of
+    a difference.
     """
     clicked_N, user_N = split.clicked_N, split.user_N
     draws = resampled_aucs(clicked_N, logits, user_N)
@@ -175,9 +175,9 @@ def resampled_aucs(
     replicates: int = REPLICATES,
     seed: int = 0,
 ) -> dict[str, Float]:
-    """AUC [R] of each model on the same resamples of users; NaN where a resample has one class only.
+    """AUC [R] of each model on the same resamples of users; NaN where a resample has only one class.
 
-    With fewer than two users all is NaN: one cluster cannot tell how far clusters differ.
+    With fewer than two users all is NaN: one cluster does not show how much clusters differ.
     """
     labels = np.asarray(clicked)
     distinct, user_N = np.unique(user, return_inverse=True)
@@ -205,7 +205,7 @@ def resampled_users(users: int, replicates: int, *, seed: int) -> Iterator[Float
 
 
 class Ranking:
-    """One model's scores, sorted once, so that its AUC under other weights is a running sum.
+    """One model's scores, sorted once, so that its AUC under any weights is a cumulative sum.
 
     The weighted AUC is the share of click and no-click pairs, weighted by the product of their
     weights, in which the click has the higher score; ties count half (the Mann-Whitney statistic).
@@ -220,14 +220,14 @@ class Ranking:
         self._tied = bool((self._below != self._not_above).any())
 
     def auc(self, weight_GR: Float) -> Float:
-        """AUC [R] when each impression weighs what its group does; NaN where a class has no weight."""
-        passed = np.zeros((len(self._other_group) + 1, weight_GR.shape[1]))
-        np.cumsum(weight_GR[self._other_group], axis=0, out=passed[1:])
-        won = passed[self._below]
+        """AUC [R] when each impression has the weight of its group; NaN where a class has no weight."""
+        weight_below = np.zeros((len(self._other_group) + 1, weight_GR.shape[1]))
+        np.cumsum(weight_GR[self._other_group], axis=0, out=weight_below[1:])
+        won = weight_below[self._below]
         if self._tied:
-            won = (won + passed[self._not_above]) / 2
+            won = (won + weight_below[self._not_above]) / 2
         click_weight = weight_GR[self._click_group]
-        pairs = click_weight.sum(axis=0) * passed[-1]
+        pairs = click_weight.sum(axis=0) * weight_below[-1]
         wins = np.einsum("nr,nr->r", click_weight, won)
         auc_R: Float = np.divide(wins, pairs, out=np.full_like(wins, np.nan), where=pairs > 0)
         return auc_R

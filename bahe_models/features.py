@@ -19,7 +19,7 @@ Columns = Mapping[str, Float]
 ENTITIES = ("user", "item")
 RATE_BOUND = 1e-3
 LARGEST = 4.0
-"""Features are cut at this many standard deviations: a request long after the log's end must not
+"""Features are clipped to this many standard deviations: a request long after the log's end must not
 carry the network into a range it never saw."""
 
 
@@ -38,7 +38,7 @@ def logit(rate: Float) -> Float:
 
 @dataclass(frozen=True)
 class DenseFeatures:
-    """Standardised features; what was learned from the training rows travels in the artifact."""
+    """Standardised features; the constants fitted to the training rows are saved in the artifact."""
 
     channels: tuple[str, ...]
     click_rate: float
@@ -59,7 +59,7 @@ class DenseFeatures:
         """Learn the standardisation from the training rows."""
         raw = _raw(columns, lengths_NC, now_us, click_rate)
         with warnings.catch_warnings():
-            # A column without one value in the training rows has neither; what follows puts 0 and 1 there.
+            # A column without values in the training rows has neither; 0 and 1 take their place below.
             warnings.simplefilter("ignore", RuntimeWarning)
             mean, deviation = np.nanmean(raw, axis=0), np.nanstd(raw, axis=0)
         return cls(
@@ -88,7 +88,7 @@ class DenseFeatures:
         lengths_NC: npt.NDArray[np.int64],
         now_us: npt.NDArray[np.int64],
     ) -> npt.NDArray[np.float32]:
-        """Standardised features [N, F]; what is unknown is 0, the training mean."""
+        """Standardised features [N, F]; unknown values are 0, the training mean."""
         raw = _raw(columns, lengths_NC, now_us, self.click_rate)
         scaled = (raw - np.array(self.mean)) / np.array(self.deviation)
         features: npt.NDArray[np.float32] = np.clip(np.nan_to_num(scaled), -LARGEST, LARGEST).astype(
@@ -118,7 +118,7 @@ def _raw(
     for entity in ENTITIES:
         features.append(logit(_rate(columns, entity, click_rate)))
         features.append(np.log1p(np.nan_to_num(columns[f"{entity}_impressions"])))
-        # Ages stay unknown (NaN) without an earlier impression; the clock may run a little back.
+        # Ages stay unknown (NaN) without an earlier impression; clocks may run back a little.
         age = (now_us - columns[f"{entity}_last_impression_us"]) / 1e6
         features.append(np.log1p(np.maximum(age, 0.0)))
     features.extend(np.log1p(lengths_NC).T)

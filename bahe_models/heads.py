@@ -29,10 +29,10 @@ class Cross(nn.Module):
 
 
 class Head(nn.Module):
-    """A DNN on user, item, their product and the facts (`dnn`), or on their crosses (`dcn`).
+    """A DNN on user, item, their product and the facts (`dnn`), after cross layers with `dcn`.
 
-    `extra` is the width of what some models add to these inputs: embedded context and, with `target`,
-    which otherwise is the DNN, what target attention found.
+    `extra` is the width of optional inputs: embedded context and, for `target` (otherwise a DNN), the
+    result of target attention.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Head(nn.Module):
 
     @torch.no_grad()
     def start_from(self, weights_F: torch.Tensor, bias: float) -> None:
-        """Set the linear part; the first prediction is then mostly its own."""
+        """Set the linear part, which then dominates the first predictions."""
         self.wide.weight[0] = weights_F
         self.wide.bias.fill_(bias)
 

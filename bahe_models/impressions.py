@@ -23,7 +23,7 @@ class Impressions:
 
     user_N: Int64
     item_N: Int64
-    """Of an item whose text changed, the row of the text that it had at that moment."""
+    """For an item whose text changed, the row of its text at that moment."""
     length_NC: Int64
     """Behaviors strictly before the impression, per channel."""
     time_us_N: Int64
@@ -37,7 +37,7 @@ class Impressions:
         return len(self.user_N)
 
     def take(self, rows: Int64) -> Impressions:
-        """Some of them, in the order of `rows`."""
+        """A subset, in the order of `rows`."""
         return Impressions(
             user_N=self.user_N[rows],
             item_N=self.item_N[rows],
@@ -91,8 +91,10 @@ class TrainingData:
     def _check_split(self, name: str, split: Impressions) -> None:
         missing = [c for c in needed_columns() if c not in split.columns]
         if missing:
-            raise BadInput(f"the frame has no column {missing[0]}; pull it by ctr_training.")
-        for column in needed_columns():  # NaN is allowed: it says unknown
+            raise BadInput(
+                f"the frame has no column {missing[0]}; pull it with the feature service ctr_training."
+            )
+        for column in needed_columns():  # NaN is allowed: it means unknown
             if np.isinf(split.columns[column]).any():
                 raise BadInput(f"{column} is infinite in the {name} split; pull the frame again.")
         hashed = 0 if split.context_NX is None else split.context_NX.shape[1]
@@ -109,18 +111,18 @@ class TrainingData:
         self._check_rows(split.item_N, len(self.item_atom_I), f"the {name} split", "items")
         if (split.length_NC < 0).any():
             raise BadInput(f"the {name} split has negative timeline lengths; pull the frame again.")
-        held = self.timelines.lengths()[split.user_N]
-        if (split.length_NC > held).any():
+        available_NC = self.timelines.lengths()[split.user_N]
+        if (split.length_NC > available_NC).any():
             raise BadInput(
                 f"the {name} split points beyond a timeline's end; the frame is newer than the"
                 " timelines, so pull it again."
             )
 
     @staticmethod
-    def _check_rows(rows: Int64, count: int, where: str, what: str) -> None:
+    def _check_rows(rows: Int64, count: int, source: str, kind: str) -> None:
         bad = rows[(rows < 0) | (rows >= count)]
         if len(bad):
             raise BadInput(
-                f"{len(bad)} rows of {where} name {what} that do not exist (row {bad[0]}, of {count});"
+                f"{len(bad)} rows of {source} point to {kind} that do not exist (row {bad[0]}, of {count});"
                 " read both from the same state of the log."
             )

@@ -1,13 +1,12 @@
 """A user's state that grows with each behavior, for serving: one step of the deep layers, not a pass.
 
 The deep layers are causal, so what they computed for the behaviors so far (the keys and values of each
-attention layer) stays right when one more arrives. A state keeps them, and equals at any moment what
+attention layer) stays valid when one more arrives. A state keeps them, and always equals what
 `BaheModel.user_vectors` computes from the whole timelines (fp32, 1e-4).
 
-Windows follow the rule of `timelines.window_start`. When it moves a sequence's window, which happens
-once every `size - overlap` behaviors, every behavior of the new window stands at another position than
-in the old, so that the sequence is read again from its start: one pass over at most `size` behaviors.
-For that, a state keeps the behaviors of the current windows.
+Windows follow the rule of `timelines.window_start`. When it moves a sequence's window, once every
+`size - overlap` behaviors, every behavior changes position, so the new window is read from its start: one
+pass over at most `size` behaviors. For that, a state keeps the behaviors of the current windows.
 
 Shape letters: C channels, S sequences, L behaviors, D backbone width, V deep part of a vector, K its
 sums.
@@ -29,7 +28,7 @@ from bahe_models.timelines import Int64, Timelines, gap_buckets, window_start
 class UserState:
     """One user's timelines as the model remembers them.
 
-    The model is put into evaluation mode and must not be trained while states of it live. A state
+    The model is put into evaluation mode and must not be trained while its states are in use. A state
     belongs to one thread at a time.
     """
 
@@ -44,16 +43,18 @@ class UserState:
     ) -> None:
         """Read whole timelines: a channel's atom vectors [L, D], times [L] and atom ids [L], in time order.
 
-        Raises ValueError when their number or width is not the model's, when a channel has more or
-        fewer times or ids than vectors, or when time goes back within one.
+        Raises ValueError when their number or width is not the model's, when a channel has more or fewer
+        times or ids than vectors, or when time goes backwards within a channel.
         """
         channels = model.profile.gate.out_features
-        for what, given in (("timelines", atoms_CLD), ("times", time_us_CL), ("atom ids", atom_ids_CL)):
+        for kind, given in (("timelines", atoms_CLD), ("times", time_us_CL), ("atom ids", atom_ids_CL)):
             if len(given) != channels:
-                raise ValueError(f"{what} of {len(given)} channels were given, the model has {channels}")
+                raise ValueError(
+                    f"{kind} of {len(given)} channels were given, but the model has {channels}"
+                )
         counts = [len(atoms_LD) for atoms_LD in atoms_CLD]
         if any(counts != list(map(len, given)) for given in (time_us_CL, atom_ids_CL)):
-            raise ValueError("a channel has not as many times or atom ids as atom vectors")
+            raise ValueError("a channel needs as many times and atom ids as atom vectors")
         for atoms_LD in atoms_CLD:
             _check_width(model, atoms_LD)
         model.eval()
@@ -67,33 +68,33 @@ class UserState:
             tuple(time_us_CL),
         )
         merged = model.config.merged
-        read = timelines.merged if merged else timelines.parallel
+        sequences = timelines.merged if merged else timelines.parallel
         atoms_BD = torch.cat(list(atoms_CLD))
         id_row_B = model.behavior_rows(torch.tensor(np.concatenate(list(atom_ids_CL)))).numpy()
         self._sequences = []
-        for index, (begin, end) in enumerate(read.offsets):
-            seen = slice(begin + int(window_start(end - begin, window)), end)
-            rows_L = read.atom_B[seen]
-            marks = (read.channel_B[seen], read.gap_B[seen], id_row_B[rows_L])
+        for index, (begin, end) in enumerate(sequences.offsets):
+            in_window = slice(begin + int(window_start(end - begin, window)), end)
+            rows_L = sequences.atom_B[in_window]
+            marks = (sequences.channel_B[in_window], sequences.gap_B[in_window], id_row_B[rows_L])
             behaviors_L = [
-                _Behavior(_own(model, atom_D), *marks_of)
-                for atom_D, *marks_of in zip(
+                _Behavior(_copied(model, atom_D), *its_marks)
+                for atom_D, *its_marks in zip(
                     atoms_BD[torch.from_numpy(rows_L).to(atoms_BD.device)],
                     *(mark_L.tolist() for mark_L in marks),
                     strict=True,
                 )
             ]
-            own = range(channels) if merged else (index,)
-            latest = max(((int(time_us_CL[c][-1]), c) for c in own if counts[c]), default=None)
+            read_channels = range(channels) if merged else (index,)
+            latest = max(((int(time_us_CL[c][-1]), c) for c in read_channels if counts[c]), default=None)
             self._sequences.append(_Sequence(model, window, behaviors_L, int(end - begin), latest))
 
     @classmethod
     def empty(cls, model: BaheModel, window: WindowConfig) -> UserState:
         """State of a user who has done nothing yet."""
         channels = model.profile.gate.out_features
-        nothing = torch.empty(0, model.aggregator.start_D.numel())
-        none_yet = [np.empty(0, dtype=np.int64)] * channels
-        return cls(model, window, [nothing] * channels, none_yet, none_yet)
+        no_atoms = torch.empty(0, model.aggregator.start_D.numel())
+        no_numbers = [np.empty(0, dtype=np.int64)] * channels
+        return cls(model, window, [no_atoms] * channels, no_numbers, no_numbers)
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -102,18 +103,18 @@ class UserState:
 
     @torch.inference_mode()
     def append(self, channel: int, atom_D: torch.Tensor, time_us: int, atom_id: int) -> None:
-        """Take in one more behavior: its channel's place in the model's order, atom vector, time and id.
+        """Append a behavior: its channel's index in the model, atom vector, time and atom id.
 
-        Raises ValueError on a channel or width that the model does not have, and when the behavior
-        does not come last: its time lies before that of the latest in its channel or, where the
-        channels are merged, of the latest at all; of one instant's, later channels come later.
+        Raises ValueError on a channel or width that the model does not have, and when the behavior is out
+        of order: earlier than the latest of its channel or, with merged channels, of all channels, where
+        ties are in the order of channels.
         """
         if not 0 <= channel < len(self._lengths):
             raise ValueError(f"channel {channel} is not one of the model's {len(self._lengths)}")
         _check_width(self.model, atom_D[None])
         sequence = self._sequences[0 if self.model.config.merged else channel]
         id_row = int(self.model.behavior_rows(torch.tensor([atom_id])))
-        sequence.append(channel, _own(self.model, atom_D), time_us, id_row)
+        sequence.append(channel, _copied(self.model, atom_D), time_us, id_row)
         self._lengths[channel] += 1
 
     @torch.inference_mode()
@@ -133,11 +134,11 @@ class _Behavior(NamedTuple):
     channel: int
     gap: int
     id_row: int
-    """In the collaborative part."""
+    """Row in the collaborative part."""
 
 
 class _Sequence:
-    """The part of a state that one sequence makes."""
+    """The state of one sequence."""
 
     def __init__(
         self,
@@ -157,16 +158,16 @@ class _Sequence:
         if self.latest is not None:
             if (time_us, channel) < self.latest:
                 raise ValueError(
-                    f"a behavior of channel {channel} at {time_us} comes after one of channel"
-                    f" {self.latest[1]} at {self.latest[0]}; they must come in order"
+                    f"a behavior of channel {channel} at {time_us} was appended after one of channel"
+                    f" {self.latest[1]} at {self.latest[0]}; append them in order"
                 )
             gap = int(gap_buckets(np.array(time_us - self.latest[0])))
         self.latest = time_us, channel
         behavior = _Behavior(atom_D, channel, gap, id_row)
         self.length += 1
-        before, self.start = self.start, self._window_start()
-        if self.start != before:
-            self._read([*self.window_L[self.start - before :], behavior])
+        previous, self.start = self.start, self._window_start()
+        if self.start != previous:
+            self._read([*self.window_L[self.start - previous :], behavior])
             return
         self.window_L.append(behavior)
         self._step([behavior])
@@ -185,7 +186,7 @@ class _Sequence:
         self._step(window_L, self.model.aggregator.start_D[None])
 
     def _step(self, behaviors: list[_Behavior], start_1D: torch.Tensor | None = None) -> None:
-        """Let the deep layers read on from what is cached, and add the behaviors to the sums."""
+        """Run the deep layers on from the cache, and add the behaviors to the sums."""
         inputs = [] if start_1D is None else [start_1D]
         if behaviors:
             atoms_PD = torch.stack([behavior.atom_D for behavior in behaviors])
@@ -204,11 +205,11 @@ class _Sequence:
 
 
 def _check_width(model: BaheModel, atoms_LD: torch.Tensor) -> None:
-    theirs, ours = tuple(atoms_LD.shape[1:]), tuple(model.aggregator.start_D.shape)
-    if theirs != ours:
-        raise ValueError(f"an atom vector has shape {theirs}, the model's {ours}")
+    given, expected = tuple(atoms_LD.shape[1:]), tuple(model.aggregator.start_D.shape)
+    if given != expected:
+        raise ValueError(f"an atom vector has shape {given}, but the model reads {expected}")
 
 
-def _own(model: BaheModel, atom_D: torch.Tensor) -> torch.Tensor:
-    # A copy of its own: the window may be read again long after the caller has reused the memory.
+def _copied(model: BaheModel, atom_D: torch.Tensor) -> torch.Tensor:
+    # Always a copy: the window may be read again long after the caller has reused the memory.
     return atom_D.to(model.aggregator.start_D.device, torch.float32, copy=True)

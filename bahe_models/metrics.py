@@ -59,7 +59,7 @@ def probability(logit: npt.ArrayLike) -> Float:
 def log_loss(clicked: npt.ArrayLike, logit: npt.ArrayLike) -> float:
     """Mean negative log-likelihood of the clicks, in nats; NaN without impressions.
 
-    Computed from logits, log(1 + exp(z)) - clicked * z, so that a sure prediction loses no digits.
+    Computed from logits, log(1 + exp(z)) - clicked * z, so that confident predictions lose no digits.
     """
     labels, logits = np.asarray(clicked, dtype=np.float64), np.asarray(logit, dtype=np.float64)
     if len(labels) == 0:
@@ -69,20 +69,20 @@ def log_loss(clicked: npt.ArrayLike, logit: npt.ArrayLike) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Reliability:
-    """What was predicted and what came, in bins of rising probability."""
+    """A reliability curve: predicted and observed click rates, in bins of rising probability."""
 
     predicted_B: Float
     """Mean predicted probability."""
     clicked_B: Float
     """Share of the impressions that were clicked."""
     count_B: npt.NDArray[np.int64]
-    """Impressions."""
+    """Number of impressions."""
 
 
 def reliability(clicked: npt.ArrayLike, predicted: npt.ArrayLike, bins: int = BINS) -> Reliability:
-    """Bins of (nearly) equal count; equal predictions share a bin, so the rows' order is without effect.
+    """Bins of (nearly) equal count; equal predictions share a bin, so the order of rows has no effect.
 
-    `predicted` holds probabilities. There are fewer bins than `bins` where ties fill more than one.
+    `predicted` holds probabilities. There are fewer bins than `bins` where ties would fill more than one.
     """
     labels, values = np.asarray(clicked, dtype=np.float64), np.asarray(predicted, dtype=np.float64)
     order = np.argsort(values, kind="stable")

@@ -2,14 +2,14 @@
 
 A user vector has three parts. The *deep* part is the deep layers' state, as in the paper. The *profile*
 part is a running sum of projected atoms, each weighted by a learned gate; its inner product with the
-item's projected text says how alike the item is to what the user liked. The *collaborative* part does
+item's projected text says how similar the item is to what the user liked. The *collaborative* part does
 the same with ID embeddings in place of texts (see `bahe_models.collaborative`). The sums are causal, so
 all parts come from one pass, and none sees the candidate item, so all can be stored (invariant 7).
 Profile and collaborative part are our own additions: on small logs the deep layers alone learn poorly
-what they say.
+what these parts express.
 
-With the `target` head the candidate also looks at the raw history; the vectors stay what they are, but
-no longer suffice for a score.
+With the `target` head the candidate also attends to the raw history; the vectors are the same, but no
+longer enough for a score.
 
 Shape letters: N impressions, C channels, S sequences (C, or 1 where the channels are merged), P
 positions of all windows, A atoms, D backbone width, V deep part of a vector, K its sums (profile and
@@ -47,7 +47,7 @@ class UserAggregator(nn.Module):
     def forward(self, inputs_PD: torch.Tensor, packing: Packing) -> torch.Tensor:
         """States [P, D]: at a sequence's position k, the state after its first k behaviors.
 
-        What stands at position 0 is replaced by a learned start.
+        The input at position 0 is replaced with a learned start vector.
         """
         start_P1 = (packing.position_P == 0)[:, None]
         return read_packed(self.deep, torch.where(start_P1, self.start_D, inputs_PD), packing)
@@ -72,10 +72,11 @@ class Profile(nn.Module):
 
     @torch.no_grad()
     def fit(self, behavior_AD: torch.Tensor, item_ID: torch.Tensor, lift_C: torch.Tensor) -> None:
-        """Start from the data: standardisation, the items' principal axes, and each channel's sign.
+        """Initialise from data: standardisation, the items' principal axes, and each channel's sign.
 
-        Language-model states have a few huge coordinates that say little; without standardisation
-        they drown the rest. `lift_C` is how much more often than average a channel's users click.
+        Language-model states have a few huge coordinates that carry little information; without
+        standardisation they drown the rest. `lift_C` is how much more often than average a channel's users
+        click.
         """
         for kind, vectors in (("behavior", behavior_AD), ("item", item_ID)):
             deviation_D, mean_D = torch.std_mean(vectors, dim=0, correction=0)
@@ -105,7 +106,7 @@ class Profile(nn.Module):
     def forward(
         self, atoms_PD: torch.Tensor, present_P: torch.Tensor, channel_P: torch.Tensor
     ) -> torch.Tensor:
-        """What each behavior adds to its user's sums [P, K]; nothing where there is none."""
+        """What each behavior adds to its user's sums [P, K]; zero where there is none."""
         standard_PD = self.standard_behaviors(atoms_PD)
         gates_PC = self.gate(standard_PD)
         gate_P1 = gates_PC.gather(1, channel_P[:, None]) * present_P[:, None]
@@ -128,9 +129,9 @@ class BaheModel(nn.Module):
         context: Sequence[str] = (),
         behaviors: int = 0,
     ) -> None:
-        """`items` and `behaviors` are how many ids training has seen of each.
+        """`items` and `behaviors` are the numbers of ids seen in training.
 
-        `context` names the context columns, in the order of `score`'s; without any there is no table.
+        `context` names the context columns, in the order of `score`; without any there is no table.
         """
         super().__init__()
         vector, profile = config.deep_width, config.profile_width
@@ -171,7 +172,7 @@ class BaheModel(nn.Module):
             )
 
     def behavior_rows(self, atom_ids_A: torch.Tensor) -> torch.Tensor:
-        """Each atom's row in the collaborative part [A], for `user_vectors`; 0 where it is unknown."""
+        """Each atom's row in the collaborative part [A], for `user_vectors`; 0 if it is unknown."""
         if self.collaborative is None:
             return torch.zeros_like(atom_ids_A)
         return self.collaborative.rows(atom_ids_A)
@@ -179,7 +180,7 @@ class BaheModel(nn.Module):
     def user_vectors(
         self, atoms_AD: torch.Tensor, batch: WindowBatch, id_row_A: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """User vectors [N, V + K] of the impressions of a planned batch (`merged` as the model is).
+        """User vectors [N, V + K] of the impressions of a batch planned with the model's `merged`.
 
         `id_row_A` is each atom's row of the collaborative part (`Collaborative.rows`); without it all
         behaviors count as unseen in training.
@@ -189,9 +190,9 @@ class BaheModel(nn.Module):
             torch.from_numpy(part).to(device) for part in (batch.atoms_P, batch.channel_P, batch.gap_P)
         )
         packing = Packing.of(batch.length_W, device)
-        present_P, known_P = rows_P >= 0, rows_P.clamp_min(0)
-        atoms_PD = atoms_AD[known_P]
-        id_row_P = torch.zeros_like(rows_P) if id_row_A is None else id_row_A[known_P] * present_P
+        present_P, atom_P = rows_P >= 0, rows_P.clamp_min(0)
+        atoms_PD = atoms_AD[atom_P]
+        id_row_P = torch.zeros_like(rows_P) if id_row_A is None else id_row_A[atom_P] * present_P
         states_PD = self.aggregator(self.behaviors(atoms_PD, channel_P, gap_P), packing)
         sums_PK = packing.running_sums(self.added(atoms_PD, present_P, channel_P, id_row_P))
         state_NS = torch.from_numpy(batch.state_NS).to(device)
@@ -241,7 +242,7 @@ class BaheModel(nn.Module):
         length_NC: Int64,
         item_NV: torch.Tensor,
     ) -> torch.Tensor | None:
-        """What the items find in the first `length_NC` behaviors of the users' timelines [N, 2 K].
+        """Target attention of the items to the users' first `length_NC` behaviors [N, 2 K].
 
         For `score`; None unless the head is `target`.
         """
@@ -268,8 +269,8 @@ class BaheModel(nn.Module):
         width = self.config.deep_width
         products_NK = user_NV[:, width:] * item_NV[:, width:]
         parts = products_NK.tensor_split([self.config.profile_width], dim=1)
-        likenesses = [part.sum(dim=1, keepdim=True) for part in parts if part.shape[1]]
-        facts = torch.cat([dense_NF, *likenesses], dim=1)
+        similarities = [part.sum(dim=1, keepdim=True) for part in parts if part.shape[1]]
+        facts = torch.cat([dense_NF, *similarities], dim=1)
         extra = [] if interest_NT is None else [interest_NT]
         if self.context is not None:
             extra.append(self.context(context_NX))
@@ -278,7 +279,7 @@ class BaheModel(nn.Module):
 
 
 def context_embedding(columns: Sequence[str], config: ModelConfig) -> ContextEmbedding | None:
-    """The table of some context columns as configured, or None without columns."""
+    """The embedding table of these context columns, or None without columns."""
     if not columns:
         return None
     return ContextEmbedding(

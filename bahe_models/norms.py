@@ -15,7 +15,7 @@ from torch import nn
 
 
 class RootMeanSquareNorm(nn.Module):
-    """What `fuse_norms` turns transformers' modules into; it makes none anew."""
+    """The class that `fuse_norms` gives to transformers' norm modules; it is never constructed."""
 
     weight: torch.Tensor
     variance_epsilon: float
@@ -30,14 +30,14 @@ class RootMeanSquareNorm(nn.Module):
 
 
 def fuse_norms(half: nn.Module) -> None:
-    """Let the RMS norms of a language model's half be computed as here.
+    """Make the RMS norms of a language model's half compute as defined here.
 
-    Those with another formula (Gemma's weights count from 1) are left as they are; they name their
-    epsilon differently.
+    Norms with another formula (Gemma's weights count from 1) are left alone; they name their epsilon
+    differently.
     """
     for module in half.modules():
         if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
-            # Their parameters, hooks and place in the model stay; a wrapper would rename the weights.
+            # Keeps parameters, hooks and the place in the model; a wrapper would rename the weights.
             module.__class__ = RootMeanSquareNorm
 
 
@@ -56,10 +56,10 @@ class _Bfloat16(torch.autograd.Function):
         x_PD, gradient_PD = x.reshape(-1, width), gradient.reshape(-1, width).to(x.dtype)
         scale_P1 = scale.reshape(-1, 1)
         product_PD, weight = gradient_PD * x_PD, weight_D.to(x.dtype)
-        # Sums over positions and over the width as products, which accumulate in float32.
-        of_weight_D = torch.mv(product_PD.T, scale_P1[:, 0].to(x.dtype))
+        # Sums over positions and over the width are products, which accumulate in float32.
+        weight_gradient_D = torch.mv(product_PD.T, scale_P1[:, 0].to(x.dtype))
         along_P1 = torch.mv(product_PD, weight).float()[:, None] * scale_P1**3 / width
-        of_x_PD = torch.addcmul(
+        x_gradient_PD = torch.addcmul(
             (gradient_PD * weight).mul_(scale_P1.to(x.dtype)), x_PD, along_P1.to(x.dtype), value=-1
         )
-        return of_x_PD.view_as(x), of_weight_D.to(weight_D.dtype), None
+        return x_gradient_PD.view_as(x), weight_gradient_D.to(weight_D.dtype), None

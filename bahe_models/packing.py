@@ -1,11 +1,12 @@
-"""Sequences end to end in one row: the layers' matrix products see no padding, and attention no neighbour.
+"""Sequences end to end in one row: matrix products see no padding, and attention sees no neighbour.
 
 Everything in a transformer but attention works on each position by itself, so sequences of any lengths
-can share one row. Attention alone takes them apart: sequences of like length make a *group*, which is
+can share one row. Only attention separates them: sequences of similar length form a *group*, which is
 padded to its longest.
 
-Shape letters: P packed positions, W sequences of a group, L positions of its longest, H heads, J heads of
-keys and values, G queries' heads for each of those, E width of a head.
+Shape letters: P packed positions, W sequences of a group, L positions of its longest, H query heads, J
+key and value heads, E width of a head; K keys, or features of a packed row; B = W * J products of
+R = H / J * L rows.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ ATTENTION = "bahe_packed"
 """The name under which transformers finds `attention`."""
 
 _SHORT = 1024
-"""Sequences up to this length can keep their square of attention probabilities."""
+"""Sequences up to this length can afford their full matrix of attention probabilities."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """Neighbouring sequences of like length."""
+    """Neighbouring sequences of similar length."""
 
     start: int
     stop: int
@@ -37,7 +38,7 @@ class Group:
     sequences: int
     longest: int
     place_P: torch.Tensor | None
-    """Where each of these rows lies among the W * L padded ones; None where nothing is padded."""
+    """Index of each of these rows among the W * L padded ones; None where nothing is padded."""
 
     def padded(self, x_PK: torch.Tensor) -> torch.Tensor:
         """The group's rows as [W, L, ...], zeros on the right of the shorter ones."""
@@ -63,13 +64,13 @@ class Packing:
 
     @classmethod
     def of(cls, length_W: Int64, device: torch.device) -> Packing:
-        """The packing of sequences of these lengths, which must not grow and be at least 1."""
+        """The packing of sequences of these lengths, which must be at least 1 and in descending order."""
         begin_W = np.cumsum(length_W) - length_W
         position_P = np.arange(length_W.sum()) - np.repeat(begin_W, length_W)
         return cls(tuple(_groups(length_W, device)), torch.from_numpy(position_P).to(device))
 
     def running_sums(self, x_PK: torch.Tensor) -> torch.Tensor:
-        """Sums over each row and those before it in its sequence [P, K]."""
+        """Cumulative sums within each sequence [P, K]."""
         return torch.cat([group.packed(group.padded(x_PK).cumsum(dim=1)) for group in self.groups])
 
 
@@ -87,7 +88,7 @@ def _groups(length_W: Int64, device: torch.device) -> Iterator[Group]:
 
 
 def attend_within(half: nn.Module) -> None:
-    """Let a half of a language model read packed rows, see `attention`; others are read as before."""
+    """Let a half of a language model read packed rows (see `attention`); others are read as before."""
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
@@ -101,12 +102,12 @@ def read_packed(half: nn.Module, inputs_PD: torch.Tensor, packing: Packing) -> t
     """Last hidden states [P, D] of a half that `attend_within` has prepared."""
     device = inputs_PD.device.type
     if torch.is_autocast_enabled(device):
-        # Else every sum and norm between two products would be of twice as many bytes.
+        # Otherwise every sum and norm between two products would move twice as many bytes.
         inputs_PD = inputs_PD.to(torch.get_autocast_dtype(device))
     states: torch.Tensor = half(
         inputs_embeds=inputs_PD[None],
         position_ids=packing.position_P[None],
-        # Four dimensions tell transformers that the mask is made; it is `attention` that makes it.
+        # transformers builds no mask when it is given one with four dimensions; `attention` does.
         attention_mask=inputs_PD.new_zeros(1, 1, 1, 1),
         use_cache=False,
         packing=packing,
@@ -130,8 +131,8 @@ def attention(
 ) -> tuple[torch.Tensor, None]:
     """Causal attention within each sequence, as transformers calls it: [1, H, P, E] to [1, P, H, E].
 
-    Without a `packing`, as a model that reads on from its cache has none, the mask says what is seen, the
-    same for every sequence.
+    Without a `packing`, as when a model reads on from its cache, the mask applies, the same for every
+    sequence.
     """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if packing is None:
@@ -142,7 +143,7 @@ def attention(
         return _by_products(query, key, value, mask, scale, softcap).transpose(1, 2), None
     parts = []
     query_PHE, key_PJE, value_PJE = (part[0].transpose(0, 1) for part in (query, key, value))
-    # What rotary angles have made float32 again is multiplied in the precision of the rest.
+    # Rotary angles turn queries and keys into float32; products are in the precision of the rest.
     query_PHE, key_PJE = query_PHE.to(value.dtype), key_PJE.to(value.dtype)
     for group in packing.groups:
         padded = [group.padded(part).transpose(1, 2) for part in (query_PHE, key_PJE, value_PJE)]
@@ -162,14 +163,14 @@ def attention(
 def _products_pay(value: torch.Tensor, longest: int) -> bool:
     """Whether plain products beat torch's fused kernel.
 
-    In bfloat16 on a CPU they are two to four times faster, forward and backward, at lengths of a window (60
-    to 512; float32 gains nothing).
+    In bfloat16 on a CPU they are two to four times faster, forward and backward, at window lengths (60 to
+    512); float32 gains nothing.
     """
     return value.device.type == "cpu" and value.dtype == torch.bfloat16 and longest <= _SHORT
 
 
 def _causal(queries: int, keys: int, window: int | None, device: torch.device) -> torch.Tensor:
-    """Which keys [L, K] each query sees, the last query being the last key's."""
+    """Which keys each query sees [L, K]; the last query is at the last key's position."""
     seen = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
     return seen if window is None else seen.triu(keys - queries - window + 1)
 

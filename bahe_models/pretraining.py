@@ -1,8 +1,8 @@
 """Pre-training of the deep layers on timelines alone: predict the next behavior.
 
 Logs of behaviors are much larger than logs of impressions, and need no clicks. The state at position
-k scores the step's atoms as candidates for behavior k + 1: sampled softmax whose negatives are what
-other positions of the step hold, corrected for how often each occurs there (Yi et al., RecSys 2019).
+k scores the step's atoms as candidates for behavior k + 1: sampled softmax with in-batch negatives,
+corrected for how often each occurs in the step (Yi et al., RecSys 2019).
 
 Shape letters: P positions, those predicted among them, M distinct atoms of a step, D width.
 """
@@ -26,11 +26,11 @@ SPACE = 64
 """Width of the space in which states and atoms are compared."""
 POSITIONS_PER_STEP = 2000
 HEAD_RATE = 10.0
-"""The comparison learns this much faster than the deep layers, which already know much."""
+"""The projections learn this many times faster than the deep layers, which are already trained."""
 
 
 class NextAtom(nn.Module):
-    """Scores of candidate atoms as the next behavior; thrown away after pre-training."""
+    """Scores candidate atoms as the next behavior; discarded after pre-training."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -55,9 +55,9 @@ def pretrain(
 ) -> list[float]:
     """Train the model's deep layers in place on the training part of the timelines.
 
-    Takes `pretraining_epochs` passes over them, of a timeline longer than a window over its last
-    window. Returns the mean loss of each pass; `on_step` hears of each step's predicted behaviors and
-    the pass's mean loss so far. Deterministic by `config.seed` and torch's generator.
+    Takes `pretraining_epochs` passes over them; of a timeline longer than a window it reads the last
+    window. Returns the mean loss of each pass; `on_step` gets each step's number of predicted behaviors
+    and the pass's mean loss so far. Deterministic given `config.seed` and torch's generator.
     """
     device = model.user_projection.weight.device
     atoms_AD = torch.from_numpy(data.atoms_AD).to(device)
@@ -65,10 +65,10 @@ def pretrain(
     users = np.flatnonzero(lengths_UC.sum(axis=1))
     lengths_UC = lengths_UC[users]
     head = NextAtom(atoms_AD.shape[1]).to(device)
-    read = [*model.behaviors.parameters(), *model.aggregator.parameters()]
+    trained = [*model.behaviors.parameters(), *model.aggregator.parameters()]
     optimizer = torch.optim.AdamW(
         [
-            {"params": read, "lr": config.deep_learning_rate},
+            {"params": trained, "lr": config.deep_learning_rate},
             {"params": list(head.parameters()), "lr": HEAD_RATE * config.deep_learning_rate},
         ]
     )
@@ -90,7 +90,7 @@ def pretrain(
             rows_P, channel_P, gap_P = (
                 torch.from_numpy(part).to(device) for part in (batch.atoms_P, batch.channel_P, batch.gap_P)
             )
-            # A behavior is predicted from the state before it, which is one row up: -1 begins a window.
+            # A behavior is predicted from the state before it, which is one row up; -1 begins a window.
             predicted = torch.nonzero(rows_P >= 0).squeeze(1)
             with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
                 inputs_PD = model.behaviors(atoms_AD[rows_P.clamp_min(0)], channel_P, gap_P)
@@ -100,12 +100,12 @@ def pretrain(
                 )
                 standard_MD = model.profile.standard_behaviors(atoms_AD[distinct_M])
                 logits_PM = head(states_PD[predicted - 1], standard_MD).float()
-            # What occurs often is often a negative; uncorrected, it would be pushed away.
+            # Frequent atoms are often negatives; uncorrected, they would be pushed away.
             logits_PM = logits_PM - (count_M / count_M.sum()).log()
             loss = nn.functional.cross_entropy(logits_PM, target_P)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
-            nn.utils.clip_grad_norm_([*read, *head.parameters()], config.gradient_norm)
+            nn.utils.clip_grad_norm_([*trained, *head.parameters()], config.gradient_norm)
             optimizer.step()
             total += loss.item() * len(target_P)
             count += len(target_P)

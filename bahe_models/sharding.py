@@ -1,10 +1,10 @@
-"""Deep layers spread over the processes (FSDP2), for backbones too large for one device.
+"""Deep layers sharded over the processes (FSDP2), for backbones too large for one device.
 
-Each process keeps a share of every deep parameter, of its gradient and of the optimiser's state. A
-layer is gathered when it is about to compute, and only then. All processes therefore have to call the
-layers equally often, forwards and backwards, whatever their share of a step: a `WindowBatch` is one
-pass, also without an impression. What is not in the deep layers stays whole on every process. What
-leaves a process, a checkpoint or a model, holds whole tensors, as without sharding.
+Each process keeps a shard of every deep parameter, of its gradient and of the optimiser's state. A layer
+is gathered only while it computes. All processes must therefore call the layers equally often, forwards
+and backwards, whatever their share of a step: a `WindowBatch` is one pass even without an impression. All
+other parameters are whole on every process. Checkpoints and artifacts hold whole tensors, as without
+sharding.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from bahe_models.model import BaheModel
 
 
 def require_processes() -> None:
-    """Raises BadInput when there is one process, which has nobody to share a model with."""
+    """Raises BadInput when there is only one process, with nothing to shard over."""
     if Processes.here().size == 1:
         raise BadInput("--shard spreads a model over several processes; start them with torchrun.")
 
 
 def shard(model: BaheModel, device: torch.device) -> None:
-    """Spread the model's deep layers, on the CPU so far, over the processes' devices, layer by layer.
+    """Shard the model's deep layers, still on the CPU, over the processes' devices, layer by layer.
 
-    Every process must hold the same weights. Raises BadInput when there is one process.
+    Every process must hold the same weights. Raises BadInput when there is only one process.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -50,16 +50,16 @@ def shard(model: BaheModel, device: torch.device) -> None:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether some of the model's parameters are spread over processes."""
+    """Whether some of the model's parameters are sharded over processes."""
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 @torch.no_grad()
 def clip_gradients(parameters: Iterable[nn.Parameter], largest: float) -> None:
-    """Scale all gradients so that the norm of all of them together is at most `largest`."""
-    given = [p for p in parameters if p.grad is not None]
-    whole = [p for p in given if not isinstance(p, DTensor)]
-    sharded = [p for p in given if isinstance(p, DTensor)]
+    """Scale all gradients so that their joint norm is at most `largest`."""
+    trained = [p for p in parameters if p.grad is not None]
+    whole = [p for p in trained if not isinstance(p, DTensor)]
+    sharded = [p for p in trained if isinstance(p, DTensor)]
     if not sharded:
         nn.utils.clip_grad_norm_(whole, largest)
         return
@@ -74,7 +74,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], largest: float) -> None:
 def whole_tensors(state: Any, *, keep: bool = True) -> Any:
     """A nested state with whole tensors, on the CPU, in place of sharded ones.
 
-    Processes call it together; those that do not `keep` get None for each such tensor.
+    A collective call; processes that do not `keep` get None for each such tensor.
     """
     if isinstance(state, DTensor):
         whole = state.full_tensor()
@@ -85,28 +85,28 @@ def whole_tensors(state: Any, *, keep: bool = True) -> Any:
 
 
 def load_weights(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
-    """`load_state_dict` of whole tensors, whatever the model's own are."""
+    """`load_state_dict` of whole tensors, whether the model is sharded or not."""
     model.load_state_dict(sharded_weights(model, weights))
 
 
 def sharded_weights(model: nn.Module, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Whole tensors, by the names of the model's state, each spread as the model's own is."""
+    """Whole tensors, by their names in the model's state, each sharded like the model's own."""
     own = model.state_dict()
     return {name: _like(value, own[name]) for name, value in weights.items()}
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """`load_state_dict` of whole tensors, whatever the optimiser's parameters are."""
+    """`load_state_dict` of whole tensors, whether the optimiser's parameters are sharded or not."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    spread = {
-        index: {name: _like(value, parameters[index]) for name, value in of_parameter.items()}
-        for index, of_parameter in state["state"].items()
+    placed = {
+        index: {name: _like(value, parameters[index]) for name, value in parameter_state.items()}
+        for index, parameter_state in state["state"].items()
     }
-    optimizer.load_state_dict({**state, "state": spread})
+    optimizer.load_state_dict({**state, "state": placed})
 
 
 def gathered(model: BaheModel) -> BaheModel:
-    """A whole copy of a sharded model on the CPU; processes call it together."""
+    """A whole copy of a sharded model on the CPU; a collective call."""
     deep: Any = model.aggregator.deep
     model.aggregator.deep = nn.Identity()  # FSDP's modules cannot be copied
     try:
@@ -119,9 +119,9 @@ def gathered(model: BaheModel) -> BaheModel:
 
 
 def _like(value: Any, own: Any) -> Any:
-    """The value, spread as `own` is where that is sharded and of the same shape."""
+    """The value, sharded like `own` if that is sharded and of the same shape."""
     if isinstance(own, DTensor) and torch.is_tensor(value) and value.shape == own.shape:
         on_device = value.to(own.device)
-        # Every process has the whole value and cuts its own part, without a word to the others.
+        # Every process has the whole value and cuts its own shard, without communication.
         return distribute_tensor(on_device, own.device_mesh, own.placements, src_data_rank=None)
     return value

@@ -1,6 +1,6 @@
-"""Target attention: the candidate item looks at the raw history (DIN: Zhou et al., KDD 2018).
+"""Target attention: the candidate item attends to the raw history (DIN: Zhou et al., KDD 2018).
 
-What comes out depends on the pair, so it cannot be stored as a user vector can.
+The result depends on the pair, so it cannot be stored as a user vector can.
 
 Shape letters: N impressions, C channels, H latest behaviors of a channel, B = C * H, M distinct atoms,
 D backbone width, K profile width, X width of item vectors.
@@ -18,7 +18,7 @@ from bahe_models.timelines import Int64, Timelines
 
 
 def recent_behaviors(timelines: Timelines, user_N: Int64, length_NC: Int64, count: int) -> Int64:
-    """Atom rows [N, C * count] of each channel's latest behaviors of a prefix; -1 where there is none."""
+    """Atom rows [N, C * count] of each channel's latest behaviors of a prefix; -1 as padding."""
     recent = np.full((len(user_N), len(timelines.channels), count), -1, dtype=np.int64)
     for channel, (offsets, atoms) in enumerate(zip(timelines.offsets, timelines.atoms, strict=True)):
         position_NH = length_NC[:, channel, None] - 1 - np.arange(count)
@@ -32,7 +32,7 @@ class TargetAttention(nn.Module):
     """The candidate's interest: behaviors weighted by an activation unit that reads the pair.
 
     The unit reads the behavior's channel and projected atom, the item's vector, and the product of the
-    two in the profile's space, where a behavior and an item of like text lie close.
+    two in the profile's space, where a behavior and an item of similar text lie close.
     """
 
     def __init__(self, *, channels: int, profile_width: int, item_width: int) -> None:
@@ -53,7 +53,7 @@ class TargetAttention(nn.Module):
     ) -> torch.Tensor:
         """Interests, and their products with the items' profile part [N, 2 K].
 
-        `recent_NB` is of `recent_behaviors`, `project` the profile's projection of atoms [M, D] to
+        `recent_NB` comes from `recent_behaviors`, `project` the profile's projection of atoms [M, D] to
         [M, K].
         """
         width = self.weight.in_features

@@ -1,11 +1,11 @@
 """User timelines by reference, and the plan that lets many impressions share one forward pass.
 
 The deep layers are causal, so the state after a user's first k behaviors is the hidden state at
-position k of one pass over the whole timeline (position 0 is the empty state). Every impression
-therefore only names a position. Timelines longer than a window are cut into overlapping windows by a
+position k of one pass over the whole timeline (position 0 is the empty state). An impression therefore
+only names a position. Timelines longer than a window are cut into overlapping windows by a
 rule that depends on k alone, so that training, the per-impression reference and serving agree.
 
-A pass reads *sequences*: each channel's timeline as one of its own (the paper's way), or all channels
+A pass reads *sequences*: each channel's timeline by itself (as in the paper), or all channels
 merged into one in time order.
 
 Shape letters: N impressions, C channels, S sequences (C, or 1 where merged), B behaviors, W windows, P
@@ -29,19 +29,19 @@ Int64 = npt.NDArray[np.int64]
 Int16 = npt.NDArray[np.int16]
 
 GAP_STARTS_US = 10**6 * 4 ** np.arange(13, dtype=np.int64)
-"""Where the buckets of `gap_buckets` begin, the first two left out: 1 s, 4 s, 16 s, ... 194 days."""
+"""Where the buckets of `gap_buckets` begin, from bucket 2 on: 1 s, 4 s, 16 s, ... 194 days."""
 GAP_BUCKETS = len(GAP_STARTS_US) + 2
 
 _LIKE = 0.8
 """Sequences at least this long, relative to the longest of their group, are padded to it."""
 _LEAST_POSITIONS = 512
-"""A group takes shorter ones too until it has this many positions."""
+"""Until it has this many positions, a group takes shorter sequences too."""
 
 
 def gap_buckets(gap_us: Int64) -> Int16:
-    """Bucket of the time between a behavior and the one before it, by its logarithm.
+    """Logarithmic bucket of the time between a behavior and the previous one.
 
-    Bucket 0 is the first behavior's, which has none before it, and is never returned. Bucket 1 is for
+    Bucket 0 is for first behaviors, which have no previous one, and is never returned. Bucket 1 is for
     less than a second, bucket 2 + i for 4 ** i seconds and more; the last begins at 4 ** 12 s, 194 days.
     """
     return (np.searchsorted(GAP_STARTS_US, gap_us, side="right") + 1).astype(np.int16)
@@ -56,16 +56,16 @@ class Sequences:
     atom_B: Int64
     """Row of the atom table."""
     channel_B: Int16
-    """Which channel it is of."""
+    """Channel of each behavior."""
     gap_B: Int16
-    """`gap_buckets` of the time since the behavior before it in its sequence; 0 for the first."""
+    """`gap_buckets` of the time since the previous behavior in the sequence; 0 for the first."""
 
 
 @dataclass(frozen=True)
 class Timelines:
     """Each user's behaviors in time order, per channel, as rows of the atom table (CSR layout).
 
-    Raises ValueError where time goes back within a user's channel.
+    Raises ValueError when time goes backwards within a user's channel.
     """
 
     channels: tuple[str, ...]
@@ -74,7 +74,7 @@ class Timelines:
     atoms: tuple[Int64, ...]
     """Per channel, [behaviors]: row of the atom table."""
     time_us: tuple[Int64, ...]
-    """Per channel, [behaviors]: when it was, in microseconds since 1970."""
+    """Per channel, [behaviors]: when it happened, in microseconds since 1970."""
 
     def __post_init__(self) -> None:
         for channel, offset, time_us in zip(self.channels, self.offsets, self.time_us, strict=True):
@@ -84,7 +84,7 @@ class Timelines:
 
     @property
     def users(self) -> int:
-        """How many users there are, those without behaviors included."""
+        """Number of users, including those without behaviors."""
         return len(self.offsets[0]) - 1
 
     def lengths(self) -> Int64:
@@ -101,10 +101,9 @@ class Timelines:
 
     @cached_property
     def merged(self) -> Sequences:
-        """All channels as one sequence by time; at one instant by channel, then by position.
+        """All channels as one sequence by time; ties are ordered by channel, then by position.
 
-        What lies before a moment is therefore as many behaviors from the front as the channels have
-        together before it.
+        The behaviors before a moment are therefore a prefix, as long as the channels' prefixes together.
         """
         counts_U = self.lengths().sum(axis=1)
         offset = np.concatenate([[0], np.cumsum(counts_U)]).astype(np.int64)
@@ -134,8 +133,8 @@ def _gaps(time_B: Int64, offsets: tuple[Int64, ...]) -> Int16:
 class WindowBatch:
     """The windows that a set of impressions needs, end to end, and where each impression reads.
 
-    There is always one, be it of a start position alone: processes that share a model's layers call
-    them equally often.
+    There is always at least one window, if only a start position: the processes of a sharded model must
+    call its layers equally often.
     """
 
     length_W: Int64
@@ -172,7 +171,7 @@ def window_batch(
 
     With `share` all impressions of a user read from the same pass; without it every impression gets
     a pass of its own over its own prefix (the per-impression reference). With `merged` the channels
-    make one sequence; BadInput is raised where an impression's lengths are not those of one moment.
+    make one sequence; raises BadInput when an impression's lengths are not those of one moment.
     """
     sequences = timelines.merged if merged else timelines.parallel
     length_NS = sequence_lengths(length_NC, merged)
@@ -210,7 +209,7 @@ def window_batch(
     atoms_P[behavior_P] = sequences.atom_B[source]
     channel_P[behavior_P] = sequences.channel_B[source]
     gap_P[behavior_P] = sequences.gap_B[source]
-    row_W = np.empty_like(first_W)  # each window's first position, in the order in which they were found
+    row_W = np.empty_like(first_W)  # each window's first position, in the order of `begin_W`
     row_W[order_W] = first_W
     position_NS = np.stack(positions, axis=1)
     return WindowBatch(
@@ -229,14 +228,14 @@ def sequence_lengths(length_NC: Int64, merged: bool) -> Int64:
 
 
 def _check_one_moment(timelines: Timelines, user_N: Int64, length_NC: Int64) -> None:
-    """A merged sequence has a prefix for the lengths of one moment only."""
+    """Raises BadInput when lengths are not those of one moment, so that no merged prefix matches them."""
     latest_N = np.full(len(user_N), np.iinfo(np.int64).min)
     next_N = np.full(len(user_N), np.iinfo(np.int64).max)
     for offset, time_us, length_N in zip(timelines.offsets, timelines.time_us, length_NC.T, strict=True):
         end_N = offset[user_N] + length_N
-        some, more = length_N > 0, end_N < offset[user_N + 1]
-        latest_N[some] = np.maximum(latest_N[some], time_us[end_N[some] - 1])
-        next_N[more] = np.minimum(next_N[more], time_us[end_N[more]])
+        past, future = length_N > 0, end_N < offset[user_N + 1]
+        latest_N[past] = np.maximum(latest_N[past], time_us[end_N[past] - 1])
+        next_N[future] = np.minimum(next_N[future], time_us[end_N[future]])
     wrong = np.flatnonzero(latest_N >= next_N)
     if len(wrong):
         raise BadInput(
@@ -246,7 +245,7 @@ def _check_one_moment(timelines: Timelines, user_N: Int64, length_NC: Int64) -> 
 
 
 def like_lengths(length_W: Int64) -> Iterator[Int64]:
-    """Sequences in groups of like length, the longest first: little padding, yet enough work in each."""
+    """Groups of sequences of similar length, longest first: little padding, yet enough work in each."""
     order = np.argsort(-length_W, kind="stable")
     start = 0
     while start < len(order):
@@ -268,10 +267,10 @@ def plan_steps(
     rng: np.random.Generator | None,
     merged: bool = False,
 ) -> Iterator[Int64]:
-    """Indices of the impressions of each step: whole users, users of like length together.
+    """Indices of the impressions of each step: whole users, users of similar length together.
 
-    A user with more impressions than a step holds is cut in time order. With `rng` the order of
-    steps, and which users meet, is random; without it the order is by length.
+    A user with more impressions than a step holds is split in time order. With `rng` the order of
+    steps, and which users share one, is random; without it the order is by length.
     """
     order = np.lexsort((length_NC.sum(axis=1), user_N))
     boundaries = np.flatnonzero(np.diff(user_N[order])) + 1
@@ -293,6 +292,6 @@ def plan_steps(
             room = impressions_per_step
         steps[-1].append(piece)
         room -= len(piece)
-    sequence = np.arange(len(steps)) if rng is None else rng.permutation(len(steps))
-    for index in sequence:
+    step_order = np.arange(len(steps)) if rng is None else rng.permutation(len(steps))
+    for index in step_order:
         yield np.concatenate(steps[index])

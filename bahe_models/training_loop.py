@@ -1,7 +1,7 @@
-"""The training loop that BAHE and its baselines share: AdamW, one cycle of rates, early stopping.
+"""The training loop that BAHE and its baselines share: AdamW, one-cycle learning rates, early stopping.
 
-It can be stopped anywhere and go on from a checkpoint, bit for bit, and it runs alone or as one of
-several processes.
+It can be stopped anywhere and resume from a checkpoint, bit for bit, and it runs in one process or in
+several.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from bahe_models.timelines import Int64
 
 @dataclass(frozen=True)
 class Epoch:
-    """What one pass over the training impressions came to."""
+    """The result of one pass over the training impressions."""
 
     epoch: int
     train_loss: float
@@ -60,13 +60,13 @@ class Task:
     groups: list[tuple[list[nn.Parameter], float]]
     """Parameters with their peak learning rate."""
     plan: Callable[[np.random.Generator], Iterable[Int64]]
-    """Rows of each step of one epoch. Random only by the generator, so that it can be made again."""
+    """Rows of each step of one epoch; a function of the generator's state, so that it can be replayed."""
     logits: Callable[[Int64], torch.Tensor]
     """Click logits of some rows."""
     user_N: Int64
     clicked_N: torch.Tensor
     validate: Callable[[], float]
-    """Validation AUC of the model as it is; processes call it together."""
+    """Validation AUC of the model as it is; a collective call."""
 
 
 def shuffled(count: int, impressions_per_step: int) -> Callable[[np.random.Generator], list[Int64]]:
@@ -76,8 +76,8 @@ def shuffled(count: int, impressions_per_step: int) -> Callable[[np.random.Gener
 
 
 @dataclass
-class _Standing:
-    """How far a run has come, beside weights, optimiser and random generators."""
+class _Progress:
+    """How far a run has come, apart from weights, optimiser and random generators."""
 
     epoch: int = 1
     updates: int = 0
@@ -107,12 +107,12 @@ def fit(
     """Train the task's model in place and leave it with the weights of its best epoch.
 
     Every network gets the same optimiser, schedule, clipping and early stopping. With a `checkpoint`
-    the state is kept at most `checkpoint_seconds` old; when its file exists, the run goes on from it,
-    and `on_epoch` hears of the epochs before as well. The file stays when training ends: the caller
+    the state is saved every `checkpoint_seconds`; when its file exists, the run resumes from it, and
+    `on_epoch` is called for the earlier epochs as well. The file stays when training ends: the caller
     deletes it when the weights are safe elsewhere. Raises BadInput when it belongs to another run.
 
-    `on_step` is called after each update with its impressions and the epoch's mean loss so far;
-    `on_resume` once, where a run goes on, with the impressions that it has behind it.
+    `on_step` is called after each update with its number of impressions and the epoch's mean loss so far;
+    `on_resume` once, when a run resumes, with the number of impressions already trained on.
     """
     model, processes = task.model, Processes.here()
     groups = [(parameters, rate) for parameters, rate in task.groups if parameters]
@@ -128,22 +128,22 @@ def fit(
         pct_start=config.warm_up,
     )
     rng = np.random.default_rng(config.seed)
-    at = _Standing()
-    found = checkpoint.load() if checkpoint is not None else None
+    progress = _Progress()
+    saved_state = checkpoint.load() if checkpoint is not None else None
     if processes.size > 1:
         processes.broadcast(model)
-        torch.manual_seed(config.seed + processes.rank)  # each share has dropout of its own
-    if found is not None:
-        at = _restore(found, model, optimizer, schedule, rng, processes)
-        for row in at.history:
+        torch.manual_seed(config.seed + processes.rank)  # each process has its own dropout
+    if saved_state is not None:
+        progress = _restore(saved_state, model, optimizer, schedule, rng, processes)
+        for row in progress.history:
             on_epoch(row)
-        on_resume(len(at.history) * impressions_per_epoch(task.clicked_N, config) + at.seen)
-    saved = time.monotonic()
-    while at.epoch <= config.epochs:
-        at_start = rng.bit_generator.state
+        on_resume(len(progress.history) * impressions_per_epoch(task.clicked_N, config) + progress.seen)
+    last_saved = time.monotonic()
+    while progress.epoch <= config.epochs:
+        rng_at_start = rng.bit_generator.state
         model.train()
-        before, start = at.seconds, time.perf_counter()
-        for steps in islice(_updates(task.plan(rng), config.accumulate), at.updates, None):
+        seconds_before, start = progress.seconds, time.perf_counter()
+        for steps in islice(_updates(task.plan(rng), config.accumulate), progress.updates, None):
             impressions = sum(map(len, steps))
             optimizer.zero_grad(set_to_none=True)
             parts = _backward(task, config, steps, processes)
@@ -154,34 +154,38 @@ def fit(
             if schedule.last_epoch < schedule.total_steps - 1:
                 schedule.step()
             losses = sum(loss.item() * rows for loss, rows in parts)
-            due = float(checkpoint is not None and time.monotonic() - saved >= config.checkpoint_seconds)
+            due = float(
+                checkpoint is not None and time.monotonic() - last_saved >= config.checkpoint_seconds
+            )
             if processes.size > 1:  # one process's clock decides, or some would wait for the others
                 mine = torch.tensor([losses, due if processes.rank == 0 else 0.0])
                 losses, due = processes.sum(mine.to(task.clicked_N.device)).tolist()
-            at.losses += losses
-            at.seen += impressions
-            at.updates += 1
-            at.seconds = before + time.perf_counter() - start
+            progress.losses += losses
+            progress.seen += impressions
+            progress.updates += 1
+            progress.seconds = seconds_before + time.perf_counter() - start
             if due and checkpoint is not None:
-                state = _state(at, model, optimizer, schedule, at_start, processes)
+                state = _state(progress, model, optimizer, schedule, rng_at_start, processes)
                 if processes.rank == 0:
                     checkpoint.save(state)
-                saved = time.monotonic()
-            on_step(impressions, at.losses / at.seen)
-        row = Epoch(at.epoch, at.losses / at.seen, task.validate(), at.seconds)
-        at.history.append(row)
+                last_saved = time.monotonic()
+            on_step(impressions, progress.losses / progress.seen)
+        row = Epoch(progress.epoch, progress.losses / progress.seen, task.validate(), progress.seconds)
+        progress.history.append(row)
         on_epoch(row)
-        if row.validation_auc > at.best:
-            at.best, at.waited = row.validation_auc, 0
-            at.weights = {name: value.clone() for name, value in model.state_dict().items()}
+        if row.validation_auc > progress.best:
+            progress.best, progress.waited = row.validation_auc, 0
+            progress.weights = {name: value.clone() for name, value in model.state_dict().items()}
         else:
-            at.waited += 1
-            if at.waited >= config.patience:
+            progress.waited += 1
+            if progress.waited >= config.patience:
                 break
-        at.epoch, at.updates, at.losses, at.seen, at.seconds = at.epoch + 1, 0, 0.0, 0, 0.0
-    model.load_state_dict(at.weights)
+        progress.epoch += 1
+        progress.updates = progress.seen = 0
+        progress.losses = progress.seconds = 0.0
+    model.load_state_dict(progress.weights)
     model.eval()
-    return Trained(at.history, sum(row.seconds for row in at.history))
+    return Trained(progress.history, sum(row.seconds for row in progress.history))
 
 
 def impressions_per_epoch(clicked_N: torch.Tensor, config: TrainingConfig) -> int:
@@ -202,7 +206,7 @@ def _expected_updates(clicked_N: torch.Tensor, config: TrainingConfig) -> int:
 
 
 def _updates(plan: Iterable[Int64], accumulate: int) -> Iterator[list[Int64]]:
-    """The plan's steps, as many at a time as make one update; the last may have fewer."""
+    """The plan's steps, grouped by update; the last group may have fewer."""
     steps = iter(plan)
     while update := list(islice(steps, accumulate)):
         yield update
@@ -211,7 +215,7 @@ def _updates(plan: Iterable[Int64], accumulate: int) -> Iterator[list[Int64]]:
 def _backward(
     task: Task, config: TrainingConfig, steps: list[Int64], processes: Processes
 ) -> list[tuple[torch.Tensor, int]]:
-    """Add this process's part of an update's gradient; returns its mean losses, each with its rows."""
+    """Add this process's part of an update's gradient; returns its mean losses with their rows."""
     device = task.clicked_N.device
     weight = None if config.positive_weight == 1 else torch.tensor(config.positive_weight, device=device)
     impressions = sum(map(len, steps))
@@ -226,27 +230,27 @@ def _backward(
         loss = nn.functional.binary_cross_entropy_with_logits(
             task.logits(rows), target_N, pos_weight=weight
         )
-        # By rows of the whole update, whose mean the sum over steps and processes then is.
+        # Weighted by rows: the sum over steps and processes is the mean over the whole update.
         (loss * (len(rows) / impressions)).backward()  # type: ignore[no-untyped-call]
         parts.append((loss.detach(), len(rows)))
     return parts
 
 
 def _state(
-    at: _Standing,
+    progress: _Progress,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LRScheduler,
     rng_at_start: Any,
     processes: Processes,
 ) -> dict[str, Any]:
-    """Everything that decides how the run goes on, as tensors and plain values.
+    """Everything that a run needs to resume, as tensors and plain values.
 
-    Processes call it together; sharded tensors are whole in the first one's answer alone.
+    A collective call; only rank 0 gets sharded tensors, whole.
     """
     state = {
         # Not asdict, which would copy the weights once more.
-        "standing": {**vars(at), "history": [asdict(row) for row in at.history]},
+        "standing": {**vars(progress), "history": [asdict(row) for row in progress.history]},
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "schedule": schedule.state_dict(),
@@ -264,13 +268,13 @@ def _restore(
     schedule: torch.optim.lr_scheduler.LRScheduler,
     rng: np.random.Generator,
     processes: Processes,
-) -> _Standing:
-    """Put everything back to a `_state`."""
+) -> _Progress:
+    """Restore everything from a `_state`."""
     generators = state["generators"]
     if len(generators) != processes.size:
         raise BadInput(
-            f"the checkpoint was written by {len(generators)} processes and this run has"
-            f" {processes.size}; start as many again, or delete it to train from the start."
+            f"the checkpoint was written by {len(generators)} processes, but this run has"
+            f" {processes.size}; start {len(generators)} again, or delete it to train from the start."
         )
     load_weights(model, state["model"])
     load_optimizer(optimizer, state["optimizer"])
@@ -280,12 +284,12 @@ def _restore(
     standing = dict(state["standing"])
     standing["history"] = [Epoch(**row) for row in standing["history"]]
     standing["weights"] = sharded_weights(model, standing["weights"])
-    return _Standing(**standing)
+    return _Progress(**standing)
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Torch's random state set for a block, and put back after it."""
+    """Seed torch's random generators for a block, and restore them after it."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         yield

@@ -1,4 +1,4 @@
-"""Going on from yesterday's model: its weights, its standardisation and what it knows of each id."""
+"""Warm start from yesterday's model: its weights, standardisation and ID embeddings."""
 
 from __future__ import annotations
 
@@ -14,25 +14,33 @@ from bahe_models.ctr_training import Batches, table_ids
 from bahe_models.timelines import Int64
 
 _ATOM_IDS = "collaborative.atom_ids_B"
-_OF_IDS = (_ATOM_IDS, "item_id.weight", "collaborative.item.weight", "collaborative.behavior.weight")
-_SHAPES = ("head", "deep_width", "profile_width", "head_width", "channels", "behavior_ids", "id_width")
-_OF_CONTEXT = ("context_buckets", "context_width")
+_ID_TABLES = (_ATOM_IDS, "item_id.weight", "collaborative.item.weight", "collaborative.behavior.weight")
+_SHAPE_FIELDS = (
+    "head",
+    "deep_width",
+    "profile_width",
+    "head_width",
+    "channels",
+    "behavior_ids",
+    "id_width",
+)
+_CONTEXT_FIELDS = ("context_buckets", "context_width")
 
 
-_AFRESH = "train afresh, without --warm-start (a night: --retrain fresh)"
+_AFRESH = "train afresh, without --warm-start (for a night: --retrain fresh)"
 
 
 def known_items(artifact: Artifact, item_ids: Sequence[str | int]) -> Int64:
-    """Which of these items the artifact has an ID embedding for, as positions.
+    """Positions of the items that the artifact has ID embeddings for.
 
-    With them in the new ID table, an item that today's training rows lack keeps what was learned.
+    With these in the new ID table, an item absent from today's training rows keeps what was learned.
     """
-    known = set(artifact.item_ids)
-    return np.flatnonzero([item in known for item in item_ids]).astype(np.int64)
+    embedded = set(artifact.item_ids)
+    return np.flatnonzero([item in embedded for item in item_ids]).astype(np.int64)
 
 
 def known_behaviors(artifact: Artifact, atom_ids: Int64) -> Int64:
-    """Which of these atoms the artifact's collaborative part knows, as positions."""
+    """Positions of the atoms that the artifact's collaborative part knows."""
     return np.flatnonzero(artifact.model.behavior_rows(torch.tensor(atom_ids)).numpy())
 
 
@@ -47,39 +55,39 @@ def require_fit(
     """Raises BadInput when a model of this configuration cannot start from the artifact."""
     if artifact.encoder_version != encoder_version:
         raise BadInput(
-            f"{artifact.model_version} reads vectors of {artifact.encoder_version}, and these are of"
+            f"{artifact.model_version} reads vectors of {artifact.encoder_version}, but these are of"
             f" {encoder_version}; {_AFRESH}."
         )
-    for what, known, wanted in (
+    for kind, theirs, ours in (
         ("channels", artifact.dense.channels, channels),
         ("context columns", artifact.context_columns, context),
     ):
-        if tuple(known) != tuple(wanted):
+        if tuple(theirs) != tuple(ours):
             raise BadInput(
-                f"{artifact.model_version} knows the {what} {', '.join(known) or 'none'}, not"
-                f" {', '.join(wanted) or 'none'}; {_AFRESH}."
+                f"{artifact.model_version} has the {kind} {', '.join(theirs) or 'none'}, not"
+                f" {', '.join(ours) or 'none'}; {_AFRESH}."
             )
     if artifact.model.config.time_gaps and not config.time_gaps:
         raise BadInput(
             f"{artifact.model_version} reads time gaps; set model.time_gaps to true, or {_AFRESH}."
         )
-    for name in (*_SHAPES, *(_OF_CONTEXT if context else ())):
-        theirs, ours = (getattr(c, name) for c in (artifact.model.config, config))
-        if theirs != ours:
+    for name in (*_SHAPE_FIELDS, *(_CONTEXT_FIELDS if context else ())):
+        their_value, our_value = (getattr(c, name) for c in (artifact.model.config, config))
+        if their_value != our_value:
             raise BadInput(
-                f"{artifact.model_version} has model.{name} {theirs}, not {ours}; set it back, or"
+                f"{artifact.model_version} has model.{name} {their_value}, not {our_value}; set it back, or"
                 f" {_AFRESH}."
             )
 
 
 @torch.no_grad()
 def start_from(artifact: Artifact, batches: Batches, *, encoder_version: str) -> None:
-    """Let a fresh model predict what the artifact does, before its first step.
+    """Make a fresh model predict what the artifact does, before its first step.
 
-    Weights are taken where their shapes agree. Rows of the ID tables go by id; an item or behavior that
-    is new starts at zero, as the artifact's row for unseen ones is; so do embeddings of time gaps that
-    the artifact does not have. The dense features take the artifact's standardisation, which its
-    weights belong to. Raises BadInput when the two do not fit together.
+    Weights are copied where their shapes agree. Rows of the ID tables are matched by id; a new item or
+    behavior starts at zero, like the artifact's row for unseen ones; so do embeddings of time gaps that
+    the artifact does not have. The dense features take the artifact's standardisation, which its weights
+    depend on. Raises BadInput when the two do not fit together.
     """
     require_fit(
         artifact,
@@ -91,15 +99,15 @@ def start_from(artifact: Artifact, batches: Batches, *, encoder_version: str) ->
     own = batches.model.state_dict()
     theirs = artifact.model.state_dict()
     for name, value in theirs.items():
-        if name not in _OF_IDS and name in own and own[name].shape == value.shape:
+        if name not in _ID_TABLES and name in own and own[name].shape == value.shape:
             own[name].copy_(value)
     ids = table_ids(batches.item_row_I.cpu().numpy(), batches.data.item_ids)
-    of_items = artifact.id_table_rows(ids)
-    rows = {"item_id.weight": of_items, "collaborative.item.weight": of_items}
+    item_rows = artifact.id_table_rows(ids)
+    rows = {"item_id.weight": item_rows, "collaborative.item.weight": item_rows}
     if _ATOM_IDS in own:
         rows["collaborative.behavior.weight"] = artifact.model.behavior_rows(own[_ATOM_IDS].cpu())
     for name in own.keys() & rows.keys():
-        # Row 0, of unseen ids, is zero; so is what an id starts from that the artifact has not seen.
+        # Row 0, for unseen ids, is zero; ids that the artifact has not seen start from it.
         with_unseen = torch.cat([torch.zeros(1, dtype=torch.long), rows[name]])
         own[name].copy_(theirs[name].cpu()[with_unseen])
     batches.dense = artifact.dense

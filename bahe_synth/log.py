@@ -1,8 +1,8 @@
 """`bahe synth`: a log of any size, drawn from a planted world, with the best possible AUC known.
 
-One file a day and table, each day written beside its place and renamed when it is whole; the truth about
-each impression (its click probability) lies aside, in `truth/`, where no job reads it. What is written is a
-function of the settings: the same bytes again with the same numpy, pyarrow and kind of processor.
+One file per day and table; a day's files have temporary names until all are complete. The truth about each
+impression (its click probability) is kept apart in `truth/`, which no job reads. The log is a function of
+the settings: the same numpy, pyarrow and kind of processor write the same bytes.
 """
 
 from __future__ import annotations
@@ -38,34 +38,34 @@ class Synthesized(Result):
 
     dataset: Path
     days: int
-    """Days that there are."""
+    """Days in the folder."""
     days_written: int
     """Days that this run wrote."""
     rows: dict[str, int]
     """Rows of each table over all days."""
     bayes_auc: float
-    """Of the true click probabilities: no model can be expected to do better."""
+    """AUC of the true click probabilities: no model can be expected to do better."""
     popularity_auc: float
-    """Of the items' appeal to everyone: what can be had without knowing the user."""
+    """AUC of the items' appeal to everyone: what is possible without knowing the user."""
 
 
 def synth(folder: Path, *, days: int | None = None, **given: Any) -> Synthesized:
     """Write the days that the folder does not have yet.
 
     A new folder takes `Settings` as given, with its defaults for the rest. A folder that has a synthetic
-    log keeps its settings; a larger `days` adds days and leaves those that are there alone. Raises BadInput
-    on settings that make no log or are not those of the folder, Busy when another process writes to it.
+    log keeps its settings; a larger `days` adds days and leaves existing ones alone. Raises BadInput on
+    settings that are invalid or not those of the folder, Busy when another process writes to it.
     """
     from filelock import FileLock, Timeout
 
     settings = _settings(folder, days, given)
-    wanted = settings.days if days is None else days
-    _check_end(settings, wanted)
+    total_days = settings.days if days is None else days
+    _check_end(settings, total_days)
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / ".lock").acquire(timeout=0):
-            _write_whole(folder / SETTINGS_FILE, json.dumps(asdict(settings), indent=2) + "\n")
-            missing = [day for day in range(wanted) if not _is_there(folder, settings, day)]
+            _write_atomically(folder / SETTINGS_FILE, json.dumps(asdict(settings), indent=2) + "\n")
+            missing = [day for day in range(total_days) if not _is_complete(folder, settings, day)]
             rows = sum(
                 len(settings.rows(total, day))
                 for day in missing
@@ -76,8 +76,8 @@ def synth(folder: Path, *, days: int | None = None, **given: Any) -> Synthesized
                     for day in missing:
                         _write_day(folder, settings, day, advance)
             dataset = folder / "dataset.yaml"
-            if not dataset.is_file():  # last, so that a log that is not whole cannot be read
-                _write_whole(dataset, _dataset_yaml(settings))
+            if not dataset.is_file():  # last, so that an incomplete log cannot be read
+                _write_atomically(dataset, _dataset_yaml(settings))
             return _summary(folder, settings, len(missing))
     except Timeout:
         raise Busy(f"another `bahe synth` is writing to {folder}; wait for it to end.") from None
@@ -88,8 +88,8 @@ def _settings(folder: Path, days: int | None, given: dict[str, Any]) -> Settings
     path = folder / SETTINGS_FILE
     if path.is_file():
         try:
-            held = json.loads(path.read_text())
-            settings = Settings(**{**held, "channels": tuple(held["channels"])})
+            stored = json.loads(path.read_text())
+            settings = Settings(**{**stored, "channels": tuple(stored["channels"])})
         except (ValueError, TypeError, KeyError):
             raise BadInput(f"{path} is damaged; delete {folder} and write the log again.") from None
         for option, value in given.items():
@@ -102,20 +102,20 @@ def _settings(folder: Path, days: int | None, given: dict[str, Any]) -> Settings
             raise BadInput(f"--days is {days}; it must be at least 1.")
         return settings
     if folder.exists() and (not folder.is_dir() or any(f.name != ".lock" for f in folder.iterdir())):
-        raise BadInput(f"{folder} is there already and holds no synthetic log; name a new folder.")
+        raise BadInput(f"{folder} exists already and holds no synthetic log; name a new folder.")
     settings = Settings(**given) if days is None else Settings(**given, days=days)
     _check(settings)
     return settings
 
 
 def _check(settings: Settings) -> None:
-    names = [channel for channel in settings.channels if not re.fullmatch(r"[a-z][a-z0-9_]*", channel)]
-    if names or not settings.channels:
-        shown = repr(names[0]) if names else "empty"
-        raise BadInput(f"--channels: {shown} is no name; use small letters, digits and _.")
+    invalid = [channel for channel in settings.channels if not re.fullmatch(r"[a-z][a-z0-9_]*", channel)]
+    if invalid or not settings.channels:
+        shown = repr(invalid[0]) if invalid else "empty"
+        raise BadInput(f"--channels: {shown} is not a valid name; use lower-case letters, digits and _.")
     if len(set(settings.channels)) != len(settings.channels) or "item" in settings.channels:
-        raise BadInput("--channels: each needs a name of its own, and `item` is reserved for item texts.")
-    least = {
+        raise BadInput("--channels: names must differ, and `item` is reserved for item texts.")
+    minimums = {
         "seed": 0,
         "days": 1,
         "users": 1,
@@ -124,17 +124,17 @@ def _check(settings: Settings) -> None:
         "behaviors": settings.days,
         "impressions": settings.days,
     }
-    why = {
-        "items": "one for each topic",
-        "atoms": "one for each channel, topic and style",
-        "behaviors": "one a day",
-        "impressions": "one a day",
+    reasons = {
+        "items": "one per topic",
+        "atoms": "one per channel, topic and style",
+        "behaviors": "one per day",
+        "impressions": "one per day",
     }
-    for option, most in least.items():
+    for option, minimum in minimums.items():
         value = getattr(settings, option)
-        if value < most:
-            because = f", {why[option]}" if option in why else ""
-            raise BadInput(f"--{option} is {value:,}; it must be at least {most:,}{because}.")
+        if value < minimum:
+            reason = f", {reasons[option]}" if option in reasons else ""
+            raise BadInput(f"--{option} is {value:,}; it must be at least {minimum:,}{reason}.")
     if settings.format not in ("parquet", "csv"):
         raise BadInput(f"--format is {settings.format}; it must be parquet or csv.")
     try:
@@ -151,7 +151,7 @@ def _check_end(settings: Settings, days: int) -> None:
         last = date.max
     if last > today or settings.date(0) < date(1970, 1, 3):
         raise BadInput(
-            f"--start {settings.start} with --days {days:,} reaches from {settings.start} to {last}; events"
+            f"--start {settings.start} with --days {days:,} spans {settings.start} to {last}; events"
             f" must lie between 1970-01-03 and today ({today}), so choose another start or fewer days."
         )
 
@@ -164,7 +164,7 @@ def _shown(value: object) -> str:
 
 
 def _write_day(folder: Path, settings: Settings, day: int, advance: Callable[..., None]) -> None:
-    """All files of a day, beside their places, then renamed; the truth last, as the sign of a whole day."""
+    """Write a day's files, then rename them; the truth comes last, which marks the day as complete."""
     written: list[Path] = []
     makers: dict[str, Callable[[], Iterator[pa.Table]]] = {
         "users": lambda: synth_rows.users(settings, day),
@@ -182,10 +182,10 @@ def _write_day(folder: Path, settings: Settings, day: int, advance: Callable[...
             written.append(path)
     log, truth = (_path(folder, settings, table, day) for table in ("impressions", "truth"))
     with _Writer(log) as log_writer, _Writer(truth) as truth_writer:
-        for shown, known in synth_rows.impressions(settings, day):
-            log_writer.write(shown)
-            truth_writer.write(known)
-            advance(shown.num_rows)
+        for log_rows, truth_rows in synth_rows.impressions(settings, day):
+            log_writer.write(log_rows)
+            truth_writer.write(truth_rows)
+            advance(log_rows.num_rows)
     for path in (*written, log, truth):
         _part(path).replace(path)
 
@@ -194,7 +194,7 @@ def _write_day(folder: Path, settings: Settings, day: int, advance: Callable[...
 
 
 class _Writer:
-    """Chunks to one file beside its place, Parquet or CSV; nothing when there are no rows."""
+    """Writes chunks to one temporary file, Parquet or CSV; no file when there are no rows."""
 
     def __init__(self, path: Path) -> None:
         self._path, self.rows = _part(path), 0
@@ -228,12 +228,12 @@ def _part(path: Path) -> Path:
     return path.with_name(path.name + ".part")
 
 
-def _is_there(folder: Path, settings: Settings, day: int) -> bool:
+def _is_complete(folder: Path, settings: Settings, day: int) -> bool:
     tables = ("behaviors", "impressions", "truth")
     return all(_path(folder, settings, table, day).is_file() for table in tables)
 
 
-def _write_whole(path: Path, text: str) -> None:
+def _write_atomically(path: Path, text: str) -> None:
     part = _part(path)
     part.write_text(text)
     part.replace(path)
@@ -251,10 +251,10 @@ def _dataset_yaml(settings: Settings) -> str:
     sections: dict[str, Any] = {"name": "synthetic", "channels": list(settings.channels)}
     for table in ("behaviors", "impressions", "items", "users"):
         sections[table] = {"files": f"{table}/*.{settings.format}"}
-        if settings.format == "csv":  # which says nothing of types
+        if settings.format == "csv":  # which has no types
             sections[table]["types"] = dict.fromkeys(_KEYS[table], "integer")
     return (
-        "# Written by `bahe synth` (synth.json has its settings); `truth/` is no part of the dataset.\n"
+        "# Written by `bahe synth` (synth.json has its settings); `truth/` is not part of the dataset.\n"
         + yaml.safe_dump(sections, sort_keys=False)
     )
 
@@ -263,27 +263,27 @@ def _dataset_yaml(settings: Settings) -> str:
 
 
 def _summary(folder: Path, settings: Settings, written: int) -> Synthesized:
-    """Rows and best AUCs over all days that there are."""
+    """Rows and best AUCs over all days in the folder."""
     bins = 1 << 16
     counts = {score: np.zeros((2, bins)) for score in ("click_probability", "item_appeal")}
     days = 0
-    while _is_there(folder, settings, days):
+    while _is_complete(folder, settings, days):
         path = _path(folder, settings, "truth", days)
         try:
             truth = pq.ParquetFile(path)
         except pa.ArrowInvalid:
             raise BadInput(
-                f"{path} is damaged; delete it and run again, which writes that day anew."
+                f"{path} is damaged; delete it and run again, which rewrites that day."
             ) from None
         for group in range(truth.num_row_groups):
             table = truth.read_row_group(group)
             clicked = table["clicked"].to_numpy()
             for score, count in counts.items():
                 value = table[score].to_numpy()
-                share = value if score == "click_probability" else 1 / (1 + np.exp(-value))
-                place = (share * bins).astype(np.int64)
+                probability = value if score == "click_probability" else 1 / (1 + np.exp(-value))
+                bin_index = (probability * bins).astype(np.int64)
                 for outcome in (0, 1):
-                    count[outcome] += np.bincount(place[clicked == outcome], minlength=bins)
+                    count[outcome] += np.bincount(bin_index[clicked == outcome], minlength=bins)
         days += 1
     rows = {
         "behaviors": settings.rows(settings.behaviors, days).start,
@@ -302,9 +302,9 @@ def _summary(folder: Path, settings: Settings, written: int) -> Synthesized:
 
 
 def counted_auc(counts_2B: npt.NDArray[np.float64]) -> float:
-    """AUC from how many unclicked (row 0) and clicked (row 1) impressions each bin of the score holds.
+    """AUC from the counts of unclicked (row 0) and clicked (row 1) impressions in each bin of the score.
 
-    Two scores of one bin are a tie. NaN unless both are present.
+    Two scores in one bin are a tie. NaN unless both classes are present.
     """
     unclicked_B, clicked_B = counts_2B
     pairs = unclicked_B.sum() * clicked_B.sum()

@@ -16,7 +16,7 @@ from bahe_synth.words import ITEM_SENTENCE, SENTENCES, STYLES, TOPICS, behavior_
 from bahe_synth.world import DAY_US, Indices, World, time_of_day
 
 CHUNK = 500_000
-"""Rows that are in memory at once."""
+"""Rows in memory at once."""
 
 PAGE = 4
 """Behaviors of a session, and impressions of one visit, on average."""
@@ -25,7 +25,7 @@ CHANNEL_WEIGHTS = (0.3, 0.22, 0.18, 0.13, 0.1, 0.07)
 """Share of the behaviors in each channel, repeated when there are more."""
 
 STAYS_ON_TOPIC = 0.7
-"""Share of a session's behaviors about what the session is about."""
+"""Share of a session's behaviors that are about its topic."""
 
 TARGETED = 0.4
 """Share of the impressions about a topic that the user is interested in; the others are of any topic."""
@@ -44,9 +44,9 @@ class Settings:
     users: int = 1_000
     items: int = 500
     behaviors: int = 100_000
-    """Over the first `days`; later days bring as many a day."""
+    """Over the first `days`; later days have as many each."""
     impressions: int = 50_000
-    """Over the first `days`; later days bring as many a day."""
+    """Over the first `days`; later days have as many each."""
     channels: tuple[str, ...] = tuple(SENTENCES)
     atoms: int = 10_000
     """Distinct texts that behaviors can have; rare ones may never be drawn in a short log."""
@@ -75,7 +75,7 @@ class Settings:
         return (self.date(day) - date(1970, 1, 1)).days * DAY_US
 
     def rows(self, total: int, day: int) -> range:
-        """Numbers of a day's rows, of a table that has so many over the first `days`."""
+        """Row numbers of a day, in a table that has `total` rows over the first `days`."""
         return range(total * day // self.days, total * (day + 1) // self.days)
 
 
@@ -83,15 +83,15 @@ def behaviors(settings: Settings, day: int) -> Iterator[pa.Table]:
     """Chunks of a day's behaviors."""
     world, names = settings.world(), pa.array(settings.channels)
     weights = np.resize(CHANNEL_WEIGHTS, len(settings.channels))
-    cumulated = np.cumsum(weights) / weights.sum()
+    cumulative = np.cumsum(weights) / weights.sum()
     for rng, user_N, session_N, time_N in _sessions(settings, _BEHAVIORS, day):
         first = np.unique(session_N, return_index=True)[1]
         topic_N = world.wanted_topics(rng, user_N[first], day)[session_N]
-        away = np.flatnonzero(rng.random(len(user_N)) >= STAYS_ON_TOPIC)
-        topic_N[away] = world.wanted_topics(rng, user_N[away], day)
+        off_topic = np.flatnonzero(rng.random(len(user_N)) >= STAYS_ON_TOPIC)
+        topic_N[off_topic] = world.wanted_topics(rng, user_N[off_topic], day)
         style_N = (rng.random(len(user_N)) * len(STYLES)).astype(np.int64)
         style_N = np.where(rng.random(len(user_N)) < LIKED_STYLE, world.user_style(user_N), style_N)
-        channel_N = np.searchsorted(cumulated[:-1], rng.random(len(user_N)), side="right")
+        channel_N = np.searchsorted(cumulative[:-1], rng.random(len(user_N)), side="right")
         atom_N = world.atoms_of(rng, channel_N, topic_N, style_N)
         order = np.argsort(time_N, kind="stable")
         distinct, place = np.unique(atom_N[order], return_inverse=True)
@@ -121,20 +121,20 @@ def impressions(settings: Settings, day: int) -> Iterator[tuple[pa.Table, pa.Tab
         clicked = pa.array((rng.random(len(user_N)) < probability_N).astype(np.int8))
         ids = pa.array(np.arange(number, number + len(user_N)))
         number += len(user_N)
-        shown = {
+        log_columns = {
             "impression_id": ids,
             "user_id": world.user_ids(user_N),
             "item_id": world.item_ids(item_N),
             "event_timestamp": pa.array(time_N).cast(_TIME),
             "clicked": clicked,
         }
-        known = {
+        truth_columns = {
             "impression_id": ids,
             "click_probability": probability_N,
             "item_appeal": world.item_appeal(item_N),
             "clicked": clicked,
         }
-        yield pa.table(shown), pa.table(known)
+        yield pa.table(log_columns), pa.table(truth_columns)
 
 
 def _sessions(
@@ -148,17 +148,17 @@ def _sessions(
     for chunk in range(chunks):
         rng = np.random.Generator(np.random.PCG64([settings.seed, kind, day, chunk]))
         rows = count * (chunk + 1) // chunks - count * chunk // chunks
-        # Sizes are geometric; so many sessions hold at least as many rows as are wanted.
+        # Session sizes are geometric and at least 1, so `rows` sessions are always enough.
         sizes = 1 + np.floor(np.log1p(-rng.random(rows)) / np.log1p(-1 / PAGE)).astype(np.int64)
         ends = np.minimum(np.cumsum(sizes), rows)
         sessions = int(np.searchsorted(ends, rows)) + 1
         begins = np.concatenate(([0], ends[: sessions - 1]))
         session_N = np.repeat(np.arange(sessions), ends[:sessions] - begins)
         user_N = world.active_users(rng, sessions, day)[session_N]
-        begun = time_of_day((chunk + rng.random(sessions)) / chunks)[session_N]
+        session_start_N = time_of_day((chunk + rng.random(sessions)) / chunks)[session_N]
         # Half a minute between two events of a session, on average.
-        waited = np.cumsum(-np.log1p(-rng.random(rows)) * 30e6)
-        time_N = begun + (waited - waited[begins][session_N]).astype(np.int64)
+        elapsed_N = np.cumsum(-np.log1p(-rng.random(rows)) * 30e6)
+        time_N = session_start_N + (elapsed_N - elapsed_N[begins][session_N]).astype(np.int64)
         late = time_N >= DAY_US
         time_N[late] = DAY_US - 1 - (rng.random(int(late.sum())) * 60e6).astype(np.int64)
         yield rng, user_N, session_N, time_N + midnight
@@ -188,13 +188,13 @@ def items(settings: Settings, day: int) -> Iterator[pa.Table]:
 def _newcomers(
     settings: Settings, day: int, total: int, known_day: Callable[[Indices], Indices]
 ) -> Iterator[tuple[Indices, Indices]]:
-    """Who becomes known on this day, for the days after it, and when; on day 0 also who was so before."""
+    """Who becomes known on this day, usable from the next, and when; day 0 has those known before, too."""
     for start in range(0, total, CHUNK):
         number_N = np.arange(start, min(start + CHUNK, total))
         known_N = known_day(number_N)
-        here = np.maximum(known_N - 1, 0) == day
-        number_N, known_N = number_N[here], known_N[here]
+        is_new = np.maximum(known_N - 1, 0) == day
+        number_N, known_N = number_N[is_new], known_N[is_new]
         if len(number_N):
             rng = np.random.Generator(np.random.PCG64([settings.seed, 3, day, start, total]))
-            before = 1 + (rng.random(len(number_N)) * (DAY_US - 1)).astype(np.int64)
-            yield number_N, known_N * DAY_US - before + settings.midnight_us(0)
+            lead_us = 1 + (rng.random(len(number_N)) * (DAY_US - 1)).astype(np.int64)
+            yield number_N, known_N * DAY_US - lead_us + settings.midnight_us(0)

@@ -143,7 +143,7 @@ SENTENCES = {
     "services": "Booked help with {manner} {thing} at {brand}, {city}",
     "coupons": "Saved a {brand} coupon for {manner} {thing}, valid in {city}",
 }
-"""How a behavior of a channel reads; a channel of another name gets a plain sentence that begins so."""
+"""Text of a channel's behaviors; other channels get a plain sentence that begins with their name."""
 
 ITEM_SENTENCE = "{manner} {thing} by {brand}, delivered from {city}"
 
@@ -152,7 +152,7 @@ MANNERS = pa.array([manner for manners in STYLES.values() for manner in manners]
 THINGS_A_TOPIC = len(next(iter(TOPICS.values())))
 MANNERS_A_STYLE = len(next(iter(STYLES.values())))
 COMBINATIONS = THINGS_A_TOPIC * MANNERS_A_STYLE * len(BRANDS) * len(CITIES)
-"""Different texts of one topic and style in one channel; after these a number tells them apart."""
+"""Different texts of one topic and style in one channel; beyond these a number tells them apart."""
 
 _STRIDE = 59_359  # a prime, so that neighbours in rank differ in everything and no two are the same
 
@@ -192,10 +192,10 @@ def behavior_texts(
 ) -> pa.Array:
     """Texts of N atoms, each in the words of its channel."""
     order = np.argsort(channel_N, kind="stable")
-    found = []
+    texts = []
     for code, channel in enumerate(channels):
         rows = order[channel_N[order] == code]
-        found.append(compose(channel_sentence(channel), topic_N[rows], style_N[rows], rank_N[rows]))
-    back = np.empty(len(order), dtype=np.int64)
-    back[order] = np.arange(len(order))
-    return pa.concat_arrays(found).take(pa.array(back))
+        texts.append(compose(channel_sentence(channel), topic_N[rows], style_N[rows], rank_N[rows]))
+    inverse = np.empty(len(order), dtype=np.int64)
+    inverse[order] = np.arange(len(order))
+    return pa.concat_arrays(texts).take(pa.array(inverse))

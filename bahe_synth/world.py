@@ -1,7 +1,7 @@
 """The planted world of a synthetic log: who likes what, when, and how likely a click is.
 
-Every fact about a user, an item or an atom is a hash of the seed and its number, computed when asked for:
-nothing is kept for each user, and a day can be drawn without the days before it.
+Every fact about a user, an item or an atom is a hash of the seed and its number, computed on demand:
+nothing is kept per user, and a day can be drawn without the days before it.
 
 Shape letters: N rows, S sessions.
 """
@@ -22,13 +22,13 @@ Floats = npt.NDArray[np.float64]
 DAY_US = 86_400_000_000
 
 SLOT_WEIGHTS = (0.5, 0.25, 0.15)
-"""How much of what a user does goes to each of three favourite topics; the rest goes anywhere."""
+"""Share of a user's activity on each of three favourite topics; the rest is on any topic."""
 
 SLOT_DAYS = (None, 28, 7)
 """After how many days a favourite topic is replaced by another; the first one stays."""
 
 KNOWN_AT_START = 0.8
-"""Share of users and items that are known before the first day; the others come day by day."""
+"""Share of users and items that are known before the first day; the others arrive day by day."""
 
 INTERCEPT, TOPIC_EFFECT, STYLE_EFFECT = -2.2, 4.0, 1.0
 APPEAL_SPREAD, TENDENCY_SPREAD = 0.5, 0.5
@@ -71,8 +71,8 @@ def zipf_rank(uniform_N: Floats, size_N: npt.ArrayLike) -> Indices:
 
 def time_of_day(quantile_N: Floats) -> Indices:
     """Microseconds after midnight, UTC: quiet at night, busiest in the evening."""
-    cumulated = np.concatenate(([0.0], np.cumsum(_HOURLY) / _HOURLY.sum()))
-    hour_N: Floats = np.interp(quantile_N, cumulated, np.arange(25.0))
+    cumulative = np.concatenate(([0.0], np.cumsum(_HOURLY) / _HOURLY.sum()))
+    hour_N: Floats = np.interp(quantile_N, cumulative, np.arange(25.0))
     return (hour_N / 24 * (DAY_US - 1)).astype(np.int64)
 
 
@@ -86,7 +86,7 @@ class World:
     atoms: int
     channels: int
     days: int
-    """Over how many days users and items come in."""
+    """Days over which users and items arrive."""
 
     # -- users
 
@@ -99,17 +99,17 @@ class World:
         return self._known_day(_USER, user_N, always=1)
 
     def active_users(self, rng: np.random.Generator, count: int, day: int) -> Indices:
-        """Users [S] of so many sessions of a day: some are far more active than others."""
-        found = np.empty(0, dtype=np.int64)
-        while len(found) < count:
+        """The users of `count` sessions of a day [S]: some are far more active than others."""
+        users = np.empty(0, dtype=np.int64)
+        while len(users) < count:
             # Density falls with rank to the power of -1/3: the most active of a million has 1 in 10,000.
             drawn = (self.users * rng.random(count + count // 3 + 8) ** 1.5).astype(np.int64)
-            found = np.concatenate((found, drawn[self.user_known_day(drawn) <= day]))
-        return found[:count]
+            users = np.concatenate((users, drawn[self.user_known_day(drawn) <= day]))
+        return users[:count]
 
     def favourites(self, user_N: Indices, day: int) -> list[Indices]:
         """Each slot's favourite topic [N] of users on a day; they drift."""
-        found = []
+        topics = []
         for slot, period in enumerate(SLOT_DAYS):
             epoch: npt.ArrayLike = 0
             if period is not None:
@@ -117,17 +117,17 @@ class World:
                     day + (hashed(self.seed, _USER, 1, slot, user_N) % period).astype(np.int64)
                 ) // period
             pick = hashed(self.seed, _USER, 2, slot, user_N, epoch) % len(TOPICS)
-            found.append(pick.astype(np.int64))
-        return found
+            topics.append(pick.astype(np.int64))
+        return topics
 
     def wanted_topics(self, rng: np.random.Generator, user_N: Indices, day: int) -> Indices:
-        """A topic [N] each, drawn by what the user is interested in on that day."""
+        """A topic for each user [N], drawn from the user's interests on that day."""
         drawn = rng.random(len(user_N))
         topic_N = (rng.random(len(user_N)) * len(TOPICS)).astype(np.int64)
         upper = 0.0
         for weight, favourite_N in zip(SLOT_WEIGHTS, self.favourites(user_N, day), strict=True):
-            here = (drawn >= upper) & (drawn < upper + weight)
-            topic_N[here] = favourite_N[here]
+            in_slot = (drawn >= upper) & (drawn < upper + weight)
+            topic_N[in_slot] = favourite_N[in_slot]
             upper += weight
         return topic_N
 
@@ -154,10 +154,10 @@ class World:
         return self._known_day(_ITEM, item_N, always=len(TOPICS))
 
     def item_appeal(self, item_N: Indices) -> Floats:
-        """Logits that an item has with everyone: the more often it is shown, the more."""
+        """An item's appeal to everyone, in logits: the more often it is shown, the higher."""
         # Items are shown by Zipf's law, under which the logarithm of the rank is uniform.
-        place = np.log1p(item_N / len(TOPICS)) / math.log1p(self.items / len(TOPICS))
-        return APPEAL_SPREAD * math.sqrt(12) * (0.5 - place)
+        quantile_N = np.log1p(item_N / len(TOPICS)) / math.log1p(self.items / len(TOPICS))
+        return APPEAL_SPREAD * math.sqrt(12) * (0.5 - quantile_N)
 
     def shown_items(self, rng: np.random.Generator, topic_N: Indices, day: int) -> Indices:
         """Items [N] of these topics that are known on a day, by Zipf's law within the topic."""
@@ -171,12 +171,12 @@ class World:
         return item_N
 
     def click_probability(self, user_N: Indices, item_N: Indices, day: int) -> Floats:
-        """What an observer who knows everything about user, item and day would say of a click [N]."""
+        """Click probabilities [N] for an observer who knows everything about user, item and day."""
         topic_N, logit = self.item_topic(item_N), INTERCEPT + self.item_appeal(item_N)
         for weight, favourite_N in zip(SLOT_WEIGHTS, self.favourites(user_N, day), strict=True):
             logit += TOPIC_EFFECT * weight * (favourite_N == topic_N)
         logit += STYLE_EFFECT * (self.user_style(user_N) == self.item_style(item_N))
-        # A uniform number with the standard deviation asked for.
+        # Uniform, with standard deviation `TENDENCY_SPREAD`.
         logit += TENDENCY_SPREAD * math.sqrt(12) * (uniform(self.seed, _USER, 4, user_N) - 0.5)
         return 1.0 / (1.0 + np.exp(-logit))
 
@@ -204,8 +204,8 @@ class World:
 
     def _known_day(self, kind: int, number_N: Indices, *, always: int) -> Indices:
         late = (uniform(self.seed, kind, 5, number_N) - KNOWN_AT_START) / (1 - KNOWN_AT_START)
-        first = (late < 0) | (number_N < always)
-        return np.where(first, 0, 1 + np.floor(late * (self.days - 1))).astype(np.int64)
+        from_start = (late < 0) | (number_N < always)
+        return np.where(from_start, 0, 1 + np.floor(late * (self.days - 1))).astype(np.int64)
 
 
 def _scattered(number_N: Indices, size: int) -> Indices:

@@ -1,1 +1,1 @@
-"""Every figure that is quoted, one command each: `python -m benchmarks.NAME [--quick] [--json PATH]`."""
+"""Every quoted figure, one command each: `python -m benchmarks.NAME [--quick] [--json PATH]`."""

@@ -1,7 +1,7 @@
 """What each part of the model is worth: validation AUC without it, or with another choice in its place.
 
-Every row is the default model with one change, trained on the same frame. The test
-split is not looked at. The default's range over three seeds says how much of a difference is chance.
+Every row is the default model with one change, trained on the same frame. The test split is not used. The
+default's range over three seeds shows how much of a difference is chance.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ DEFAULT = "the default"
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """One change of the default."""
+    """One change to the default."""
 
     name: str
     model: dict[str, Any] = field(default_factory=dict)
@@ -39,7 +39,7 @@ class Variant:
     data: Callable[[TrainingData], TrainingData] = lambda data: data
     built: Callable[[BaheModel], None] = lambda model: None
     quick: bool = False
-    """Whether `--quick` measures it too: what trains in seconds."""
+    """Whether `--quick` measures it too: only what trains in seconds."""
 
 
 def without_statistics(data: TrainingData) -> TrainingData:
@@ -52,7 +52,7 @@ def without_statistics(data: TrainingData) -> TrainingData:
 
 
 def without_deep_layers(model: BaheModel) -> None:
-    """A deep part that says nothing; profile and collaborative part stay."""
+    """Deep layers that output zeros; profile and collaborative part stay."""
     import torch
 
     class Nothing(torch.nn.Module):
@@ -67,7 +67,7 @@ def without_deep_layers(model: BaheModel) -> None:
 
 
 def with_fresh_deep_layers(model: BaheModel) -> None:
-    """Deep layers of the same shape that no language was read with."""
+    """Deep layers of the same shape with random weights."""
     from bahe_models.backbone import deep_from_config
 
     fresh: nn.Module = deep_from_config(model.aggregator.deep.config.to_dict())  # type: ignore[operator, union-attr]
@@ -124,13 +124,13 @@ class Scene:
     backbone: BackboneConfig
     encoder: EncoderConfig
     texts: list[str]
-    """Of each atom, in the order of the vectors."""
+    """Text of each atom, in the order of the vectors."""
     channels: list[str]
-    """Likewise."""
+    """Channel of each atom, likewise."""
 
 
 def read_scene(home: Home) -> Scene:
-    """Training data and texts of a home that `bahe demo` filled."""
+    """Training data and texts of a home filled by `bahe demo`."""
     from bahe_lake.connection import lake
     from materialize.config.backbone import encoder_settings
     from materialize.config.dataset import home_dataset
@@ -157,14 +157,14 @@ def read_scene(home: Home) -> Scene:
 
 
 class Encodings:
-    """Halves of the backbone and atom vectors for each cut, made once."""
+    """Halves of the backbone and atom vectors for each cut, computed once."""
 
     def __init__(self, scene: Scene) -> None:
         self.scene = scene
         self._vectors = {scene.backbone.shallow_layers: scene.data.atoms_AD}
 
     def cut(self, change: dict[str, Any]) -> tuple[Backbone, np.ndarray]:
-        """Freshly loaded halves, and the atoms' vectors under them."""
+        """Freshly loaded halves, and the atom vectors that they give."""
         from bahe_models import AtomicEncoder, load_backbone
 
         config = replace(self.scene.backbone, **change)
@@ -176,7 +176,7 @@ class Encodings:
 
 
 def validation_auc(scene: Scene, encodings: Encodings, variant: Variant, seed: int) -> float:
-    """The best epoch's, as early stopping keeps it."""
+    """Validation AUC of the best epoch, which early stopping keeps."""
     import torch
 
     from bahe_models import Batches, build_model, fit_dense, item_id_rows, seeded, train
@@ -215,22 +215,22 @@ def measure(quick: bool, home_path: Path) -> Iterable[Row]:
         if variant.quick or not quick
         for seed in range(3 if variant.name == DEFAULT else 1)
     ]
-    reached: dict[str, list[float]] = {}
+    aucs: dict[str, list[float]] = {}
     with progress("ablation", len(planned)) as advance:
         for variant, seed in planned:
-            found = validation_auc(scene, encodings, variant, seed)
-            reached.setdefault(variant.name, []).append(found)
-            advance(1, note=f"{variant.name}: {found:.4f}")
-    for name, values in reached.items():
-        against = None if name == DEFAULT or quick else mean(reached[DEFAULT])
+            auc = validation_auc(scene, encodings, variant, seed)
+            aucs.setdefault(variant.name, []).append(auc)
+            advance(1, note=f"{variant.name}: {auc:.4f}")
+    for name, values in aucs.items():
+        reference = None if name == DEFAULT or quick else mean(aucs[DEFAULT])
         yield Row(
             metric=f"validation AUC, {name}",
             value=mean(values),
             unit=f"{len(values)} seeds, {min(values):.4f} to {max(values):.4f}"
             if len(values) > 1
             else "one seed",
-            peer=None if against is None else DEFAULT,
-            peer_value=against,
+            peer=None if reference is None else DEFAULT,
+            peer_value=reference,
         )
 
 

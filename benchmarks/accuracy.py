@@ -1,4 +1,4 @@
-"""How good BAHE ranks over several seeds: against floor, ID-only, our DIN, and FuxiCTR's networks."""
+"""How well BAHE ranks over several seeds: against floor, ID-only, our DIN, and FuxiCTR's networks."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def measure(quick: bool, home_path: Path) -> Iterable[Row]:
     settings = Settings.of(dataset)
     backbone, _ = encoder_settings(dataset)
     peers = ["floor", "id_only", "din"]
-    rivals = fuxi.TUNED if fuxi.installed() else {}
-    reached: dict[tuple[str, str, str], list[float]] = {}
+    fuxi_settings = fuxi.TUNED if fuxi.installed() else {}
+    measured: dict[tuple[str, str, str], list[float]] = {}
     gains: list[dict[str, float | None]] = []
     for seed in range(1 if quick else 3):
         seeded = replace(settings, training=replace(settings.training, seed=seed))
@@ -48,10 +48,10 @@ def measure(quick: bool, home_path: Path) -> Iterable[Row]:
             data, halves, seeded, None, encoder, f"seed-{seed}", tracking.Log()
         )
         gains.append(evaluations["test"].quality["floor"].row())
-        # Not part of `bahe train`, whose every run would wait for them.
+        # Not part of `bahe train`: every run would have to wait for them.
         score, _ = train_din(data, artifact.dense, seeded.training, model_config=seeded.model)
         scorers = {"din": score}
-        for network, setting in rivals.items():
+        for network, setting in fuxi_settings.items():
             scorers[f"FuxiCTR {network}"] = fuxi.train_fuxi(network, data, item_A, setting, seed=seed)
         for model, score in scorers.items():
             for name in ("validation", "test"):
@@ -66,18 +66,18 @@ def measure(quick: bool, home_path: Path) -> Iterable[Row]:
                 )
         for row in results:
             for metric in METRICS:
-                # GAUC is undefined where no user has both classes; then it is so with every seed.
+                # GAUC is undefined where no user has both classes; then it is for every seed.
                 if row[metric] is None:
                     continue
-                reached.setdefault((row["model"], row["split"], metric), []).append(row[metric])
+                measured.setdefault((row["model"], row["split"], metric), []).append(row[metric])
     seeds = f"mean of {len(gains)} seeds"
     for split in ("validation", "test"):
         for metric in METRICS:
-            if ("bahe", split, metric) not in reached:
+            if ("bahe", split, metric) not in measured:
                 continue
-            bahe = mean(reached["bahe", split, metric])
-            for peer in (*peers, *(f"FuxiCTR {network}" for network in rivals)):
-                value = mean(reached[peer, split, metric])
+            bahe = mean(measured["bahe", split, metric])
+            for peer in (*peers, *(f"FuxiCTR {network}" for network in fuxi_settings)):
+                value = mean(measured[peer, split, metric])
                 yield Row(
                     metric=f"{split} {metric.upper()} of BAHE",
                     value=bahe,
@@ -87,7 +87,7 @@ def measure(quick: bool, home_path: Path) -> Iterable[Row]:
                     goal=f"above {peer}",
                     holds=bahe > value,
                 )
-    if not rivals:
+    if not fuxi_settings:
         yield Row(
             metric="FuxiCTR's networks that were measured",
             value=0,
@@ -95,7 +95,7 @@ def measure(quick: bool, home_path: Path) -> Iterable[Row]:
             goal="all",
             holds=False,
         )
-    bahe = mean(reached["bahe", "test", "auc"])
+    bahe = mean(measured["bahe", "test", "auc"])
     yield Row(
         metric="test AUC of BAHE",
         value=bahe,
@@ -103,7 +103,7 @@ def measure(quick: bool, home_path: Path) -> Iterable[Row]:
         goal=f"at least {GOAL:.3f}",
         holds=bahe >= GOAL,
     )
-    # Both ends over all seeds: the widest that any one of them says. Undefined for a single user.
+    # The lowest and highest ends over all seeds. Undefined for a single user.
     low, high = ([g[f"bahe_gain_{end}"] for g in gains] for end in ("low", "high"))
     lows, highs = [v for v in low if v is not None], [v for v in high if v is not None]
     if lows and highs:

@@ -16,7 +16,7 @@ from bahe_core.errors import BadInput, BaheError
 from benchmarks.harness import DOCS, put
 
 RECORDS = (50_000_000, 1_000_000_000)
-"""A day: the paper's (on 8 A100), and twenty times that."""
+"""Per day: the paper's (on 8 A100), and twenty times that."""
 
 PAGE = DOCS / "capacity.md"
 
@@ -40,26 +40,26 @@ BACKBONES = (
 
 
 def _assumed(value: float, meaning: str) -> float:
-    found: float = field(default=value, metadata={"help": meaning})
-    return found
+    assumption: float = field(default=value, metadata={"help": meaning})
+    return assumption
 
 
 @dataclass(frozen=True, kw_only=True)
 class Assumptions:
     """What is not measured. Each is an option of the command."""
 
-    behaviors: float = _assumed(1.0, "behaviors that a record (an impression) brings with it")
-    new_share: float = _assumed(0.01, "share of the behaviors whose text was never seen before")
-    tokens: float = _assumed(20.0, "tokens of an atom")
-    days: float = _assumed(90.0, "days of log that are kept")
-    impressions_a_user: float = _assumed(10.0, "impressions of an active user a day")
+    behaviors: float = _assumed(1.0, "behaviors per record (an impression)")
+    new_share: float = _assumed(0.01, "share of the behaviors whose text is new")
+    tokens: float = _assumed(20.0, "tokens per atom")
+    days: float = _assumed(90.0, "days of log kept")
+    impressions_a_user: float = _assumed(10.0, "impressions per active user and day")
     timeline: float = _assumed(200.0, "behaviors that one pass over a user reads")
-    epochs: float = _assumed(1.0, "passes of a daily training over the day's impressions")
+    epochs: float = _assumed(1.0, "epochs of a daily training over the day's impressions")
     shallow_layers: float = _assumed(8.0, "layers that encode atoms")
     deep_layers: float = _assumed(2.0, "layers that read timelines")
-    user_width: float = _assumed(256.0, "numbers of a user vector")
+    user_width: float = _assumed(256.0, "width of a user vector")
     gpu_flops: float = _assumed(312e12, "dense bfloat16 FLOP/s of a GPU at its peak (A100)")
-    utilisation: float = _assumed(0.35, "share of that peak that is reached")
+    utilisation: float = _assumed(0.35, "share of that peak that is achieved")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,22 +69,22 @@ class Rates:
     ingest_rows: float
     """Behaviors a second through ingest."""
     day_seconds: float
-    """Seconds of ingesting a further day, for each behavior of it."""
+    """Seconds per behavior to ingest a further day."""
     lake_bytes: float
-    """Of the lake, a behavior, without vectors."""
+    """Bytes of lake per behavior, without vectors."""
     ingest_memory: float
     """Bytes."""
     atoms: float
     """Atoms a second through the shallow layers."""
     train_seconds: float
-    """An impression in training."""
+    """Seconds per impression in training."""
     hardware: str
 
 
 def read_rates(scale: Path, encode: Path | None, training: Path, tokens: float) -> Rates:
-    """Rates from the benchmarks' JSON, tokens a second taken for atoms of so many tokens.
+    """Rates from the benchmarks' JSON; encoding's tokens a second become atoms of `tokens` tokens each.
 
-    Raises BadInput when a file is not of its benchmark.
+    Raises BadInput when a file is not from its benchmark.
     """
     grown, trained = _Rows(scale, "scale"), _Rows(training, "training_cost")
     further = grown.one("ingest of one further day")
@@ -110,30 +110,32 @@ class _Rows:
         self._path, self._name = path, name
         try:
             content = json.loads(path.read_text())
-            found = content["name"]
+            benchmark = content["name"]
             self._rows: list[dict[str, Any]] = content["rows"]
             self.hardware = f"{content['hardware']}, {content['threads']} threads, {content['date']}"
         except (OSError, ValueError, KeyError, TypeError):
-            raise BadInput(f"{path} is not a benchmark's JSON; {self._make()}.") from None
-        if found != name:
-            raise BadInput(f"{path} is of benchmarks.{found}, not benchmarks.{name}; {self._make()}.")
+            raise BadInput(f"{path} is not a benchmark's JSON; {self._how_to_write()}.") from None
+        if benchmark != name:
+            raise BadInput(
+                f"{path} is of benchmarks.{benchmark}, not benchmarks.{name}; {self._how_to_write()}."
+            )
 
     def one(self, begins: str, *, unit: str | None = None, last: bool = False) -> dict[str, Any]:
-        """The first (or last) row whose metric begins so, in this unit."""
-        found = [
+        """The first (or last) row whose metric begins with `begins`, in this unit."""
+        matches = [
             row for row in self._rows if row["metric"].startswith(begins) and unit in (None, row["unit"])
         ]
-        if not found:
-            wanted = f"`{begins} …`" if unit is None else f"in {unit}"
-            raise BadInput(f"{self._path} has no row {wanted}; {self._make()}.")
-        return found[-1 if last else 0]
+        if not matches:
+            description = f"`{begins} …`" if unit is None else f"in {unit}"
+            raise BadInput(f"{self._path} has no row {description}; {self._how_to_write()}.")
+        return matches[-1 if last else 0]
 
-    def _make(self) -> str:
-        return f"write it by `python -m benchmarks.{self._name} --json {self._path}`"
+    def _how_to_write(self) -> str:
+        return f"write it with `python -m benchmarks.{self._name} --json {self._path}`"
 
 
 def _count(metric: str) -> int:
-    """The number of behaviors that a metric's name tells."""
+    """The number of behaviors in a metric's name."""
     return int(metric.rsplit(", ", 1)[1].split()[0].replace(",", ""))
 
 
@@ -151,12 +153,12 @@ class Need:
 
 
 def needs(records: float, rates: Rates, given: Assumptions) -> list[Need]:
-    """Everything that a day of so many records needs."""
+    """Everything needed for a day of `records` records."""
     behaviors = records * given.behaviors
     atoms = behaviors * given.new_share
     users = records / given.impressions_a_user
     machine, gpu_hour = "h, measured machine", given.gpu_flops * given.utilisation * 3600
-    found = [
+    result = [
         Need(
             "ingest, first load of so many",
             machine,
@@ -185,7 +187,7 @@ def needs(records: float, rates: Rates, given: Assumptions) -> list[Need]:
     for model in BACKBONES:
         shallow, deep = given.shallow_layers * model.layer, given.deep_layers * model.layer
         passes = 6 * given.epochs + 2
-        found += [
+        result += [
             Need(
                 f"encode new atoms, {model.name}",
                 "GPU h",
@@ -206,7 +208,7 @@ def needs(records: float, rates: Rates, given: Assumptions) -> list[Need]:
             ),
         ]
     return [
-        *found,
+        *result,
         Need(
             "lake without vectors",
             "GB of disk",
@@ -229,16 +231,16 @@ def needs(records: float, rates: Rates, given: Assumptions) -> list[Need]:
 
 
 def table(rates: Rates, given: Assumptions) -> str:
-    """The page's part in Markdown."""
+    """The page's section in Markdown."""
     lines = [
         f"Measured on: {rates.hardware}.",
         "",
         "| A day | " + " | ".join(f"{records:,} records" for records in RECORDS) + " | Unit | Formula |",
         "|---|" + "---:|" * len(RECORDS) + "---|---|",
     ]
-    for same in zip(*(needs(records, rates, given) for records in RECORDS), strict=True):
-        values = " | ".join(_shown(need.value) for need in same)
-        lines.append(f"| {same[0].what} | {values} | {same[0].unit} | {same[0].formula} |")
+    for line in zip(*(needs(records, rates, given) for records in RECORDS), strict=True):
+        values = " | ".join(_shown(need.value) for need in line)
+        lines.append(f"| {line[0].what} | {values} | {line[0].unit} | {line[0].formula} |")
     measured = {
         "rows a second": f"{rates.ingest_rows:,.0f}",
         "seconds a behavior of a further day": f"{rates.day_seconds:.2e}",
@@ -258,18 +260,22 @@ def _shown(value: float) -> str:
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.capacity", description=__doc__)
-    parser.add_argument("--scale", type=Path, required=True, help="of `benchmarks.scale --json`")
+    parser.add_argument("--scale", type=Path, required=True, help="JSON of `benchmarks.scale --json`")
     parser.add_argument(
-        "--encode", type=Path, help="of `benchmarks.encode --json`; left out, scale's sample"
+        "--encode", type=Path, help="JSON of `benchmarks.encode --json`; by default scale's sample"
     )
-    parser.add_argument("--training", type=Path, required=True, help="of `benchmarks.training_cost --json`")
+    parser.add_argument(
+        "--training", type=Path, required=True, help="JSON of `benchmarks.training_cost --json`"
+    )
     parser.add_argument("--write", action="store_true", help=f"put the table into {PAGE.name}")
-    for one in fields(Assumptions):
-        option = "--" + one.name.replace("_", "-")
-        meaning = f"{one.metadata['help']} ({one.default:g})"
-        parser.add_argument(option, type=float, default=one.default, help=meaning)
+    for assumption in fields(Assumptions):
+        option = "--" + assumption.name.replace("_", "-")
+        meaning = f"{assumption.metadata['help']} ({assumption.default:g})"
+        parser.add_argument(option, type=float, default=assumption.default, help=meaning)
     arguments = parser.parse_args()
-    given = Assumptions(**{one.name: getattr(arguments, one.name) for one in fields(Assumptions)})
+    given = Assumptions(
+        **{assumption.name: getattr(arguments, assumption.name) for assumption in fields(Assumptions)}
+    )
     try:
         rates = read_rates(arguments.scale, arguments.encode, arguments.training, given.tokens)
         computed = table(rates, given)

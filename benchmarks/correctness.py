@@ -1,8 +1,8 @@
 """Whether answers are right: the point-in-time join against brute force, and the newest value online.
 
-Random tables with few keys and instants, so that ties are the rule, are asked through Feast and by
-comparing every row with every other in numpy. Online, four processes write values of random times of the
-same keys and read each back: what is read may never be older than what the reader itself has written.
+Random tables with few keys and timestamps, so that ties are the rule, are queried through Feast and by
+comparing every row with every other in numpy. Online, four processes write values with random timestamps to
+the same keys and read each back: what is read may never be older than what the reader itself has written.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ ONLINE_KEYS = 5
 
 
 def measure(quick: bool, _: Path) -> Iterable[Row]:
-    """Wrong answers offline, and stale ones of each online store; `quick` asks less."""
+    """Wrong answers offline, and stale ones of each online store; `quick` tries fewer."""
     with tempfile.TemporaryDirectory() as folder:
         yield offline(Path(folder), CASES // 4 if quick else CASES)
         home = Home.at(Path(folder) / "online").create()
@@ -44,7 +44,7 @@ def measure(quick: bool, _: Path) -> Iterable[Row]:
 
 
 def offline(folder: Path, cases: int) -> Row:
-    """Rows of entity frames, each asked of four views with both joins, with and without the cut-off."""
+    """Rows of entity frames, each looked up in four views by both joins, with and without the cut-off."""
     from feast import FeatureStore, RepoConfig
 
     from feast_ducklake.offline import point_in_time
@@ -74,7 +74,7 @@ def offline(folder: Path, cases: int) -> Row:
             count = min(CASES_OF_A_FRAME, cases - asked)
             tables, frame = random_tables(int(rng.integers(2**32)), ticks, rows, count)
             write_tables(home, tables)
-            # Small frames and large ones are joined in two ways; every second one takes the latter.
+            # Small and large frames are joined differently; every second one is treated as large.
             few = 0 if asked // CASES_OF_A_FRAME % 2 else point_in_time.FEW_ROWS
             with patch.object(point_in_time, "FEW_ROWS", few):
                 for strict, cut_off in product((True, False), repeat=2):
@@ -91,7 +91,7 @@ def offline(folder: Path, cases: int) -> Row:
 
 
 def online(store: str, home: Home, folder: Path, writes: int) -> Row:
-    """Values that were older than what the reader had written, of all that four processes read."""
+    """How many values that four processes read were older than what the reader had written."""
     with opened(home, store, "ours", folder) as feast:
         spawn = multiprocessing.get_context("spawn")
         with spawn.Pool(WRITERS) as pool:
@@ -108,7 +108,7 @@ def online(store: str, home: Home, folder: Path, writes: int) -> Row:
 
 
 def write_and_read(config: RepoConfig, number: int, writes: int) -> int:
-    """One process: how often it read a value older than one it had written, or of another time."""
+    """One process: how often it read a value that was older than one it had written, or inconsistent."""
     from feast import FeatureStore
     from feast.protos.feast.types.EntityKey_pb2 import EntityKey
     from feast.protos.feast.types.Value_pb2 import FloatList, Value
@@ -128,8 +128,8 @@ def write_and_read(config: RepoConfig, number: int, writes: int) -> int:
             ((event, values),) = store.provider.online_read(config, view, [key])
             assert values is not None
             read = (event.replace(tzinfo=UTC) - begin) // timedelta(microseconds=1)
-            whole = list(values["embedding"].float_list_val.val) == [read, user]
-            stale += read < newest[user] or not whole
+            consistent = list(values["embedding"].float_list_val.val) == [read, user]
+            stale += read < newest[user] or not consistent
     return stale
 
 

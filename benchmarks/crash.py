@@ -1,8 +1,8 @@
-"""Kills, full disks and read-only folders: each job is hurt, run again, and must end as an undisturbed run.
+"""Kills, full disks and read-only folders: a disturbed job, run again, must end like any other.
 
 A small synthetic log and a tiny language model. Each job is killed with SIGKILL at random instants of its
-run and run again: every table must equal the undisturbed run's row for row (vectors to 1e-4, as a batch of
-another size moves their last bits), and so must the frame, the model and what the online store answers.
+run and run again: every table must equal the undisturbed run's row for row (vectors to 1e-4, since another
+batch size changes their last bits), and so must the frame, the model and what the online store answers.
 While `publish` is killed, a reader polls the online store: it may only ever see one whole version. Full
 disks are real file systems of limited size, and read-only ones real mounts, which needs root on Linux.
 """
@@ -38,10 +38,10 @@ if TYPE_CHECKING:
 
 JOBS = ("ingest", "encode", "frame", "train", "embed", "publish")
 KILLS = (20, 3)
-"""Of each job, whole and quick."""
+"""Kills of each job, full and quick."""
 
 ROOM = ((0.0, 0.25, 0.5, 0.75), (0.25,))
-"""How much of what a job adds to the home fits on the full disk, whole and quick."""
+"""How much of what a job adds to the home fits on the full disk, by default and with `--quick`."""
 
 
 LOG = {"users": 60, "items": 40, "behaviors": 3_000, "impressions": 1_500, "atoms": 720, "days": 10}
@@ -63,27 +63,24 @@ PRELOAD = [
     "transformers",
 ]
 
-# ---- what a home holds
-
-
 # ---- running a job
 
 
 def online(home: Home) -> dict[str, np.ndarray]:
-    """What the online store answers of each user: vector, statistics, and the score of every item."""
+    """What the online store answers for each user: vector, statistics, and the score of every item."""
     from serving.lookup import OnlineLookup
 
     lookup, items = OnlineLookup(home), list(range(1, LOG["items"] + 1))
-    found = {}
+    answers = {}
     for user in range(1, LOG["users"] + 1):
         features = lookup.user(user)
         scores = lookup.score(user, items, datetime(2024, 2, 1, tzinfo=UTC)).scores
         by_item = sorted((int(score.item_id), score.probability) for score in scores)
         statistics = [value or 0.0 for value in features.statistics.values()]
-        found[f"{features.model_version}, user {user}"] = np.array(
+        answers[f"{features.model_version}, user {user}"] = np.array(
             [*features.vector, *statistics, *(probability for _, probability in by_item)]
         )
-    return found
+    return answers
 
 
 @dataclass(frozen=True)
@@ -98,13 +95,13 @@ class Ran:
 
 
 class Runner:
-    """Jobs in processes of their own, forked from one that has everything imported and has done nothing."""
+    """Runs jobs in separate processes, forked from one that has imported everything and done nothing."""
 
     def __init__(self, folder: Path) -> None:
         self._errors = folder / "stderr"
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(PRELOAD)
-        first = self._context.Process(target=int)  # so that no job's time holds the imports
+        first = self._context.Process(target=int)  # so that no job's time includes the imports
         first.start()
         first.join()
 
@@ -124,7 +121,7 @@ class Runner:
         return Ran(process.exitcode, time.perf_counter() - start, self._errors.read_text())
 
     def whole(self, home: Path, *arguments: str) -> float:
-        """Seconds of a job that has to go well."""
+        """Seconds of a job that must succeed."""
         done = self.job(home, *arguments)
         if done.code:
             raise RuntimeError(f"bahe {' '.join(arguments)} ended with {done.code}: {done.errors[-2000:]}")
@@ -132,7 +129,7 @@ class Runner:
 
     @contextmanager
     def reading(self, home: Path, expected: Versions) -> Iterator[Readings]:
-        """A reader that polls the online store all the while."""
+        """A reader that polls the online store throughout the block."""
         stop = self._context.Event()
         mine, theirs = self._context.Pipe()
         process = self._context.Process(target=_read_on, args=(home, expected, stop, theirs))
@@ -164,7 +161,7 @@ def _command(arguments: list[str], errors: Path) -> None:
 # ---- the reader beside a publish
 
 Versions = dict[str, dict[str, np.ndarray]]
-"""User vectors of each complete version, in the order of their publishing, by user."""
+"""User vectors of each complete version, in order of publication, by user."""
 
 
 @dataclass
@@ -173,7 +170,7 @@ class Readings:
 
     count: int = 0
     versions: tuple[str, ...] = ()
-    """In the order they were seen; a repetition is left out."""
+    """In the order they were seen, without immediate repetitions."""
     wrong: list[str] | None = None
 
 
@@ -188,17 +185,17 @@ def _read_on(root: Path, expected: Versions, stop: Event, answers: Any) -> None:
         last = stop.is_set()  # one more time after the end
         user = users[count % len(users)]
         try:
-            found = lookup.user(user)
-            known = expected.get(found.model_version)
-            if known is None:
-                wrong.append(f"{found.model_version} answers, which is no complete version")
-            elif not np.allclose(found.vector, known[user], rtol=0, atol=TOLERANCE):
-                wrong.append(f"the vector of user {user} is not that of {found.model_version}")
+            features = lookup.user(user)
+            vectors = expected.get(features.model_version)
+            if vectors is None:
+                wrong.append(f"{features.model_version} answers, which is not a complete version")
+            elif not np.allclose(features.vector, vectors[user], rtol=0, atol=TOLERANCE):
+                wrong.append(f"the vector of user {user} is not that of {features.model_version}")
             scored = lookup.score(user, items)
             if len(scored.scores) != len(items) or not all(0 < s.probability < 1 for s in scored.scores):
                 wrong.append(f"{scored.model_version} does not score every item")
-            if not versions or versions[-1] != found.model_version:
-                versions.append(found.model_version)
+            if not versions or versions[-1] != features.model_version:
+                versions.append(features.model_version)
         except Exception as error:
             wrong.append(f"{type(error).__name__}: {error}")
         if not count:
@@ -212,7 +209,7 @@ def _read_on(root: Path, expected: Versions, stop: Event, answers: Any) -> None:
 
 @dataclass(frozen=True)
 class Stage:
-    """A job with the home it finds, and what it makes of it."""
+    """A job, with the home before it and the contents after it."""
 
     job: str
     arguments: tuple[str, ...]
@@ -220,14 +217,14 @@ class Stage:
     after: Contents
     files: dict[str, Any]
     online: dict[str, np.ndarray]
-    """Of `publish`."""
+    """What the online store answers after `publish`."""
     seconds: float
     added: int
     """Bytes by which the home grew."""
 
 
 def stages(folder: Path, runner: Runner) -> tuple[list[Stage], Versions]:
-    """Each job once, undisturbed. `publish` is that of a second model while the first is live."""
+    """Each job once, undisturbed. `publish` publishes a second model while the first is live."""
     from bahe_lake.connection import lake
     from bahe_synth.log import synth
 
@@ -243,10 +240,10 @@ def stages(folder: Path, runner: Runner) -> tuple[list[Stage], Versions]:
     second = log / "second.yaml"
     second.write_text(yaml.safe_dump({**sections, "training": {**sections["training"], "seed": 1}}))
 
-    found = {}
+    by_job = {}
     for job in ("ingest", "encode", "apply", "frame", "train", "embed", "publish"):
         arguments = (job, str(dataset)) if job == "ingest" else (job,)
-        if job == "publish":  # the first model goes live, the second is made, and its publish is the stage
+        if job == "publish":  # the first model goes live; the stage is the publish of a second
             for more in (arguments, ("ingest", str(second)), ("train",), ("embed",)):
                 runner.whole(home, *more)
         before = folder / f"before-{job}"
@@ -254,10 +251,10 @@ def stages(folder: Path, runner: Runner) -> tuple[list[Stage], Versions]:
             shutil.copytree(home, before)
         seconds = runner.whole(home, *arguments)
         grown = _size(home) - (_size(before) if before.exists() else 0)
-        where = Home.at(home)
-        answers = online(where) if job == "publish" else {}
-        found[job] = Stage(
-            job, arguments, before, contents(where), artifacts(where), answers, seconds, max(grown, 0)
+        opened = Home.at(home)
+        answers = online(opened) if job == "publish" else {}
+        by_job[job] = Stage(
+            job, arguments, before, contents(opened), artifacts(opened), answers, seconds, max(grown, 0)
         )
     with lake(Home.at(home)) as connection:
         vectors: Versions = {}
@@ -267,7 +264,7 @@ def stages(folder: Path, runner: Runner) -> tuple[list[Stage], Versions]:
         ).fetchall():
             vectors.setdefault(version, {})[user] = np.array(vector, dtype=np.float32)
     assert len(vectors) == 2, "two versions, to tell one from the other"
-    return [found[job] for job in JOBS], vectors
+    return [by_job[job] for job in JOBS], vectors
 
 
 def _texts(log: Path) -> list[str]:
@@ -283,22 +280,22 @@ def _size(folder: Path) -> int:
 
 
 def finished(stage: Stage, home: Path, runner: Runner) -> list[str]:
-    """Run the job to its end, twice, and compare with the undisturbed run."""
+    """Run the job to completion, twice, and compare with the undisturbed run."""
     for _ in range(2):
         done = runner.job(home, *stage.arguments)
         if done.code:
             return [f"the next run ended with {done.code}: {done.errors[-1500:]}"]
-    where = Home.at(home)
-    wrong = differences(contents(where), stage.after)
-    files = artifacts(where)
+    opened = Home.at(home)
+    wrong = differences(contents(opened), stage.after)
+    files = artifacts(opened)
     if files != stage.files:
         names = sorted(n for n in files.keys() | stage.files.keys() if files.get(n) != stage.files.get(n))
         wrong.append(f"other files: {', '.join(names)}")
-    wrong += [f"{path.name} was left behind" for path in where.root.rglob("*.part")]
+    wrong += [f"{path.name} was left behind" for path in opened.root.rglob("*.part")]
     if stage.online:
-        answers = online(where)
+        answers = online(opened)
         wrong += [
-            f"{who} is answered otherwise"
+            f"{who}: the answer differs"
             for who, numbers in stage.online.items()
             if who not in answers or not np.allclose(answers[who], numbers, rtol=0, atol=TOLERANCE)
         ]
@@ -311,14 +308,14 @@ def finished(stage: Stage, home: Path, runner: Runner) -> list[str]:
 def measure(quick: bool, _: Path) -> Iterable[Row]:
     """All rows of the benchmark."""
     os.environ.setdefault("BAHE_THREADS", "1")  # the same order of sums in every run
-    os.environ.setdefault("TQDM_DISABLE", "1")  # of libraries
+    os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' progress bars
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         runner = Runner(folder)
-        every, versions = stages(folder, runner)
+        all_stages, versions = stages(folder, runner)
         reads, torn = 0, list[str]()
-        for stage in every:
+        for stage in all_stages:
             say(f"killing {stage.job}, which takes {stage.seconds:.1f} s")
             wrong: list[str] = []
             landed = 0
@@ -326,11 +323,11 @@ def measure(quick: bool, _: Path) -> Iterable[Row]:
                 home = fresh(stage, folder / "hurt")
                 instant = float(rng.uniform(0, stage.seconds))
                 if stage.job == "publish":
-                    with runner.reading(home, versions) as seen:
+                    with runner.reading(home, versions) as readings:
                         landed += runner.job(home, *stage.arguments, kill_after=instant).code == -9
                         wrong += finished(stage, home, runner)
-                    reads += seen.count
-                    torn += [*(seen.wrong or []), *not_in_order(seen.versions, versions)]
+                    reads += readings.count
+                    torn += [*(readings.wrong or []), *not_in_order(readings.versions, versions)]
                 else:
                     landed += runner.job(home, *stage.arguments, kill_after=instant).code == -9
                     problems = finished(stage, home, runner)
@@ -339,7 +336,7 @@ def measure(quick: bool, _: Path) -> Iterable[Row]:
             yield Row(metric=f"{stage.job}: kills that met it alive", value=landed, unit="kills")
         yield Row(metric="online reads while publish was killed", value=reads, unit="reads")
         yield verdict("reads that were not of one whole version", torn)
-        for stage in every:
+        for stage in all_stages:
             for kind, hurt in (("full disk", full_disk), ("read-only folder", read_only)):
                 yield from hurt_rows(f"{stage.job} on a {kind}", hurt, stage, folder, runner, ROOM[quick])
 
@@ -353,7 +350,7 @@ def not_in_order(seen: tuple[str, ...], versions: Versions) -> list[str]:
 
 
 def fresh(stage: Stage, home: Path) -> Path:
-    """The home as the job finds it."""
+    """A fresh copy of the home before the job."""
     shutil.rmtree(home, ignore_errors=True)
     if stage.before.exists():
         shutil.copytree(stage.before, home)
@@ -361,7 +358,7 @@ def fresh(stage: Stage, home: Path) -> Path:
 
 
 def verdict(metric: str, wrong: list[str]) -> Row:
-    """How many things went wrong, of which there may be none; each is said."""
+    """How many things went wrong, which must be none; each is printed."""
     for problem in wrong:
         say(f"  {metric}: {problem}")
     return Row(metric=metric, value=len(wrong), unit="wrong", goal="= 0", holds=not wrong)
@@ -375,7 +372,7 @@ def hurt_rows(
     runner: Runner,
     rooms: tuple[float, ...],
 ) -> Iterable[Row]:
-    """Runs that must fail with one sentence and exit code 2, or not need what they lack; then go on."""
+    """Runs that must fail with one sentence and exit code 2, or succeed all the same; then run again."""
     say(metric)
     wrong: list[str] = []
     refused = 0
@@ -392,15 +389,15 @@ def hurt_rows(
 
 
 def one_sentence(done: Ran) -> list[str]:
-    """What is wrong with how a job gave up."""
-    said = [line for line in done.errors.splitlines() if line.startswith("bahe: ")]
-    if done.code == 2 and len(said) == 1 and "Traceback" not in done.errors:
-        return [] if re.search("full|written to", said[0]) else [f"the error is another one: {said[0]}"]
+    """What is wrong with the way a job failed."""
+    messages = [line for line in done.errors.splitlines() if line.startswith("bahe: ")]
+    if done.code == 2 and len(messages) == 1 and "Traceback" not in done.errors:
+        return [] if re.search("full|written to", messages[0]) else [f"unexpected error: {messages[0]}"]
     return [f"exit code {done.code}: {done.errors[-1500:]}"]
 
 
 def full_disk(stage: Stage, mount: Path, runner: Runner, room: float) -> tuple[list[str], bool]:
-    """The job on a file system that fills up; then there is room again."""
+    """The job on a file system that fills up; then again with free space."""
     mount.mkdir(exist_ok=True)
     page = os.sysconf("SC_PAGE_SIZE")
     with mounted(["-t", "tmpfs", "-o", "size=1g", "tmpfs", str(mount)], mount):
@@ -416,7 +413,7 @@ def full_disk(stage: Stage, mount: Path, runner: Runner, room: float) -> tuple[l
 
 
 def read_only(stage: Stage, mount: Path, runner: Runner, _: float) -> tuple[list[str], bool]:
-    """The job in a folder that cannot be written to; then it can be."""
+    """The job in a read-only folder; then again in a writable one."""
     mount.mkdir(exist_ok=True)
     home = fresh(stage, mount)
     home.mkdir(exist_ok=True)
@@ -426,7 +423,7 @@ def read_only(stage: Stage, mount: Path, runner: Runner, _: float) -> tuple[list
         done = runner.job(home, *stage.arguments)
     wrong = one_sentence(done)
     if before != {path: path.read_bytes() for path in sorted(home.rglob("*")) if path.is_file()}:
-        wrong.append("the folder is not as it was")
+        wrong.append("the read-only folder has changed")
     wrong += finished(stage, home, runner)
     return wrong, done.code == 2
 

@@ -1,8 +1,8 @@
 """What encoding costs: against sentence-transformers, the matrix-multiply bound, and a log that grows.
 
 Both contenders run the same shallow layers in the same precision on the same texts, from text to vectors,
-one after the other, several times; the peer with each of several batch sizes and ways of attention, of
-which its fastest counts. Its texts get the start token that bahe puts in front, so that both read the same
+one after the other, several times; the peer with several batch sizes and implementations of attention, of
+which the fastest counts. Its texts get the start token that bahe puts in front, so that both read the same
 tokens.
 """
 
@@ -51,7 +51,7 @@ def measure(quick: bool, home_path: Path) -> Iterable[Row]:
 
 
 def speed(scene: Scene, *, texts: int, repetitions: int, quick: bool) -> Iterable[Row]:
-    """Tokens a second of both contenders, and how near ours is to its matrix products."""
+    """Tokens a second of both contenders, and how close ours is to its matrix products alone."""
     import torch
 
     from bahe_models import AtomicEncoder, load_backbone
@@ -61,8 +61,8 @@ def speed(scene: Scene, *, texts: int, repetitions: int, quick: bool) -> Iterabl
     dtype = torch.bfloat16 if encoder.bfloat16 else torch.float32
     chosen = np.random.default_rng(0).choice(len(scene.texts), min(texts, len(scene.texts)), replace=False)
     channels = [scene.channels[i] for i in chosen]
-    some = [scene.texts[i] for i in chosen]
-    tokens = encoder.tokenize(channels, some)
+    sample = [scene.texts[i] for i in chosen]
+    tokens = encoder.tokenize(channels, sample)
     count = sum(map(len, tokens))
     shapes = [
         (module.in_features, module.out_features)
@@ -79,10 +79,10 @@ def speed(scene: Scene, *, texts: int, repetitions: int, quick: bool) -> Iterabl
         start_token = str(halves.tokenizer.decode([tokens[0][0]]))
         template = scene.encoder.template
         filled = [
-            start_token + template.format(channel=c, text=t) for c, t in zip(channels, some, strict=True)
+            start_token + template.format(channel=c, text=t) for c, t in zip(channels, sample, strict=True)
         ]
-        read = models[PEER_ATTENTION[0]].preprocess(filled[:50])["attention_mask"].sum().item()
-        assert read == sum(map(len, tokens[:50])), "the peer does not read the same tokens"
+        peer_tokens = models[PEER_ATTENTION[0]].preprocess(filled[:50])["attention_mask"].sum().item()
+        assert peer_tokens == sum(map(len, tokens[:50])), "the peer does not read the same tokens"
         sizes = PEER_BATCH_SIZES[1:3] if quick else PEER_BATCH_SIZES
         settings: dict[str, Callable[[], object]] = {
             f"{attention}, batches of {size}": lambda model=models[attention], size=size: model.encode(  # type: ignore[misc]
@@ -91,10 +91,10 @@ def speed(scene: Scene, *, texts: int, repetitions: int, quick: bool) -> Iterabl
             for attention, size in product(PEER_ATTENTION, sizes)
         }
         for repetition in range(repetitions + 1):
-            # A first round allocates, and is not counted.
+            # The first round allocates and is not counted.
             bound = flops / matmul_rate(shapes, encoder.tokens_per_batch, dtype, backward=False)
-            own = seconds(lambda: encoder.encode(channels, some))
-            own_compiled = seconds(lambda: compiled.encode(channels, some))
+            own = seconds(lambda: encoder.encode(channels, sample))
+            own_compiled = seconds(lambda: compiled.encode(channels, sample))
             theirs = {name: seconds(run) for name, run in settings.items()}
             if repetition:
                 bounds.append(bound)
@@ -106,7 +106,7 @@ def speed(scene: Scene, *, texts: int, repetitions: int, quick: bool) -> Iterabl
     ratio = median(theirs / own for theirs, own in zip(peers[best], ours, strict=True))
     precision = str(dtype).removeprefix("torch.")
     yield Row(
-        metric=f"encoder, {len(some):,} unique texts, {precision}",
+        metric=f"encoder, {len(sample):,} unique texts, {precision}",
         value=count / median(ours),
         unit="tokens/s",
         peer=f"sentence-transformers, {best}",
@@ -133,8 +133,8 @@ def speed(scene: Scene, *, texts: int, repetitions: int, quick: bool) -> Iterabl
         value=median(own / other for own, other in zip(ours, ours_compiled, strict=True)),
         unit="x, once compiled",
     )
-    places = sum(len(rows) * max(len(tokens[i]) for i in rows) for rows in encoder.batches(tokens))
-    yield Row(metric="padding", value=100 * (1 - count / places), unit="% of the model's work")
+    padded_tokens = sum(len(rows) * max(len(tokens[i]) for i in rows) for rows in encoder.batches(tokens))
+    yield Row(metric="padding", value=100 * (1 - count / padded_tokens), unit="% of the model's work")
 
 
 def seconds(run: Callable[[], object]) -> float:
@@ -146,7 +146,7 @@ def seconds(run: Callable[[], object]) -> float:
 
 @contextlib.contextmanager
 def peer_encoders(halves: Backbone, encoder: AtomicEncoder, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
-    """sentence-transformers' model of the same layers, for each way of attention."""
+    """sentence-transformers' model of the same layers, for each implementation of attention."""
     from safetensors.torch import save_file
 
     try:
@@ -160,12 +160,12 @@ def peer_encoders(halves: Backbone, encoder: AtomicEncoder, dtype: torch.dtype) 
     with tempfile.TemporaryDirectory() as folder:
         hf_half: Any = halves.shallow
         config = copy.deepcopy(hf_half.config)
-        config.__dict__.pop("quantization_config", None)  # of a GGUF file; the weights are floats by now
+        config.__dict__.pop("quantization_config", None)  # from a GGUF file; the weights are floats by now
         config.save_pretrained(folder)
         state = {name: weight.contiguous() for name, weight in halves.shallow.state_dict().items()}
         save_file(state, f"{folder}/model.safetensors", metadata={"format": "pt"})
         tokenizer = copy.deepcopy(halves.tokenizer)
-        tokenizer.chat_template = None  # the peer would put texts into conversations
+        tokenizer.chat_template = None  # with it the peer would format texts as conversations
         tokenizer.save_pretrained(folder)
         models = {}
         logging.set_verbosity_error()
@@ -177,7 +177,7 @@ def peer_encoders(halves: Backbone, encoder: AtomicEncoder, dtype: torch.dtype) 
                     model_kwargs={"dtype": dtype, "attn_implementation": attention},
                     max_seq_length=encoder.config.max_tokens + 1,
                 )
-            transformer.auto_model.norm = torch.nn.Identity()  # comes after the last layer of all
+            transformer.auto_model.norm = torch.nn.Identity()  # belongs after the whole model's last layer
             pooling = modules.Pooling(encoder.width, "mean")
             models[attention] = SentenceTransformer(modules=[transformer, pooling], device="cpu")
         logging.set_verbosity_warning()
@@ -185,7 +185,7 @@ def peer_encoders(halves: Backbone, encoder: AtomicEncoder, dtype: torch.dtype) 
 
 
 def deduplication(home_path: Path, scene: Scene) -> Row:
-    """Tokens of the log as it came, against those of its distinct atoms."""
+    """Tokens of the raw log, against those of its distinct atoms."""
     from bahe_lake.connection import lake
     from bahe_models import AtomicEncoder, load_backbone
 
@@ -208,7 +208,7 @@ def deduplication(home_path: Path, scene: Scene) -> Row:
 
 @contextlib.contextmanager
 def copied(home_path: Path) -> Iterator[Home]:
-    """A copy that may be changed."""
+    """A copy of the home that may be changed."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder) / "home"
         shutil.copytree(home_path, root, ignore=shutil.ignore_patterns("mlflow", ".lock"))
@@ -216,7 +216,7 @@ def copied(home_path: Path) -> Iterator[Home]:
 
 
 def growth(home: Home) -> Iterable[Row]:
-    """A full run, one with a hundredth of the atoms new, and runs with nothing new."""
+    """A full run, one with a hundredth of the atoms new, and runs with nothing new to do."""
     from bahe_lake.connection import lake
     from bahe_lake.transactions import commit
     from materialize.gate import gate
@@ -228,7 +228,7 @@ def growth(home: Home) -> Iterable[Row]:
     full = encode(home)
     with lake(home) as connection:
         new = max(1, round(full.total * NEW_SHARE))
-        # A random hundredth: atom ids are hashes.
+        # A random hundredth, by a hash of the text.
         commit(
             connection,
             [
@@ -236,9 +236,9 @@ def growth(home: Home) -> Iterable[Row]:
                 f" (SELECT atom_id FROM atoms ORDER BY hash(text) LIMIT {new})"
             ],
         )
-    some = encode(home)
-    assert some.added == new
-    share = some.model_seconds / full.model_seconds
+    partial = encode(home)
+    assert partial.added == new
+    share = partial.model_seconds / full.model_seconds
     yield Row(
         metric=f"model time with {new:,} of {full.total:,} atoms new",
         value=100 * share,
@@ -250,11 +250,11 @@ def growth(home: Home) -> Iterable[Row]:
     )
     yield Row(metric="padding of the full run", value=100 * full.padding, unit="% of the model's work")
     gate(home, "encode")
-    nothing: dict[str, Callable[[], object]] = {
+    jobs: dict[str, Callable[[], object]] = {
         "encode": lambda: encode(home),
         "embed": lambda: embed(home),
     }
-    for job, run in nothing.items():
+    for job, run in jobs.items():
         run()
         if job == "embed":
             gate(home, job)
@@ -293,7 +293,7 @@ def disk(home: Home, scene: Scene) -> Iterable[Row]:
 
 
 def half(vectors: np.ndarray) -> np.ndarray:
-    """Rounded as `encoder.storage: float16` does."""
+    """The vectors rounded as with `encoder.storage: float16`."""
     return vectors.astype(np.float16).astype(np.float32)
 
 
@@ -317,13 +317,13 @@ def accuracy(scene: Scene, quick: bool) -> Iterable[Row]:
             name="float32", data=lambda d: replace(d, atoms_AD=vectors)
         )
     encodings = Encodings(scene)
-    reached = {
+    aucs = {
         name: [validation_auc(scene, encodings, variant, seed) for seed in range(1 if quick else 3)]
         for name, variant in variants.items()
     }
-    default = reached.pop("as encoded here")
+    default = aucs.pop("as encoded here")
     spread = f"seeds of those {min(default):.4f} to {max(default):.4f}"
-    for name, values in reached.items():
+    for name, values in aucs.items():
         yield Row(
             metric=f"validation AUC of atoms {name}",
             value=mean(values),

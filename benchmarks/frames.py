@@ -1,6 +1,6 @@
 """Point-in-time frames: the offline store against hand-written SQL and against Feast's own DuckDB store.
 
-Everything is synthetic and made in a temporary folder. Each contender runs in a process of its own with the
+Everything is synthetic and written to a temporary folder. Each contender runs in its own process with the
 same threads; its memory is what the retrieval adds to that process.
 """
 
@@ -34,7 +34,7 @@ ENTITY_ROWS = 50_000
 TIMES_PER_KEY = (4, 200)
 REPETITIONS = 5
 VIEWS = {"a": "user_id", "b": "user_id", "c": "user_id", "d": "item_id", "e": "item_id"}
-MEMORY = "3GB"  # of DuckDB; the process may take 4
+MEMORY = "3GB"  # for DuckDB; the process may use 4
 START = "TIMESTAMPTZ '2024-01-01 00:00:00+00'"
 
 
@@ -50,27 +50,27 @@ def measure(quick: bool, _: Path) -> Iterable[Row]:
 
 def join_rows(home: Home, times: int) -> Iterable[Row]:
     """The join of lists: ours against both peers."""
-    what = f"{ENTITY_ROWS:,} rows, {WIDTH} floats, {times} times a key"
-    # Of a pandas frame Feast itself first looks at all times, before any store is asked.
+    case = f"{ENTITY_ROWS:,} rows, {WIDTH} floats, {times} times a key"
+    # Of a pandas frame, Feast itself first scans all timestamps, before any store is called.
     for form, arrow in (("Arrow", True), ("pandas", False)):
         ours = alone(partial(ask_ours, arrow=arrow), home)
-        hand = alone(partial(ask_by_hand, arrow=arrow), home)
-        yield compared(f"join of {what}, {form}", ours[0], "s", "SQL by hand", hand[0], 1.3)
-        yield compared(f"memory of {what}, {form}", ours[1], "MiB", "SQL by hand", hand[1], 1.5)
+        by_hand = alone(partial(ask_by_hand, arrow=arrow), home)
+        yield compared(f"join of {case}, {form}", ours[0], "s", "SQL by hand", by_hand[0], 1.3)
+        yield compared(f"memory of {case}, {form}", ours[1], "MiB", "SQL by hand", by_hand[1], 1.5)
     if importlib.util.find_spec("ibis") is None:
         say("Feast's own store is left out: pip install 'bahe[bench]'")
         return
     stock = alone(ask_stock, home)
     factor = stock[0] / ours[0]
-    demanded = times == max(TIMES_PER_KEY)
+    has_goal = times == max(TIMES_PER_KEY)
     yield Row(
-        metric=f"times faster, {what}",
+        metric=f"times faster, {case}",
         value=factor,
         unit="x",
         peer="Feast's DuckDB store, s",
         peer_value=stock[0],
-        goal=">= 10" if demanded else None,
-        holds=factor >= 10 if demanded else None,
+        goal=">= 10" if has_goal else None,
+        holds=factor >= 10 if has_goal else None,
     )
 
 
@@ -102,7 +102,7 @@ def scale_rows(folder: Path, most: int) -> Iterable[Row]:
 
 
 def compared(metric: str, value: float, unit: str, peer: str, peer_value: float, most: float) -> Row:
-    """A figure that may be at most so many times its peer's."""
+    """A figure that may be at most `most` times its peer's."""
     return Row(
         metric=metric,
         value=value,
@@ -139,7 +139,7 @@ def _timed(ask: Callable[[Path], Callable[[], object]], root: Path) -> tuple[flo
 
 
 def write_wide(home: Home, times: int) -> None:
-    """A table of vectors, the entity frame, and the same as Parquet for Feast's own store."""
+    """Write a table of vectors and the entity frame, both also as Parquet for Feast's own store."""
     from bahe_lake.connection import lake
     from bahe_lake.sql import sql_literal
 
@@ -161,7 +161,7 @@ def write_wide(home: Home, times: int) -> None:
 
 
 def write_tall(home: Home, rows: int) -> None:
-    """Impressions of 20 a user and 200 an item, and a row in each of five tables for each impression."""
+    """Write impressions, 20 per user and 200 per item, and for each a row in each of five tables."""
     from bahe_lake.connection import lake
 
     with lake(home.create(), create=True) as connection:
@@ -199,7 +199,7 @@ def repository(root: Path, offline_store: dict[str, Any]) -> FeatureStore:
 def with_vectors(
     store: FeatureStore, source: Any, root: Path, *, arrow: bool = False
 ) -> Callable[[], object]:
-    """The question of the join: the vector of each wanted row."""
+    """The query of the join: the vector of each entity row."""
     from feast import Entity, FeatureView, Field, ValueType
     from feast.types import Array, Float32
 
@@ -207,8 +207,8 @@ def with_vectors(
     schema = [Field(name="vector", dtype=Array(Float32))]
     view = FeatureView(name="vectors", entities=[key], ttl=timedelta(0), schema=schema, source=source)
     store.apply([key, view])
-    wanted = read_wanted(root, arrow=arrow)
-    return lambda: store.get_historical_features(wanted, ["vectors:vector"]).to_arrow()
+    entities = read_wanted(root, arrow=arrow)
+    return lambda: store.get_historical_features(entities, ["vectors:vector"]).to_arrow()
 
 
 def read_wanted(root: Path, *, arrow: bool) -> Any:
@@ -243,7 +243,7 @@ def ask_stock(root: Path) -> Callable[[], object]:
 
 
 def ask_by_hand(root: Path, *, arrow: bool = False) -> Callable[[], object]:
-    """The best SQL for these tables, by someone who knows that no key has two rows of one instant."""
+    """The best SQL for these tables, by someone who knows that no key has two rows with one timestamp."""
     from bahe_lake.connection import connect
 
     connection = connect(Home.at(root))
@@ -275,7 +275,7 @@ def ask_tall(root: Path) -> Callable[[], object]:
             name=view,
             entities=[keys[key]],
             ttl=timedelta(0),
-            schema=[Field(name=f"{view}_{name}", dtype=kind) for name, kind in types.items()],
+            schema=[Field(name=f"{view}_{name}", dtype=dtype) for name, dtype in types.items()],
             source=DuckLakeSource(name=view, table=view, created_timestamp_column="created"),
         )
         for view, key in VIEWS.items()

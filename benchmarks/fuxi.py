@@ -1,8 +1,8 @@
-"""FuxiCTR's DIN and DCNv2 on BAHE's training data; run as a program, it searches their settings anew.
+"""FuxiCTR's DIN and DCNv2 on BAHE's training data; run as a program, it repeats their tuning.
 
-FuxiCTR (github.com/reczoo/FuxiCTR; Zhu et al., SIGIR 2022) brings networks, embeddings, optimiser, trainer
-and early stopping. Here is what it is fed: ids, context, the statistics that our networks get, and the
-latest behaviors of each channel as a sequence that ends with the candidate. Ids that training never saw
+FuxiCTR (github.com/reczoo/FuxiCTR; Zhu et al., SIGIR 2022) provides networks, embeddings, optimiser,
+trainer and early stopping. This module feeds it: ids, context, the statistics that our networks get, and
+the latest behaviors of each channel as a sequence that ends with the candidate. Ids unseen in training
 share one row.
 
 Shape letters: N impressions, H behaviors of a sequence, A atoms, F dense features, X context columns.
@@ -53,30 +53,30 @@ class Setting:
     """Weight of the squared norm of the embeddings in the loss."""
     net_dropout: float = 0.0
     hidden_units: tuple[int, ...] = (512, 128, 64)
-    """Of the DNN; in DCNv2 of the one beside the cross network."""
+    """Of the DNN, which in DCNv2 is parallel to the cross network."""
     batch_norm: bool = False
     evaluations: int = 1
-    """Looks at the validation AUC in each epoch; two in a row without a better one end the training."""
+    """Evaluations on validation per epoch; training ends after two in a row without a better AUC."""
     users: bool = True
     """Whether the user's id is a feature."""
     history: int = HISTORY
-    """Latest behaviors of each channel that are read."""
+    """Latest behaviors of each channel that the network reads."""
     behavior: tuple[str, ...] = ("item", "channel")
     """What is known of a behavior: `item` (in the table of the candidates), `channel`, `atom`."""
     network: Mapping[str, Any] = field(default_factory=dict)
-    """Arguments that this network alone has."""
+    """Arguments that only this network has."""
 
 
 class Encoder:
     """Turns splits into FuxiCTR's features. Known ids are those of the training split."""
 
     def __init__(self, data: TrainingData, item_A: Int64, setting: Setting) -> None:
-        """`item_A` is of `behavior_items`."""
+        """`item_A` comes from `behavior_items`."""
         from bahe_models import fit_dense
         from bahe_models.ctr_training import id_rows
 
-        def known(seen: Int64, size: int) -> Int64:
-            # id_rows has 0 for ids unseen; that row is padding here.
+        def table_rows(seen: Int64, size: int) -> Int64:
+            # id_rows has 0 for unseen ids; here that row is padding.
             return id_rows(seen, size) + UNKNOWN
 
         self.data, self.setting, self.item_A = data, setting, item_A
@@ -85,13 +85,13 @@ class Encoder:
         recent_NH = self._recent(train)
         atoms = np.unique(recent_NH[recent_NH >= 0])
         items = item_A[atoms]
-        self._user = known(train.user_N, data.timelines.users)
-        self._item = known(np.concatenate([train.item_N, items[items >= 0]]), len(data.item_ids))
-        self._atom = known(atoms, len(item_A))
+        self._user = table_rows(train.user_N, data.timelines.users)
+        self._item = table_rows(np.concatenate([train.item_N, items[items >= 0]]), len(data.item_ids))
+        self._atom = table_rows(atoms, len(item_A))
         self._context = [np.unique(hashes) for hashes in _context(train).T]
 
     def sequences(self, split: Impressions) -> tuple[dict[str, Int64], npt.NDArray[np.bool_]]:
-        """Ids of each feature of behaviors [N, H + 1], the candidate's last, and which are there [N, H].
+        """Ids of each feature of behaviors [N, H + 1], the candidate's last, and which are present [N, H].
 
         Behaviors are strictly before the impression and stand channel by channel, from old to new.
         Padding is in front, so that a batch need only be as wide as its longest sequence.
@@ -124,9 +124,12 @@ class Encoder:
         columns: dict[str, npt.NDArray[Any]] = {}
         if self.setting.users:
             columns["user"] = self._user[split.user_N]
-        for name, hash_N, known in zip(self.data.context, _context(split).T, self._context, strict=True):
-            place_N = np.minimum(np.searchsorted(known, hash_N), len(known) - 1)
-            columns[f"context_{name}"] = np.where(known[place_N] == hash_N, FIRST + place_N, UNKNOWN)
+        for name, hash_N, known_hashes in zip(
+            self.data.context, _context(split).T, self._context, strict=True
+        ):
+            place_N = np.minimum(np.searchsorted(known_hashes, hash_N), len(known_hashes) - 1)
+            is_known_N = known_hashes[place_N] == hash_N
+            columns[f"context_{name}"] = np.where(is_known_N, FIRST + place_N, UNKNOWN)
         dense_NF = self.dense.transform(split.columns, split.length_NC, split.time_us_N)
         return columns | dict(zip(self.dense.names, dense_NF.T, strict=True)) | {LABEL: split.clicked_N}
 
@@ -140,8 +143,8 @@ class Encoder:
         features: OrderedDict[str, dict[str, Any]] = OrderedDict()
         if self.setting.users:
             features["user"] = ids("user", int(self._user.max()) + 1)
-        for name, known in zip(self.data.context, self._context, strict=True):
-            features[f"context_{name}"] = ids("context", FIRST + len(known))
+        for name, known_hashes in zip(self.data.context, self._context, strict=True):
+            features[f"context_{name}"] = ids("context", FIRST + len(known_hashes))
         for name in self.dense.names:
             features[name] = {"type": "numeric", "source": "context"}
         rows = {
@@ -176,7 +179,7 @@ class Batches:
     def __init__(
         self, encoder: Encoder, split: Impressions, *, rng: np.random.Generator | None = None
     ) -> None:
-        """With `rng` the order is random, and another in each epoch."""
+        """With `rng` the order is random, and differs in each epoch."""
         import torch
 
         rows, present_NH = encoder.sequences(split)
@@ -210,18 +213,18 @@ class Batches:
 
 
 def behavior_items(connection: duckdb.DuckDBPyConnection, data: TrainingData) -> Int64:
-    """The item row that each atom tells of [A], -1 where the log does not say.
+    """The item row that each atom is about [A], -1 where the log does not say.
 
-    Items of like text share atoms; the one that most behaviors are about is taken.
+    Items with the same text share atoms; the one with most behaviors is taken.
     """
-    told: dict[int, str | int] = dict(
+    item_of_atom: dict[int, str | int] = dict(
         connection.execute(
             "SELECT atom_id, item_id FROM behaviors WHERE item_id IS NOT NULL GROUP BY ALL"
             " ORDER BY count(*), item_id DESC"
         ).fetchall()
     )
     row = {item: place for place, item in enumerate(data.item_ids)}
-    items = (told.get(atom) for atom in data.atom_ids.tolist())
+    items = (item_of_atom.get(atom) for atom in data.atom_ids.tolist())
     return np.array([-1 if item is None else row.get(item, -1) for item in items], dtype=np.int64)
 
 
@@ -230,7 +233,7 @@ def train_fuxi(
 ) -> Callable[[Impressions], Scores]:
     """Train with FuxiCTR's trainer; returns the scoring function (click probabilities).
 
-    It stops early by the AUC on validation and goes back to the best weights. `item_A` is of
+    It stops early by the AUC on validation and restores the best weights. `item_A` comes from
     `behavior_items`.
     """
     from bahe_models import seeded
@@ -256,7 +259,7 @@ def train_fuxi(
 
 
 def _build(network: Network, feature_map: Any, setting: Setting, folder: Path, *, eval_steps: int) -> Any:
-    # FuxiCTR puts its checkpoint into a folder of this name, which it expects to be there.
+    # FuxiCTR puts its checkpoint into a folder of this name, which must exist.
     (folder / feature_map.dataset_id).mkdir()
     arguments = {
         "model_root": str(folder),
@@ -285,7 +288,7 @@ def _build(network: Network, feature_map: Any, setting: Setting, folder: Path, *
 
 
 def installed() -> bool:
-    """Whether FuxiCTR is there."""
+    """Whether FuxiCTR is installed."""
     return all(importlib.util.find_spec(name) for name in ("fuxictr", "model_zoo"))
 
 
@@ -317,7 +320,7 @@ _SHARED_KNOBS: list[tuple[str, list[Any]]] = [
 KNOBS: Mapping[Network, list[tuple[str, list[Any]]]] = {
     "DIN": [
         *_SHARED_KNOBS,
-        ("history", [20]),  # without any it does not run
+        ("history", [20]),  # DIN does not run without any
         ("network.din_use_softmax", [True]),
         ("network.attention_hidden_units", [[32], [128, 64]]),
         ("network.dnn_activations", ["Dice"]),
@@ -329,7 +332,7 @@ KNOBS: Mapping[Network, list[tuple[str, list[Any]]]] = {
         ("network.model_structure", ["crossnet_only"]),
     ],
 }
-"""What the search turns, in this order, and to which values beside the one that it finds."""
+"""What the search varies, in this order, and the values that it tries besides the current one."""
 
 TUNED: Mapping[Network, Setting] = {
     "DIN": replace(
@@ -346,10 +349,10 @@ TUNED: Mapping[Network, Setting] = {
 
 
 def measure(quick: bool, home_path: Path) -> Iterable[Row]:
-    """The search: one knob after the other stays where the validation AUC is highest.
+    """The search: one knob after the other is left at the value with the highest validation AUC.
 
-    Quick, it trains only the setting that each search begins with and the one that it once ended with.
-    The test split is not looked at.
+    `quick` trains only the setting that each search begins with and the one that it once ended with. The
+    test split is not used.
     """
     from bahe_lake.connection import lake
     from bahe_models import auc
@@ -369,9 +372,9 @@ def measure(quick: bool, home_path: Path) -> Iterable[Row]:
 
     def tried(network: Network, setting: Setting, name: str) -> Row:
         score = train_fuxi(network, data, item_A, setting, seed=0)
-        reached = auc(validation.clicked_N, score(validation))
-        say(f"  {network}, {name}: {reached:.4f}")
-        return Row(metric=f"{network}, {name}", value=reached, unit="validation AUC")
+        validation_auc = auc(validation.clicked_N, score(validation))
+        say(f"  {network}, {name}: {validation_auc:.4f}")
+        return Row(metric=f"{network}, {name}", value=validation_auc, unit="validation AUC")
 
     for network, best in START.items():
         yield (row := tried(network, best, "start"))

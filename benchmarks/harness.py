@@ -19,11 +19,11 @@ from bahe_core.machine import configure_threads, usable_cores
 
 LIBRARIES = ("torch", "transformers", "feast", "duckdb", "numpy")
 PEERS = ("fuxictr", "sentence-transformers")
-"""Named with their versions where they are installed."""
+"""Their versions are reported if they are installed."""
 
 DOCS = Path(__file__).parent.parent / "docs"
 MEASUREMENTS = DOCS / "measurements.md"
-"""The page of all figures; each benchmark has a part of its own."""
+"""The page of all figures; each benchmark has its own section."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,10 +43,10 @@ def main(name: str, description: str, measure: Callable[[bool, Path], Iterable[R
     """Run `measure(quick, home)`, print its rows, and write them as JSON when asked to."""
     threads = configure_threads()
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=description)
-    parser.add_argument("--quick", action="store_true", help="measure less, never something else")
+    parser.add_argument("--quick", action="store_true", help="measure less of the same")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--write", action="store_true", help=f"put the figures into {MEASUREMENTS.name}")
-    parser.add_argument("--home", type=Path, default=Path(".bahe"), help="a home that `bahe demo` filled")
+    parser.add_argument("--home", type=Path, default=Path(".bahe"), help="a home filled by `bahe demo`")
     arguments = parser.parse_args()
     try:
         if arguments.write:
@@ -97,17 +97,17 @@ def _shown(value: float) -> str:
 
 
 def around(page: Path, name: str) -> tuple[str, str]:
-    """A page up to a benchmark's figures, and from their end on. Raises BadInput without marks."""
+    """A page's text before and after a benchmark's figures. Raises BadInput when it has no markers."""
     begin, end = f"<!-- computed by benchmarks.{name} -->", "<!-- end -->"
-    before, found, rest = (page.read_text() if page.is_file() else "").partition(begin)
-    _, closed, after = rest.partition(end)
-    if not found or not closed:
+    before, has_begin, rest = (page.read_text() if page.is_file() else "").partition(begin)
+    _, has_end, after = rest.partition(end)
+    if not has_begin or not has_end:
         raise BadInput(f"{page} lacks the lines {begin} and {end}; put them where the figures belong.")
     return before + begin, end + after
 
 
 def put(page: Path, name: str, text: str) -> None:
-    """Put a text between a benchmark's marks on a page. Raises BadInput when they are not there."""
+    """Put a text between a benchmark's markers on a page. Raises BadInput when it has none."""
     before, after = around(page, name)
     page.write_text(f"{before}\n\n{text}\n\n{after}")
 
@@ -121,16 +121,16 @@ def _versions() -> dict[str, str]:
 
 
 def _commit() -> str:
-    done = subprocess.run(
+    described = subprocess.run(
         ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
     )
-    return done.stdout.strip() or "unknown"
+    return described.stdout.strip() or "unknown"
 
 
 def _processor() -> str:
-    information = Path("/proc/cpuinfo")
-    if information.is_file():
-        for line in information.read_text().splitlines():
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text().splitlines():
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()

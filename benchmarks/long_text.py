@@ -1,8 +1,8 @@
 """BAHE's ranking beside that of the long-text LLM it replaces, on a sample that both can afford.
 
 Both train the same deep layers with the same head, statistics, optimiser, steps and early stopping on
-whole random users. The peer reads 2,048 tokens of history in its packed form,
-one pass a user; BAHE reads the same behaviors as atoms. `--quick` takes a smaller sample.
+random whole users. The peer reads 2,048 tokens of history in its packed form, one pass per user; BAHE reads
+the same behaviors as atoms. `--quick` takes a smaller sample.
 """
 
 from __future__ import annotations
@@ -42,21 +42,21 @@ IMPRESSIONS_PER_STEP = 200
 
 
 def sampled(data: TrainingData, count: int) -> TrainingData:
-    """Whole users of each split, which the packed form needs: `count` training impressions or just more,
-    and half as many of the later splits."""
+    """A sample of whole users, which the packed form needs: `count` training impressions or slightly more,
+    and half as many in the later splits."""
     rng = np.random.default_rng(0)
     splits = {}
     for name, split in data.splits.items():
         users = rng.permutation(np.unique(split.user_N))
         sizes = np.bincount(split.user_N)[users]
-        wanted = count if name == "train" else count // 2
-        taken = users[: int(np.searchsorted(np.cumsum(sizes), wanted)) + 1]
+        target = count if name == "train" else count // 2
+        taken = users[: int(np.searchsorted(np.cumsum(sizes), target)) + 1]
         splits[name] = split.take(np.flatnonzero(np.isin(split.user_N, taken)))
     return replace(data, splits=splits)
 
 
 def bahe(scene: Scene, config: TrainingConfig, *, alone: bool = False) -> tuple[Scores, float]:
-    """BAHE; `alone` leaves it its deep layers, without profile and collaborative part."""
+    """BAHE; with `alone` only its deep layers, without profile and collaborative part."""
     from bahe_models import seeded, train
 
     with seeded(config.seed):
@@ -119,7 +119,7 @@ def measure(quick: bool, home_path: Path) -> Iterable[Row]:
 
     whole = read_scene(Home.at(home_path))
     data = sampled(whole.data, 1000 if quick else 8000)
-    # What is fitted on training data is fitted on the sample alone.
+    # Whatever is fitted on training data is fitted on the sample alone.
     scene = replace(
         whole,
         data=data,

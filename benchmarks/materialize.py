@@ -1,7 +1,7 @@
 """Materialization through Feast, our engine and stores against stock Feast's, on the same table.
 
-A store and engine at a time writes 50,000 vectors of 256 float32 from the lake into an empty online store,
-in turns; then again with nothing new.
+Each engine in turn writes 50,000 vectors of 256 float32 from the lake into an empty online store; ours then
+once more with nothing new.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ CONTENDERS: dict[str, dict[str, tuple[dict[str, Any], dict[str, Any]]]] = {
 
 
 def available() -> list[str]:
-    """Stores that answer: Redis only where one listens on its port."""
+    """Stores that can be measured: Redis only when a server listens on its port."""
     with socket.socket() as probe:
         redis = probe.connect_ex(("127.0.0.1", 6379)) == 0
     return ["SQLite", "Redis"] if redis else ["SQLite"]
@@ -79,7 +79,7 @@ def fill_lake(home: Home, entities: int, width: int) -> Any:
 
 @contextlib.contextmanager
 def opened(home: Home, store: str, contender: str, folder: Path) -> Iterator[FeatureStore]:
-    """A Feast store with the view applied and nothing materialized; its values are gone afterwards."""
+    """A Feast store with the view applied and nothing materialized; it is torn down afterwards."""
     from feast import Entity, FeatureStore, FeatureView, Field, RepoConfig, ValueType
     from feast.types import Array, Float32
 
@@ -100,7 +100,7 @@ def opened(home: Home, store: str, contender: str, folder: Path) -> Iterator[Fea
             },
             batch_engine=engine,
             entity_key_serialization_version=3,
-            # Stock Feast is fastest so.
+            # With these stock Feast is fastest.
             materialization={"pull_latest_features": True, "online_write_batch_size": 10_000},
         )
     )
@@ -148,7 +148,7 @@ def materialize_nothing(feast: FeatureStore) -> tuple[float, int]:
 
 
 def measure(quick: bool, home_path: Path) -> Iterable[Row]:
-    """Seconds and factors for each store; `quick` takes turns less often. Needs no filled home."""
+    """Seconds and factors for each store; `quick` repeats less. Needs no filled home."""
     with tempfile.TemporaryDirectory() as folder:
         home = Home.at(Path(folder) / "home").create()
         fill_lake(home, ENTITIES, WIDTH)
@@ -157,8 +157,8 @@ def measure(quick: bool, home_path: Path) -> Iterable[Row]:
             nothing: list[tuple[float, int]] = []
             for turn in range(3 if quick else 7):
                 for contender, taken in seconds.items():
-                    place = Path(folder) / f"{store}-{contender}-{turn}"
-                    with opened(home, store, contender, place) as feast:
+                    repository = Path(folder) / f"{store}-{contender}-{turn}"
+                    with opened(home, store, contender, repository) as feast:
                         taken.append(materialize(feast))
                         if contender == "ours":
                             nothing.append(materialize_nothing(feast))

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 def matmul_rate(
     shapes: Sequence[tuple[int, int]], positions: int, dtype: torch.dtype, *, backward: bool = True
 ) -> float:
-    """FLOP/s of linear layers' products alone, each of its inputs and outputs, on so many positions.
+    """FLOP/s of the matrix products of linear layers of these inputs and outputs, on `positions` rows.
 
     Forward, and with `backward` the gradients of the input and of the weight too.
     """

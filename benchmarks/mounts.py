@@ -1,4 +1,4 @@
-"""File systems of limited size or without write access, mounted for a while; needs root on Linux."""
+"""File systems of limited size or without write access, mounted temporarily; needs root on Linux."""
 
 from __future__ import annotations
 
@@ -6,10 +6,6 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
 
 
 class CannotMount(Exception):
@@ -18,12 +14,12 @@ class CannotMount(Exception):
 
 @contextmanager
 def mounted(arguments: list[str], mount: Path) -> Iterator[None]:
-    """A mount for a while. Raises CannotMount where none can be made."""
+    """Mount for a block. Raises CannotMount when that is not possible."""
     mount_with(arguments)
     try:
         yield
     finally:
-        # Lazily: a store that was read here keeps its file open.
+        # Lazily, since a store that was read in this process keeps its file open.
         subprocess.run(["umount", "--lazy", str(mount)], check=True)
 
 

@@ -1,9 +1,9 @@
-"""Training beside others: what it costs that idle threads sleep, and how much speed a busy neighbour takes.
+"""Training beside other processes: the cost of letting idle threads sleep, and of a busy neighbour.
 
 Each measurement is a process of its own that trains some steps of the demo's model, since an OpenMP runtime
 reads its settings once, when it is loaded. Threads either sleep while they wait (as bahe sets them) or spin
-(as the runtime does when nobody says otherwise). The neighbour is a process that computes without pause.
-The four are measured in turn, so that a drift of the machine's speed meets all of them alike.
+(the runtime's default). The neighbour is a process that computes without pause. The four cases are measured
+in turn, so that a drift of the machine's speed affects all of them alike.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from benchmarks.harness import Row, main
 
 WARM_UP = 3
 STEPS = (30, 12)
-"""Timed in each process, whole and quick."""
+"""Steps timed in each process, by default and with `--quick`."""
 ROUNDS = (5, 3)
 
 _CHILD = """

@@ -1,9 +1,9 @@
 """Online reads of embeddings: one array from our stores, against the bare store and against stock Feast.
 
-The same 256-wide float32 vectors lie in our store and in stock Feast's. Read in turns, for 1, 100 and
-1,000 random entities: by `VectorReader`; from the bare store by one query of the keys and
+The same 256-wide float32 vectors are in our store and in stock Feast's. They are read in turn, for 1, 100
+and 1,000 random entities: by `VectorReader`; from the bare store by one query of the keys and
 `numpy.frombuffer`; by stock Feast's `get_online_features(...).to_dict()`; by the same call on our store.
-Also Feast's asynchronous call, with many requests under way at once.
+Also Feast's asynchronous call, with many requests in flight.
 """
 
 from __future__ import annotations
@@ -99,17 +99,17 @@ def online_features(feast: FeatureStore) -> Read:
 
 
 async def at_once(feast: FeatureStore, users: Users) -> None:
-    """Feast's asynchronous call for each of these users, all under way at the same time."""
+    """Feast's asynchronous call for each of these users, all in flight at once."""
 
-    async def one(user: int) -> None:
+    async def request(user: int) -> None:
         answer = await feast.get_online_features_async([f"{VIEW}:embedding"], [{"user_id": user}])
         assert answer.to_dict()["embedding"][0] is not None
 
-    await asyncio.gather(*(one(user) for user in users.tolist()))
+    await asyncio.gather(*(request(user) for user in users.tolist()))
 
 
 def asynchronous(store: str, ours: FeatureStore, stock: FeatureStore, turns: int) -> Iterable[Row]:
-    """Milliseconds a request when many are under way; stock SQLite cannot do it."""
+    """Milliseconds per request when many are in flight; stock SQLite cannot do it."""
     contenders = {"ours": ours} | ({"stock": stock} if store != "SQLite" else {})
     taken: dict[str, list[float]] = {name: [] for name in contenders}
     rng = np.random.default_rng(1)
@@ -141,10 +141,10 @@ def measure(quick: bool, home_path: Path) -> Iterable[Row]:
         home = Home.at(Path(folder) / "home").create()
         fill_lake(home, ENTITIES, WIDTH)
         for store in available():
-            place = Path(folder) / store
+            root = Path(folder) / store
             with (
-                opened(home, store, "ours", place / "ours") as ours,
-                opened(home, store, "stock", place / "stock") as stock,
+                opened(home, store, "ours", root / "ours") as ours,
+                opened(home, store, "stock", root / "stock") as stock,
             ):
                 materialize(ours)
                 materialize(stock)
@@ -165,11 +165,11 @@ def compare(store: str, ours: FeatureStore, stock: FeatureStore, turns: int) -> 
         taken: dict[str, list[float]] = {name: [] for name in readers}
         for turn in range(turns + 2):
             users = rng.choice(ENTITIES, count, replace=False)
-            # In another order each time: who comes after a long call is slowed down by it.
+            # In random order: a call that follows a long one is slowed down by it.
             for name, read in rng.permutation(np.array(list(readers.items()), dtype=object)):
                 start = time.perf_counter()
                 read(users)
-                if turn >= 2:  # before that, caches fill
+                if turn >= 2:  # the first turns warm the caches
                     taken[name].append(time.perf_counter() - start)
         milliseconds = {name: median(seconds) * 1e3 for name, seconds in taken.items()}
 

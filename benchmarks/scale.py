@@ -1,9 +1,9 @@
 """Growth: synthetic logs of 5 to 50 million behaviors through `bahe ingest`, and what follows.
 
 For 50 million behaviors there are 1 million users, 500,000 atoms and 5 million impressions, and in
-proportion for fewer. Each step runs in a process of its own, whose memory is that process's; ingest's time
-begins after its imports. DuckDB is given less memory than the process may take, and spills the rest to disk
-(TMPDIR needs tens of GB). Encoding is measured on a sample and extrapolated.
+proportion for fewer. Each step runs in a process of its own, whose memory is measured; ingest is timed from
+after its imports. DuckDB may use less memory than the process, and spills the rest to disk (TMPDIR needs
+tens of GB). Encoding is measured on a sample and extrapolated.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from bahe_core.progress import say
 from benchmarks.harness import Row, main
 
 SIZES = (5_000_000, 15_000_000, 50_000_000)
-"""Behaviors; ten times fewer when quick."""
+"""Behaviors; a tenth of them with `--quick`."""
 
 DAYS = 30
 SAMPLES = ((1_000, 5_000), (360, 1_500))
-"""Atoms that are encoded, whole and quick; two sizes, so that loading the model does not count."""
+"""Atoms encoded, by default and with `--quick`; two sizes, so that loading the model cancels out."""
 
 ALL_ATOMS = 500_000
 DUCKDB_MEMORY = "5GB"
@@ -65,20 +65,20 @@ def measure(quick: bool, _: Path) -> Iterable[Row]:
 
 
 def size_rows(folder: Path, size: int, seconds: list[float], *, whole: bool, last: bool) -> Iterable[Row]:
-    """One size of log; adds ingest's seconds to the list. The largest is also run again and extended."""
+    """One size of log; appends ingest's seconds to the list. The largest is also run again and extended."""
     log, home = folder / "log", folder / "home"
     say(f"{size:,} behaviors")
-    made = alone(make_log, log, size, DAYS)
+    written = alone(make_log, log, size, DAYS)
     whole_log = alone(ingest, log, home)
     seconds.append(whole_log.seconds)
     what = f"ingest of {size:,} behaviors"
-    demanded = last and whole
+    has_goal = last and whole
     yield Row(
         metric=what,
         value=whole_log.seconds,
         unit="s",
-        goal=f"< {MOST_SECONDS}" if demanded else None,
-        holds=whole_log.seconds < MOST_SECONDS if demanded else None,
+        goal=f"< {MOST_SECONDS}" if has_goal else None,
+        holds=whole_log.seconds < MOST_SECONDS if has_goal else None,
     )
     yield at_most(f"memory, {what}", whole_log.mebibytes, "MiB", MOST_MIB)
     if not last:
@@ -86,8 +86,8 @@ def size_rows(folder: Path, size: int, seconds: list[float], *, whole: bool, las
     yield Row(metric=f"rows a second, {what}", value=size / whole_log.seconds, unit="rows/s")
     yield Row(metric="bytes of lake a behavior", value=bytes_of(home / "lake") / size, unit="bytes")
     yield Row(metric="bytes of log a behavior", value=bytes_of(log) / size, unit="bytes")
-    yield Row(metric=f"synth of {size:,} behaviors", value=size / made.seconds, unit="rows/s")
-    yield at_most(f"memory, synth of {size:,} behaviors", made.mebibytes, "MiB", MOST_SYNTH_MIB)
+    yield Row(metric=f"synth of {size:,} behaviors", value=size / written.seconds, unit="rows/s")
+    yield at_most(f"memory, synth of {size:,} behaviors", written.mebibytes, "MiB", MOST_SYNTH_MIB)
     yield Row(metric=f"gate after {what}", value=alone(check, log, home).seconds, unit="s")
     again = alone(ingest, log, home)
     assert again.answer["skipped"], "the second run had something to do"
@@ -107,7 +107,7 @@ def size_rows(folder: Path, size: int, seconds: list[float], *, whole: bool, las
 
 def encode_rows(atoms: tuple[int, int]) -> Iterable[Row]:
     """Time to encode a sample of atoms, and from it the time of all of them."""
-    counted, took = [], []
+    counts, seconds = [], []
     for count in atoms:
         with tempfile.TemporaryDirectory() as folder:
             log, home = Path(folder) / "log", Path(folder) / "home"
@@ -115,10 +115,10 @@ def encode_rows(atoms: tuple[int, int]) -> Iterable[Row]:
             alone(ingest, log, home)
             alone(check, log, home)
             done = alone(encode, log, home)
-            counted.append(done.answer)
-            took.append(done.seconds)
-    measured = counted[1] - counted[0]
-    rate = measured / (took[1] - took[0])
+            counts.append(done.answer)
+            seconds.append(done.seconds)
+    measured = counts[1] - counts[0]
+    rate = measured / (seconds[1] - seconds[0])
     yield Row(metric=f"atoms encoded, measured on {measured:,}", value=rate, unit="atoms/s")
     yield Row(
         metric=f"encoding {ALL_ATOMS:,} atoms, extrapolated from {measured:,}",
@@ -146,7 +146,7 @@ def alone(step: Callable[..., Callable[[], Any]], *arguments: Any) -> Step:
 def _timed(step: Callable[..., Callable[[], Any]], arguments: tuple[Any, ...]) -> Step:
     configure_threads()
     os.environ["BAHE_MEMORY"] = DUCKDB_MEMORY
-    os.environ.setdefault("TQDM_DISABLE", "1")  # of libraries
+    os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' progress bars
     run = step(*arguments)
     with PeakMemory() as peak:
         start = time.perf_counter()
@@ -156,7 +156,7 @@ def _timed(step: Callable[..., Callable[[], Any]], arguments: tuple[Any, ...]) -
 
 
 def make_log(log: Path, size: int, days: int, atoms: int | None = None) -> Callable[[], Any]:
-    """A log of so many behaviors over the first 30 days, with everything else in proportion."""
+    """A log of `size` behaviors over the first 30 days, with everything else in proportion."""
     from bahe_synth.log import synth
 
     if log.exists():

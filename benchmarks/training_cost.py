@@ -1,8 +1,8 @@
 """What a training step costs, BAHE against the long-text LLM that it replaces.
 
-All contenders train the same deep layers on the same impressions of the same users: those with at least
-the longest prompt's tokens of history, so that no prompt is short. The peer is measured with several
-impressions per step and two ways of attention, and its fastest counts. A step is forward, backward and
+All contenders train the same deep layers on the same impressions of the same users: those whose history
+fills the longest prompt, so that no prompt is short. The peer is measured with several impressions per step
+and two implementations of attention, and its fastest counts. A step is forward, backward and
 optimiser.
 """
 
@@ -81,12 +81,12 @@ def step_times(
     # A packed step holds fewer users than BAHE's: its activations are those of every token.
     few_users = [rows for rows in planned(scene, among, 200) if len(rows) >= 100]
 
-    def some(rows: list[Int64]) -> Int64:
-        return rows[rng.integers(len(rows))]
+    def random_step(steps: list[Int64]) -> Int64:
+        return steps[rng.integers(len(steps))]
 
-    # By name, tokens and, for the peer, attention and impressions a step.
+    # By name, tokens and, for the peer, attention and impressions per step.
     contenders: dict[tuple[str, int, str], tuple[Callable[[Int64], float], Callable[[], Int64]]] = {
-        ("one pass", 0, ""): (one_pass, lambda: some(whole_users)),
+        ("one pass", 0, ""): (one_pass, lambda: random_step(whole_users)),
         ("per impression", 0, ""): (
             stepper(bahe_step(batches, share=False), batches.model, scene),
             lambda: rng.choice(among, 32, replace=False),
@@ -95,14 +95,14 @@ def step_times(
     for tokens, (attention, model) in product(prompts, models.items()):
         single = stepper(long_text_step(model, scene, tokens, packed=False), model, scene)
         packed = stepper(long_text_step(model, scene, tokens, packed=True), model, scene)
-        contenders["packed", tokens, attention] = (packed, lambda: some(few_users))
+        contenders["packed", tokens, attention] = (packed, lambda: random_step(few_users))
         for count in PEER_IMPRESSIONS_PER_STEP:
             contenders["text", tokens, f"{attention}, {count}"] = (
                 single,
                 lambda count=count: rng.choice(among, count, replace=False),  # type: ignore[misc]
             )
         single(among[:1])
-    one_pass(some(whole_users))  # a first step also allocates and compiles kernels
+    one_pass(random_step(whole_users))  # a first step also allocates and compiles kernels
     taken: dict[tuple[str, int, str], list[float]] = {name: [] for name in contenders}
     for _ in range(2 if quick else 7):
         for name, (step, rows_of) in contenders.items():
@@ -163,7 +163,7 @@ def peak_memory(home_path: Path) -> Iterable[Row]:
 
 
 def memory_of_step(kind: str, home_path: Path) -> float:
-    """MiB that a step of impressions of several users adds at its peak, optimiser state included."""
+    """MiB that a step on impressions of several users adds at its peak, optimiser state included."""
     from bahe_models.backbone import recompute_activations
 
     configure_threads()
@@ -182,7 +182,7 @@ def memory_of_step(kind: str, home_path: Path) -> float:
     rows = np.random.default_rng(0).choice(among, MEMORY_IMPRESSIONS, replace=False)
     run = stepper(step, model, scene)
     gc.collect()
-    with contextlib.suppress(OSError):  # what loading freed and the allocator kept would hide the step
+    with contextlib.suppress(OSError):  # memory that the allocator kept would hide the step's
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     before = PeakMemory()
     with before:
@@ -202,11 +202,11 @@ def slope(scene: Scene, repetitions: int) -> Row:
     runs: list[tuple[Callable[[Int64], float], int]] = []
     for length in HISTORY_LENGTHS:
         users = max(2, POSITIONS_PER_STEP // length)
-        nothing = np.zeros(users + 1, dtype=np.int64)
-        offsets = (np.arange(users + 1) * length, *(nothing for _ in channels[1:]))
+        no_behaviors = np.zeros(users + 1, dtype=np.int64)
+        offsets = (np.arange(users + 1) * length, *(no_behaviors for _ in channels[1:]))
         atoms = (
             rng.integers(len(scene.data.atoms_AD), size=users * length),
-            *(nothing[:0],) * (len(channels) - 1),
+            *(no_behaviors[:0],) * (len(channels) - 1),
         )
         # One impression after every behavior, as in a log where each impression becomes a behavior.
         count = users * length
@@ -225,7 +225,7 @@ def slope(scene: Scene, repetitions: int) -> Row:
         )
         data = replace(
             scene.data,
-            # A minute apart, each user's own clock from nought.
+            # A minute apart, each user's from zero.
             timelines=Timelines(
                 channels, offsets, atoms, tuple(np.arange(len(a)) % length * 60 * 10**6 for a in atoms)
             ),
@@ -251,7 +251,7 @@ def slope(scene: Scene, repetitions: int) -> Row:
 
 
 def epoch(scene: Scene, one_pass: Callable[[Int64], float], share: float) -> Iterable[Row]:
-    """Seconds of an epoch from evenly spaced steps, and how near it is to its matrix products alone."""
+    """Seconds of an epoch from evenly spaced steps, and how close it is to its matrix products alone."""
     import torch
 
     from bahe_models import window_batch
@@ -276,7 +276,7 @@ def epoch(scene: Scene, one_pass: Callable[[Int64], float], share: float) -> Ite
             settings.window,
             merged=settings.model.merged,
         )
-        # Bound and step alternate, so that both meet the same load of the machine.
+        # Bound and step alternate, so that both see the same load of the machine.
         rate = matmul_rate(list(dict.fromkeys(shapes)), len(batch.atoms_P), dtype)
         flops = 6 * len(batch.atoms_P) * sum(i * o for i, o in shapes)
         bounds.append(flops / rate)

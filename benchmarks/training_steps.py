@@ -1,4 +1,4 @@
-"""One training step of BAHE and of the long-text LLM on a demo's home, as the benchmarks time them."""
+"""One training step of BAHE and of the long-text LLM on the demo's home, as the benchmarks time them."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Scene:
 
 
 def read_scene(home: Home) -> Scene:
-    """Training data, language model and token timelines of a home that `bahe demo` filled."""
+    """Training data, language model and token timelines of a home filled by `bahe demo`."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -100,12 +100,12 @@ def read_scene(home: Home) -> Scene:
 
 
 def fresh_deep(scene: Scene) -> torch.nn.Module:
-    """The deep layers as loaded; no two contenders train the same copy."""
+    """A copy of the deep layers as loaded: each contender trains its own."""
     return copy.deepcopy(scene.halves.deep)
 
 
 def bahe_batches(scene: Scene, **changes: Any) -> Batches:
-    """BAHE, ready to train; `changes` are of its ModelConfig."""
+    """BAHE, ready to train; `changes` override its ModelConfig."""
     import torch
 
     from bahe_models import Batches, build_model
@@ -149,7 +149,7 @@ def bahe_step(batches: Batches, *, share: bool) -> Step:
 def long_text_step(
     model: LongText, scene: Scene, max_tokens: int, *, packed: bool, split_name: str = "train"
 ) -> Step:
-    """Logits by text prompts, in the precision that BAHE has."""
+    """Logits by text prompts, in the same precision as BAHE."""
     import torch
 
     from bahe_models.ctr_training import precision
@@ -199,7 +199,7 @@ def stepper(step: Step, model: torch.nn.Module, scene: Scene) -> Callable[[Int64
 def planned(
     scene: Scene, among: Int64, impressions_per_step: int, *, split_name: str = "train"
 ) -> list[Int64]:
-    """Steps as the trainer plans them: whole users, users of like length together."""
+    """Steps as the trainer plans them: whole users, users of similar length together."""
     from bahe_models.timelines import plan_steps
 
     split, rng = scene.data.splits[split_name], np.random.default_rng(0)

@@ -1,5 +1,5 @@
 """Deep Interest Network (Zhou et al., KDD 2018, arXiv 1706.06978) on IDs, with the same statistics and
-context.
+context as BAHE.
 
 Shape letters: N impressions, H behaviors of a history, V width of an ID embedding, F dense features.
 """
@@ -45,7 +45,7 @@ class Din(nn.Module):
     ) -> None:
         super().__init__()
         self.context = context_embedding(context, config)
-        known = 0 if self.context is None else self.context.width
+        context_width = 0 if self.context is None else self.context.width
         self.behavior = nn.Embedding(behaviors + 1, width)
         self.item = nn.Embedding(items + 1, width)
         for table in (self.behavior, self.item):
@@ -58,7 +58,7 @@ class Din(nn.Module):
         self.weight = nn.Linear(width, 1)
         self.head = nn.Sequential(
             nn.Dropout(0.2),
-            nn.Linear(3 * width + dense_features + known, hidden),
+            nn.Linear(3 * width + dense_features + context_width, hidden),
             nn.GELU(),
             nn.Linear(hidden, 1),
         )
@@ -102,8 +102,8 @@ def train_din(
 ) -> tuple[Callable[[Impressions], Scores], Trained]:
     """Train DIN on shuffled impressions; returns its scoring function and its history.
 
-    As BAHE it starts from the floor and is stopped early; steps and patience are what suits it. Context
-    is embedded as `model_config` says.
+    Like BAHE it starts from the floor and is stopped early, with step size and patience that suit it.
+    Context is embedded as `model_config` says.
     """
     config = own_settings(config, epochs=8, impressions_per_step=512)
     split = data.splits["train"]

@@ -34,13 +34,13 @@ class IdOnly(nn.Module):
     ) -> None:
         super().__init__()
         self.context = context_embedding(context, config)
-        known = 0 if self.context is None else self.context.width
+        context_width = 0 if self.context is None else self.context.width
         self.user = nn.Embedding(users + 1, width)
         self.item = nn.Embedding(items + 1, width)
         for table in (self.user, self.item):
             nn.init.normal_(table.weight, std=0.01)
         self.head = nn.Sequential(
-            nn.Dropout(0.2), nn.Linear(3 * width + known, hidden), nn.GELU(), nn.Linear(hidden, 1)
+            nn.Dropout(0.2), nn.Linear(3 * width + context_width, hidden), nn.GELU(), nn.Linear(hidden, 1)
         )
 
     def forward(
@@ -64,8 +64,8 @@ def train_id_only(
 ) -> tuple[Callable[[Impressions], Scores], Trained]:
     """Train the ID-only network; returns its scoring function and its history.
 
-    It gets what suits it: shuffled impressions, more and smaller steps, and more epochs than BAHE
-    under the same early stopping. Context is embedded as `model_config` says.
+    Its settings suit a small network: shuffled impressions, smaller steps and more epochs than BAHE,
+    and early stopping likewise. Context is embedded as `model_config` says.
     """
     config = own_settings(config, epochs=20, impressions_per_step=256)
     split = data.splits["train"]

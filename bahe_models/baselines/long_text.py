@@ -1,14 +1,14 @@
 """What BAHE replaces: the user's history as one long text through the same layers of the same LLM.
 
 Two forms that compute the same function. *Per impression*, as in BAHE's paper: the latest behaviors
-that fit, one prompt and one pass for each impression. *Packed*, which the paper does not have and which
-is fair to the peer: the history as one token stream, one causal pass for many impressions, each reading
+that fit, one prompt and one pass for each impression. *Packed*, which is not in the paper but fairer to
+this peer: the history as one token stream, one causal pass for many impressions, each reading
 the state at the last token before it.
 
 The user state is the last token's, because a causal pass has it for every prefix (a mean over tokens
 would also let text at the far end of the history count as much as the latest). There is no profile
-part: it sums atom vectors, which this model does not have, so those columns are zero. All else is
-BAHE's own head; item vectors come from the items' stored atoms, which spares the peer their tokens.
+part: it sums atom vectors, which this model does not have, so those columns are zero. The rest
+is BAHE's own head; item vectors come from the items' stored atoms, which saves the peer their tokens.
 
 Shape letters: N impressions, W windows, S tokens, D backbone width, V deep part of a vector.
 """
@@ -36,34 +36,34 @@ class TokenTimelines:
     starts: Int64
     """[behaviors + 1]: behavior b is `tokens[starts[b]:starts[b + 1]]`."""
     offsets: Int64
-    """[users + 1]: user u's behaviors are number `offsets[u]` to `offsets[u + 1]`."""
+    """[users + 1]: user u's behaviors are `offsets[u]` up to `offsets[u + 1]`."""
     start_token: int
-    """Put in front of every prompt; a user without behaviors is this token alone."""
+    """Begins every prompt; a user without behaviors is this token alone."""
 
     def spans(
         self, user_N: Int64, length_N: Int64, max_tokens: int, *, packed: bool
     ) -> tuple[Int64, Int64]:
-        """First and end position in `tokens` of what each impression reads, start token not counted.
+        """Begin and end in `tokens` of the span that each impression reads, without the start token.
 
         Spans end where the first `length_N` behaviors do, begin with a whole behavior and, with the
         start token, hold at most `max_tokens`. Per impression they begin as early as fits. Packed
-        they begin where BAHE's windows would (half of a window overlaps), so that many begin alike.
+        they begin where BAHE's windows would (half of a window overlaps), so that many share a beginning.
         """
         first_N = self.starts[self.offsets[user_N]]
         end_N = self.starts[self.offsets[user_N] + length_N]
         if packed:
             config = WindowConfig(size=max_tokens - 1, overlap=(max_tokens - 1) // 2)
-            wanted_N = first_N + window_start(end_N - first_N, config)
+            earliest_N = first_N + window_start(end_N - first_N, config)
         else:
-            wanted_N = np.maximum(first_N, end_N - (max_tokens - 1))
-        begin_N = self.starts[np.searchsorted(self.starts, wanted_N)]
+            earliest_N = np.maximum(first_N, end_N - (max_tokens - 1))
+        begin_N = self.starts[np.searchsorted(self.starts, earliest_N)]
         return np.minimum(begin_N, end_N), end_N  # one behavior may be longer than a window
 
 
 def token_timelines(
     tokenizer: Any, texts: Sequence[str], atom_B: Int64, offsets: Int64, max_tokens: int = 128
 ) -> TokenTimelines:
-    """Tokenise `texts` (one an atom) once and lay them out as behaviors `atom_B`, one line each."""
+    """Tokenise `texts` (one per atom) once and lay them out as behaviors `atom_B`, one line each."""
     lines: list[list[int]] = tokenizer(
         [f"{text}\n" for text in texts],
         truncation=True,
@@ -113,7 +113,7 @@ class LongText(nn.Module):
         packed: bool,
         tokens_per_pass: int = 16_384,
     ) -> torch.Tensor:
-        """User vectors [N, V + K] after the first `length_N` behaviors, their sums zero."""
+        """User vectors [N, V + K] after the first `length_N` behaviors, with zero sums."""
         head = self.head
         device = head.user_projection.weight.device
         begin_N, end_N = timelines.spans(user_N, length_N, max_tokens, packed=packed)
@@ -130,8 +130,10 @@ class LongText(nn.Module):
         states, row_W, offset = [], np.empty(len(first_W), dtype=np.int64), 0
         for group in like_lengths(count_W + 1):
             longest = int(count_W[group].max()) + 1
-            room = max(1, tokens_per_pass // longest)
-            for members in (group[i : i + room] for i in range(0, len(group), room)):
+            windows_per_pass = max(1, tokens_per_pass // longest)
+            for members in (
+                group[i : i + windows_per_pass] for i in range(0, len(group), windows_per_pass)
+            ):
                 column_S = np.arange(longest - 1)
                 present = column_S < count_W[members, None]
                 # Right padding: a causal layer's earlier positions never see it.

@@ -1,4 +1,4 @@
-"""What the baseline networks share: settings of their own and training on shuffled impressions."""
+"""What the baseline networks share: their settings, and training on shuffled impressions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from bahe_models.training_loop import Epoch, Task, Trained, fit, shuffled
 
 
 def own_settings(config: TrainingConfig, *, epochs: int, impressions_per_step: int) -> TrainingConfig:
-    """BAHE's rate, weight decay and seed, with the steps and the patience that suit a small network."""
+    """BAHE's learning rate, weight decay and seed, with steps and patience that suit a small network."""
     return TrainingConfig(
         epochs=epochs,
         patience=2,
@@ -36,7 +36,7 @@ def fit_shuffled(
     score: Callable[[Impressions], Scores],
     on_epoch: Callable[[Epoch], None],
 ) -> Trained:
-    """Train in place: `logits` of rows of the training split, early stopping by `score` on validation."""
+    """Train in place on `logits` of training rows, stopped early by `score` on the validation split."""
     train, validation = data.splits["train"], data.splits["validation"]
     task = Task(
         model=model,

@@ -217,7 +217,7 @@ def test_what_does_not_fit_the_model_is_refused() -> None:
         UserState(model, window, [ATOMS, ATOMS], [times] * 2, [ATOM_IDS])
     with pytest.raises(ValueError, match="as many times"):
         UserState(model, window, [ATOMS, ATOMS], [times, times[1:]], [ATOM_IDS] * 2)
-    with pytest.raises(ValueError, match="as many times or atom ids"):
+    with pytest.raises(ValueError, match="as many times and atom ids"):
         UserState(model, window, [ATOMS, ATOMS], [times, times], [ATOM_IDS, ATOM_IDS[1:]])
     with pytest.raises(ValueError, match=r"shape \(31,\)"):
         UserState(model, window, [ATOMS, ATOMS[:, :31]], [times, times], [ATOM_IDS] * 2)
@@ -240,7 +240,7 @@ def test_a_behavior_that_does_not_come_last_is_refused(
     before = state.vector()
     late = [(1, 4)] if mode[0] == "parallel" else [(1, 4), (0, 4), (0, 5)]
     for channel, time_us in late:
-        with pytest.raises(ValueError, match=f"channel {channel} at {time_us} comes after"):
+        with pytest.raises(ValueError, match=f"channel {channel} at {time_us} was appended after"):
             state.append(channel, ATOMS[0], time_us, ATOM_IDS[0])
     assert torch.equal(state.vector(), before)
     assert state.lengths == (1, 1)

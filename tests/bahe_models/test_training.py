@@ -179,11 +179,13 @@ def with_statistic(data: TrainingData, value: float) -> TrainingData:
 BAD_DATA: dict[str, Callable[[TrainingData], TrainingData]] = {
     "1 atom vectors hold NaN": lambda d: with_hole(d, np.nan),
     "1 atom vectors hold NaN or infinity": lambda d: with_hole(d, -np.inf),
-    r"1 rows of the disliked timelines name atoms .* \(row 20, of 20\)": lambda d: with_timelines(d, 20),
-    r"the disliked timelines name atoms .* \(row -1, of 20\)": lambda d: with_timelines(d, -1),
-    "the items' texts name atoms": lambda d: replace(d, item_atom_I=d.item_atom_I + 1),
-    "the train split name items": lambda d: with_first(d, "item_N", 20),
-    "the train split name users": lambda d: with_first(d, "user_N", -1),
+    r"1 rows of the disliked timelines point to atoms .* \(row 20, of 20\)": lambda d: with_timelines(
+        d, 20
+    ),
+    r"the disliked timelines point to atoms .* \(row -1, of 20\)": lambda d: with_timelines(d, -1),
+    "the items' texts point to atoms": lambda d: replace(d, item_atom_I=d.item_atom_I + 1),
+    "the train split point to items": lambda d: with_first(d, "item_N", 20),
+    "the train split point to users": lambda d: with_first(d, "user_N", -1),
     "only one class": lambda d: broken(d, clicked_N=np.zeros(len(d.splits["train"]), dtype=np.float32)),
     "not 0 or 1": lambda d: with_first(d, "clicked_N", 0.5),
     "clicked is not 0 or 1 everywhere in the train": lambda d: with_first(d, "clicked_N", np.nan),
@@ -217,7 +219,7 @@ def test_vectors_of_another_width_are_refused(tiny_backbone: Path) -> None:
     data = toy_data()
     artifact = toy_artifact(toy_batches(data, tiny_backbone))
     narrow = data.atoms_AD[:, :16]
-    with pytest.raises(BadInput, match="16 numbers and the backbone reads 32"):
+    with pytest.raises(BadInput, match="width 16, but the backbone reads 32"):
         toy_batches(replace(data, atoms_AD=narrow), tiny_backbone)
     atoms, test = torch.from_numpy(narrow), data.splits["test"]
     with pytest.raises(BadInput, match="bahe-toy reads 32; give it those of enc-toy"):

@@ -287,7 +287,7 @@ def test_a_schema_without_a_lake_holds_no_data_yet(config: LakeConfig, tmp_path:
         ({"catalogue": "postgresql://me@host", "data": "/d"}, "not of the form"),
         ({"catalogue": "postgresql://me@host/db"}, "`data` is missing"),
         ({"catalogue": "postgresql://me@host/db", "data": "ftp://d"}, "s3://bucket/prefix"),
-        ({"catalogue": "postgresql://me@host/db", "data": "/d", "schema": "A b"}, "small letters"),
+        ({"catalogue": "postgresql://me@host/db", "data": "/d", "schema": "A b"}, "lower-case letters"),
         ({"catalog": "postgresql://me@host/db"}, "not a known field"),
     ],
 )
