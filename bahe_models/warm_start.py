@@ -22,10 +22,10 @@ _SHAPE_FIELDS = (
     "head_width",
     "channels",
     "behavior_ids",
+    "item_ids",
     "id_width",
 )
 _CONTEXT_FIELDS = ("context_buckets", "context_width")
-
 
 _AFRESH = "train afresh, without --warm-start (for a night: --retrain fresh)"
 
@@ -71,7 +71,8 @@ def require_fit(
         raise BadInput(
             f"{artifact.model_version} reads time gaps; set model.time_gaps to true, or {_AFRESH}."
         )
-    for name in (*_SHAPE_FIELDS, *(_CONTEXT_FIELDS if context else ())):
+    of_head = ("cross_layers",) if config.head == "dcn" else ()
+    for name in (*_SHAPE_FIELDS, *of_head, *(_CONTEXT_FIELDS if context else ())):
         their_value, our_value = (getattr(c, name) for c in (artifact.model.config, config))
         if their_value != our_value:
             raise BadInput(

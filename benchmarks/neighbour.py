@@ -38,7 +38,8 @@ def seconds_per_step(home: Path, steps: int, *, sleeping: bool) -> float:
     """Median seconds of a training step in this process, which must not have loaded torch yet."""
     configure_threads()
     if not sleeping:
-        del os.environ["OMP_WAIT_POLICY"]
+        for name in ("OMP_WAIT_POLICY", "KMP_BLOCKTIME"):
+            del os.environ[name]
     from benchmarks.training_steps import bahe_batches, bahe_step, planned, read_scene, stepper
 
     scene = read_scene(Home.at(home))
