@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 Scores = npt.NDArray[np.float64]
 Contender = Callable[[Scene, "TrainingConfig"], tuple[Scores, float]]
-"""Trains on a scene; returns logits of its test split, and the seconds of training, validating and scoring it."""
+"""Trains on a scene; returns logits of its test split, and the seconds of all that."""
 
 EPOCHS = 3
 IMPRESSIONS_PER_STEP = 200

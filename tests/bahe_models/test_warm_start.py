@@ -91,8 +91,8 @@ def test_what_does_not_fit_is_refused(yesterday: tuple[Artifact, Batches], tiny_
     with pytest.raises(BadInput, match=r"model\.channels parallel, not merged"):
         start_from(artifact, toy_batches(data, tiny_backbone, channels="merged"), encoder_version="enc-toy")
     crossed = toy_artifact(toy_batches(data, tiny_backbone, head="dcn", cross_layers=1))
+    more = toy_batches(data, tiny_backbone, head="dcn", cross_layers=2)
     with pytest.raises(BadInput, match=r"model\.cross_layers 1, not 2"):
-        more = toy_batches(data, tiny_backbone, head="dcn", cross_layers=2)
         start_from(crossed, more, encoder_version="enc-toy")
     timed = toy_artifact(toy_batches(data, tiny_backbone, time_gaps=True))
     with pytest.raises(BadInput, match=r"set model\.time_gaps to true"):
