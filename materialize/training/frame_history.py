@@ -27,12 +27,12 @@ from bahe_core.home import Home
 from bahe_lake.catalogue import scalar
 from bahe_lake.connection import lake
 from bahe_lake.sql import sql_literal
-from bahe_lake.vector_columns import vector_matrix
-from bahe_lake.versions import item_texts_shown
 from bahe_models import Int64
 from materialize.config.dataset import home_dataset
 from materialize.frames.frame import Frame
+from materialize.frames.item_texts import item_texts_shown
 from materialize.vectors.stored_atoms import current_encoder
+from materialize.vectors.vector_columns import vector_matrix
 
 BATCH_ROWS = 122_880
 """Rows that are in memory at a time while the files are written."""

@@ -11,11 +11,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from bahe_core.errors import BadInput
-from bahe_lake.versions import item_texts_shown
 from bahe_models import Impressions, Int64, TrainingData, needed_columns
 from bahe_models.context import MISSING, hash_values
 from materialize.config.dataset import context_column
 from materialize.frames.frame import SPLITS, Frame
+from materialize.frames.item_texts import item_texts_shown
 from materialize.vectors.stored_atoms import read_atoms
 from materialize.vectors.timelines import read_timelines
 

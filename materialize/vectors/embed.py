@@ -28,7 +28,6 @@ from bahe_lake.catalogue import columns, scalar, snapshot
 from bahe_lake.connection import lake
 from bahe_lake.sql import sql_literal
 from bahe_lake.transactions import commit
-from bahe_lake.vector_columns import vector_column
 from bahe_models import Artifact, load, require_servable
 from materialize.config.dataset import home_dataset
 from materialize.executors import LOCAL, ExecutorConfig, start
@@ -43,6 +42,7 @@ from materialize.vectors.stale_vectors import (
 )
 from materialize.vectors.stored_atoms import Atoms
 from materialize.vectors.user_embedder import UserEmbedder, atoms_needed, device_of, user_embedder
+from materialize.vectors.vector_columns import vector_column
 
 JOB = "embed"
 USERS_PER_BATCH = 20_000

@@ -27,7 +27,6 @@ from bahe_lake.catalogue import scalar
 from bahe_lake.connection import LAKE, lake
 from bahe_lake.sql import sql_literal
 from bahe_lake.transactions import commit
-from bahe_lake.vector_columns import vector_column
 from bahe_models import BackboneConfig, EncoderConfig, encoder_version, load_backbone
 from materialize.config.backbone import encoder_settings
 from materialize.config.dataset import home_dataset
@@ -42,6 +41,7 @@ from materialize.vectors.chunks import (
     missing_chunks,
 )
 from materialize.vectors.encoder_versions import other_versions_in_use, vector_identity
+from materialize.vectors.vector_columns import vector_column
 
 JOB = "encode"
 TABLE = "atomic_behavior_embedding"

@@ -16,8 +16,8 @@ from bahe_core.errors import NotReady
 from bahe_core.home import Home
 from bahe_lake import runs
 from bahe_lake.catalogue import scalar
-from bahe_lake.vector_columns import vector_matrix
 from bahe_models import Int64
+from materialize.vectors.vector_columns import vector_matrix
 
 NOT_ENCODED = "some atoms have no vector yet; run `bahe encode` first."
 

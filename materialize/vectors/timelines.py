@@ -11,9 +11,9 @@ import pyarrow.compute as pc
 
 from bahe_core.errors import NotReady
 from bahe_lake.sql import sql_literal
-from bahe_lake.vector_columns import vector_matrix
 from bahe_models import Int64, Timelines
 from materialize.vectors.stored_atoms import NOT_ENCODED, Atoms
+from materialize.vectors.vector_columns import vector_matrix
 
 
 def read_timelines(

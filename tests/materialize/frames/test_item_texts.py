@@ -6,7 +6,7 @@ import duckdb
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bahe_lake.versions import item_texts_shown
+from materialize.frames.item_texts import item_texts_shown
 
 SECONDS = st.integers(0, 6)  # few, so that ties are the rule
 
