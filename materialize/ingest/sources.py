@@ -28,6 +28,21 @@ from materialize.config.dataset import ImpressionTable, Table
 FILE = "_bahe_file"
 """The column that says which file a row of several comes from."""
 
+_READ_FILES = frozenset(
+    {
+        *(f"read_{kind}" for kind in ("csv", "csv_auto", "json", "json_auto", "ndjson", "ndjson_auto")),
+        *(f"read_{kind}" for kind in ("json_objects", "ndjson_objects", "parquet", "blob", "text", "xlsx")),
+        *("parquet_scan", "arrow_scan", "sqlite_scan"),
+    }
+)
+"""Table functions of files that lie here; of a database (`postgres_scan`) no file tells anything."""
+
+_CHANGES_BY_ITSELF = re.compile(
+    r"\b(now|today|random|uuid|uuidv4|uuidv7|get_current_\w+|getenv|getvariable)\s*\("
+    r"|\bcurrent_(date|time|timestamp)\b",
+    re.IGNORECASE,
+)
+
 _NEWER = ("timestamp_format", "csv", "types")
 
 CREATE = """
@@ -188,9 +203,19 @@ def suffix(path: str) -> str:
     return path.removesuffix(".gz").rsplit(".", 1)[-1].lower()
 
 
+def _reads_elsewhere(query: str) -> bool:
+    """Whether the answer may change though no file does: a database, the clock, chance."""
+    text = re.sub(r"'[^']*'|--[^\n]*|/\*.*?\*/", "''", query, flags=re.DOTALL)
+    functions = re.findall(r"(?:\bfrom|\bjoin|,)\s*(?:lateral\s+)?([a-z_]\w*)\s*\(", text, re.IGNORECASE)
+    tables = {
+        name.lower() for name in functions if re.search(r"scan|query|read|table", name, re.IGNORECASE)
+    }
+    return bool(tables - _READ_FILES) or _CHANGES_BY_ITSELF.search(text) is not None
+
+
 def _may_read(query: str, folder: Path) -> list[object]:
     """What a query may read: the files beside dataset.yaml, and those that its literals name."""
-    if "://" in query:
+    if "://" in query or _reads_elsewhere(query):
         return [uuid4().hex]  # there is no telling, so it is read every time
     paths = {path for path in folder.glob("*") if path.suffix not in (".yaml", ".yml")}
     for literal in re.findall(r"'([^']+)'", query):

@@ -7,20 +7,22 @@ import os
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import pandas as pd
 import pytest
 import yaml
-from typer.testing import CliRunner
 
-from bahe import cli
 from bahe_core.errors import BadInput
 from bahe_core.home import Home
 from bahe_lake import runs
 from bahe_lake.catalogue import columns, scalar
 from bahe_lake.connection import lake
+from materialize.config.dataset import load_dataset
 from materialize.ingest import derive
 from materialize.ingest.ingest import ingest
-from materialize.ingest.quarantine import quarantined
+from materialize.ingest.quarantine import quarantined, released
+from materialize.ingest.sources import find_sources
+from tests.support.cli import call
 from tests.support.logs import small_log, write_dataset
 
 Log = dict[str, pd.DataFrame]
@@ -199,9 +201,7 @@ def test_bad_rows_are_set_aside_until_they_are_corrected(tmp_path: Path, home: H
         ingest(home, path)
     assert not (home.root / "dataset.yaml").exists()
     edit(path, quarantine={"max_share": 0.02})
-    arguments = ["--home", str(home.root)]
-    said = CliRunner().invoke(cli.app, ["ingest", str(path), *arguments])
-    assert said.exit_code == 0, said.output
+    said = call("ingest", path, home=home)
     assert "set aside: 3 behaviors, 5 impressions; `bahe quarantine` shows them" in said.output
     assert "gate ingest: passed" in said.output
     assert answer(home, "SELECT count(*) FROM behaviors") == [(597,)]
@@ -220,9 +220,9 @@ def test_bad_rows_are_set_aside_until_they_are_corrected(tmp_path: Path, home: H
     assert example["source"] == str(tmp_path / "log" / "impressions.parquet")
     assert (example["row_number"], example["row"]["item_id"]) == (11, 999)
     assert example["reason"] == "item_id 999 is not in items; add it there with a text"
-    shown = CliRunner().invoke(cli.app, ["quarantine", *arguments])
+    shown = call("quarantine", home=home)
     assert "unknown item" in shown.output
-    as_json = json.loads(CliRunner().invoke(cli.app, ["quarantine", *arguments, "--json"]).stdout)
+    as_json = json.loads(call("quarantine", "--json", home=home).stdout)
     assert sum(group["rows"] for group in as_json) == 8
     assert ingest(home, path).skipped
     # The item becomes known: its impression enters, though its file is as it was.
@@ -309,6 +309,57 @@ def test_csv_ids_are_what_the_lake_has(tmp_path: Path, home: Home) -> None:
     ]
     (held,) = quarantined(home)
     assert held.examples[0]["reason"] == "item_id many is not exactly BIGINT, as the lake has it"
+
+
+@pytest.mark.parametrize("form", ["seconds", "text"])
+def test_a_time_in_the_future_leaves_quarantine_when_it_has_come(
+    form: str, tmp_path: Path, home: Home
+) -> None:
+    log = small_log(rows=100)
+    moment = pd.Timestamp.now("UTC").floor("s") + pd.Timedelta("30D")
+    log["behaviors"].loc[3, "event_timestamp"] = moment
+    if form == "seconds":
+        log["behaviors"]["event_timestamp"] = (
+            log["behaviors"]["event_timestamp"].dt.as_unit("s").astype("int64")
+        )
+    else:
+        log["behaviors"]["event_timestamp"] = log["behaviors"]["event_timestamp"].astype(str)
+    path = write_dataset(tmp_path / "log", log, quarantine={"max_share": 0.1})
+    assert ingest(home, path).quarantined == {"behaviors": 1}
+    with lake(home) as connection:
+        files = [
+            released(
+                connection, "behaviors", (moment + pd.Timedelta(days, "D")).to_pydatetime(), new_items=False
+            )
+            for days in (-1, 1)
+        ]
+    assert files == [set(), {str(tmp_path / "log" / "behaviors.parquet")}]
+
+
+@pytest.mark.parametrize(
+    ("query", "is_the_same"),
+    [
+        ("SELECT * FROM 'items.parquet' JOIN read_csv('more.csv') USING (item_id), range(3)", True),
+        (
+            "SELECT 'from postgres_scan(' || now_at AS text FROM read_parquet('items.parquet') -- now()",
+            True,
+        ),
+        ("SELECT * FROM postgres_scan('dbname=shop', 'public', 'items')", False),
+        ("SELECT * FROM 'items.parquet' JOIN sqlite_query('shop.db', 'SELECT 1') USING (item_id)", False),
+        ("SELECT *, now() AS event_timestamp FROM 'items.parquet'", False),
+        ("SELECT * FROM 'items.parquet' WHERE since < CURRENT_DATE", False),
+        ("SELECT * FROM 's3://shop/items.parquet'", False),
+    ],
+)
+def test_a_query_of_which_files_do_not_tell_is_read_every_time(
+    query: str, is_the_same: bool, tmp_path: Path
+) -> None:
+    path = write_dataset(tmp_path / "log", small_log(rows=50))
+    edit(path, items={"sql": query})
+    sections = {"items": load_dataset(path).items}
+    with duckdb.connect() as connection:
+        first, second = (find_sources(connection, sections, path.parent)["items"].spec for _ in range(2))
+    assert (first == second) == is_the_same
 
 
 def test_a_query_is_read_whole_when_its_files_change(tmp_path: Path, home: Home) -> None:
