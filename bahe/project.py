@@ -124,9 +124,10 @@ class Project:
         `target` says where online values lie from now on: sqlite, redis, postgres, or a file of settings.
         """
         from feature_repo.store import apply
+        from materialize.config.dataset import home_dataset
 
         with job("apply"):
-            registered = apply(self.home, target)
+            registered = apply(self.home, target, online=home_dataset(self.home).features.numeric)
             say(f"  registered {registered}")
         return registered
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from bahe_models.ctr_training import Batches, build_model, fit_dense, item_id_rows, table_ids, train
     from bahe_models.encoder import AtomicEncoder, encoder_version
     from bahe_models.evaluation import SplitEvaluation, evaluate
-    from bahe_models.features import DenseFeatures, logit, needed_columns
+    from bahe_models.features import DenseFeatures, column_of, logit, needed_columns
     from bahe_models.impressions import Impressions, TrainingData
     from bahe_models.incremental import UserState
     from bahe_models.metrics import auc, expected_calibration_error, gauc, log_loss
@@ -49,6 +49,7 @@ _MODULES = {
     "load_backbone": "backbone",
     "log_loss": "metrics",
     "logit": "features",
+    "column_of": "features",
     "needed_columns": "features",
     "require_servable": "artifact_folder",
     "seeded": "training_loop",
@@ -86,6 +87,7 @@ __all__ = [
     "WindowConfig",
     "auc",
     "build_model",
+    "column_of",
     "encoder_version",
     "evaluate",
     "expected_calibration_error",

@@ -83,6 +83,7 @@ def fit_dense(data: TrainingData) -> DenseFeatures:
         train.time_us_N,
         channels=data.timelines.channels,
         click_rate=float(train.clicked_N.mean()),
+        numeric=data.numeric,
     )
 
 

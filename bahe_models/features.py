@@ -29,6 +29,11 @@ def needed_columns() -> list[str]:
     return [f"{entity}_{kind}" for entity in ENTITIES for kind in kinds]
 
 
+def column_of(reference: str) -> str:
+    """The column of a frame, or of an online answer, that holds the feature `view:feature`."""
+    return reference.partition(":")[2]
+
+
 def logit(rate: Float) -> Float:
     """Log-odds, bounded so that a rate of 0 or 1 stays finite."""
     bounded = np.clip(rate, RATE_BOUND, 1 - RATE_BOUND)
@@ -45,6 +50,8 @@ class DenseFeatures:
     """Click rate of the training rows: the rate of a user or item without statistics."""
     mean: tuple[float, ...]
     deviation: tuple[float, ...]
+    numeric: tuple[str, ...] = ()
+    """Further features, as `view:feature` (`features.numeric` of dataset.yaml)."""
 
     @classmethod
     def fit(
@@ -55,9 +62,10 @@ class DenseFeatures:
         *,
         channels: Sequence[str],
         click_rate: float,
+        numeric: Sequence[str] = (),
     ) -> DenseFeatures:
         """Learn the standardisation from the training rows."""
-        raw = _raw(columns, lengths_NC, now_us, click_rate)
+        raw = _raw(columns, lengths_NC, now_us, click_rate, numeric)
         with warnings.catch_warnings():
             # A column without values in the training rows has neither; 0 and 1 take their place below.
             warnings.simplefilter("ignore", RuntimeWarning)
@@ -67,7 +75,13 @@ class DenseFeatures:
             click_rate=click_rate,
             mean=tuple(np.nan_to_num(mean).tolist()),
             deviation=tuple(np.where(deviation > 1e-6, deviation, 1.0).tolist()),
+            numeric=tuple(numeric),
         )
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of the columns that `transform` reads."""
+        return [*needed_columns(), *map(column_of, self.numeric)]
 
     @property
     def names(self) -> list[str]:
@@ -76,6 +90,7 @@ class DenseFeatures:
             "floor_logit",
             *(f"{e}_{k}" for e in ENTITIES for k in ("rate_logit", "log_impressions", "log_age")),
             *(f"log_length_{channel}" for channel in self.channels),
+            *(f"log_{column_of(reference)}" for reference in self.numeric),
         ]
 
     def floor(self, columns: Columns) -> Float:
@@ -89,7 +104,7 @@ class DenseFeatures:
         now_us: npt.NDArray[np.int64],
     ) -> npt.NDArray[np.float32]:
         """Standardised features [N, F]; unknown values are 0, the training mean."""
-        raw = _raw(columns, lengths_NC, now_us, self.click_rate)
+        raw = _raw(columns, lengths_NC, now_us, self.click_rate, self.numeric)
         scaled = (raw - np.array(self.mean)) / np.array(self.deviation)
         features: npt.NDArray[np.float32] = np.clip(np.nan_to_num(scaled), -LARGEST, LARGEST).astype(
             np.float32
@@ -113,6 +128,7 @@ def _raw(
     lengths_NC: npt.NDArray[np.int64],
     now_us: npt.NDArray[np.int64],
     click_rate: float,
+    numeric: Sequence[str],
 ) -> Float:
     features = [_floor(columns, click_rate)]
     for entity in ENTITIES:
@@ -122,4 +138,7 @@ def _raw(
         age = (now_us - columns[f"{entity}_last_impression_us"]) / 1e6
         features.append(np.log1p(np.maximum(age, 0.0)))
     features.extend(np.log1p(lengths_NC).T)
+    for reference in numeric:  # prices and counts alike span orders of magnitude; unknown stays NaN
+        values = np.asarray(columns[column_of(reference)], dtype=np.float64)
+        features.append(np.sign(values) * np.log1p(np.abs(values)))
     return np.stack(features, axis=1)

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bahe_core.errors import BadInput
-from bahe_models.features import needed_columns
+from bahe_models.features import column_of, needed_columns
 from bahe_models.timelines import Int64, Timelines
 
 
@@ -66,6 +66,8 @@ class TrainingData:
     """`train`, `validation` and `test`."""
     context: tuple[str, ...] = ()
     """Names of the context columns."""
+    numeric: tuple[str, ...] = ()
+    """Further dense features, as `view:feature`, each with its column in the splits."""
 
     def known_lengths(self) -> Int64:
         """How much of each timeline training may read, [users, C].
@@ -89,12 +91,13 @@ class TrainingData:
             self._check_split(name, self.splits[name])
 
     def _check_split(self, name: str, split: Impressions) -> None:
-        missing = [c for c in needed_columns() if c not in split.columns]
+        needed = [*needed_columns(), *map(column_of, self.numeric)]
+        missing = [c for c in needed if c not in split.columns]
         if missing:
             raise BadInput(
                 f"the frame has no column {missing[0]}; pull it with the feature service ctr_training."
             )
-        for column in needed_columns():  # NaN is allowed: it means unknown
+        for column in needed:  # NaN is allowed: it means unknown
             if np.isinf(split.columns[column]).any():
                 raise BadInput(f"{column} is infinite in the {name} split; pull the frame again.")
         hashed = 0 if split.context_NX is None else split.context_NX.shape[1]

@@ -50,6 +50,7 @@ def require_fit(
     encoder_version: str,
     channels: Sequence[str],
     context: Sequence[str],
+    numeric: Sequence[str],
     config: ModelConfig,
 ) -> None:
     """Raises BadInput when a model of this configuration cannot start from the artifact."""
@@ -61,6 +62,7 @@ def require_fit(
     for kind, theirs, ours in (
         ("channels", artifact.dense.channels, channels),
         ("context columns", artifact.context_columns, context),
+        ("numeric features", artifact.dense.numeric, numeric),
     ):
         if tuple(theirs) != tuple(ours):
             raise BadInput(
@@ -95,6 +97,7 @@ def start_from(artifact: Artifact, batches: Batches, *, encoder_version: str) ->
         encoder_version=encoder_version,
         channels=batches.data.timelines.channels,
         context=batches.data.context,
+        numeric=batches.data.numeric,
         config=batches.model.config,
     )
     own = batches.model.state_dict()

@@ -8,7 +8,7 @@ import os
 import re
 import sqlite3
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -169,9 +169,10 @@ def online_errors(home: Home) -> Iterator[None]:
         ) from None
 
 
-def apply(home: Home, target: str | None = None) -> str:
+def apply(home: Home, target: str | None = None, *, online: Collection[str] = ()) -> str:
     """Register feature_repo's definitions in the home's registry; returns what is registered, in words.
 
+    Views named by `online` (`view` or `view:feature`) can be published, whatever the definitions say.
     `target`, else BAHE_FEATURE_STORE, says where online values shall lie from now on (see `configuration`);
     else they stay where they are. The home keeps the choice once Feast has registered all with it. Raises
     NotReady before the first ingest, since Feast infers types from the lake.
@@ -193,15 +194,19 @@ def apply(home: Home, target: str | None = None) -> str:
             if isinstance(thing, Entity | FeatureView | FeatureService)
         ]
     )
+    views = {reference.partition(":")[0] for reference in online}
+    for view in objects:
+        if isinstance(view, FeatureView) and view.name in views:
+            view.online = True
     with home.exclusive():
         before = configuration(home)["online_store"] if home.feature_store_yaml.is_file() else None
         settings = configuration(home, target or os.environ.get("BAHE_FEATURE_STORE") or None)
         with replace_atomically(home.feature_store_yaml) as candidate, online_errors(home):
             candidate.write_text(_text(settings))
             FeatureStore(fs_yaml_file=candidate).apply(objects)
-    entities, views, services = (
+    entities, registered, services = (
         sum(isinstance(thing, kind) for thing in objects) for kind in (Entity, FeatureView, FeatureService)
     )
     moved = before is not None and before != settings["online_store"]
     also = "; the online store is another one now, so run `bahe publish`" if moved else ""
-    return f"{entities} entities, {views} feature views, {services} feature services{also}"
+    return f"{entities} entities, {registered} feature views, {services} feature services{also}"

@@ -17,10 +17,11 @@ import pyarrow.parquet as pq
 from bahe_core.errors import BadInput, Damaged, NotReady, UnknownEntity
 from bahe_core.home import Home
 from bahe_core.results import Result
-from bahe_models import needed_columns
+from bahe_models import column_of, needed_columns
 from bahe_models.artifact_folder import read_config
 from feast_ducklake.online.rows import Vectors
 from feast_ducklake.online.vectors import VectorReader
+from feature_repo.references import numeric_features
 from feature_repo.store import online_errors, open_store
 from materialize.release.pointer import DEPLOYMENT
 
@@ -65,6 +66,16 @@ class Answer(Result):
     scores: list[Score]
 
 
+@dataclass(frozen=True)
+class _Inputs:
+    """What a model reads of the online store beside vectors."""
+
+    model_version: str
+    channels: tuple[str, ...]
+    references: Mapping[str, list[str]]
+    """Features of `user` and of `item`, as `view:feature`."""
+
+
 @contextmanager
 def _the_servers_fault() -> Iterator[None]:
     """Reading the live model: that it is not there (yet) is the server's state, not the request's."""
@@ -81,7 +92,7 @@ class OnlineLookup:
         self._home = home
         self._store = open_store(home)
         self._artifacts: dict[str, Artifact] = {}
-        self._channels: tuple[str, tuple[str, ...]] = ("", ())
+        self._inputs = _Inputs("", (), {})
         """Of the last version asked for."""
         self._items: dict[Identifier, str] = {}
         self._items_changed = -1
@@ -111,13 +122,21 @@ class OnlineLookup:
                     del self._artifacts[earlier]
             return self._artifacts[version]
 
-    def _channels_of(self, version: str) -> tuple[str, ...]:
-        """The model's channels, without reading its weights."""
-        if self._channels[0] != version:
+    def _inputs_of(self, version: str) -> _Inputs:
+        """What the model reads, without reading its weights."""
+        if self._inputs.model_version != version:
             with _the_servers_fault():
-                config = read_config(self._home.models / version)
-            self._channels = (version, tuple(config["dense"]["channels"]))
-        return self._channels[1]
+                dense = read_config(self._home.models / version)["dense"]
+                numeric = numeric_features(self._store, dense.get("numeric", ()))
+            of_entity = {
+                entity: [
+                    *(f"{entity}_stats:{c}" for c in needed_columns() if c.startswith(f"{entity}_")),
+                    *(str(reference) for reference in numeric if reference.entity == entity),
+                ]
+                for entity in ("user", "item")
+            }
+            self._inputs = _Inputs(version, tuple(dense["channels"]), of_entity)
+        return self._inputs
 
     def catalogue(self) -> dict[Identifier, str]:
         """Text of every item that can be recommended, by id."""
@@ -136,10 +155,10 @@ class OnlineLookup:
     def user(self, user_id: Identifier) -> UserFeatures:
         """A user's features. Raises UnknownEntity when the user is not in the online store."""
         version = self.live_version()
-        channels = self._channels_of(version)
+        inputs = self._inputs_of(version)
         user_id = self._as_stored("user_embedding", "user_id", user_id)
-        statistics = [f"user_stats:{c}" for c in needed_columns() if c.startswith("user_")]
-        lengths = [f"user_timeline:length_{channel}" for channel in channels]
+        statistics = inputs.references["user"]
+        lengths = [f"user_timeline:length_{channel}" for channel in inputs.channels]
         values = self._read(
             [
                 f"user_embedding:{VECTOR}",
@@ -157,7 +176,7 @@ class OnlineLookup:
                 " ingest, embed and publish the user first."
             )
         behaviors = int(values["behaviors"][0] or 0)
-        named = [reference.split(":")[1] for reference in statistics + lengths]
+        named = [column_of(reference) for reference in statistics + lengths]
         return UserFeatures(
             user_id=user_id,
             model_version=version,
@@ -244,7 +263,7 @@ class OnlineLookup:
                 statistics[name] if name in statistics else [user.statistics[name]] * count,
                 dtype=np.float64,
             )
-            for name in needed_columns()
+            for name in artifact.dense.columns
         }
         lengths_C = [int(user.statistics[f"length_{c}"] or 0) for c in artifact.dense.channels]
         now = at or datetime.now(UTC)
@@ -270,9 +289,9 @@ class OnlineLookup:
             vectors = self._item_vectors.read({"item_id": items, "model_version": [version] * len(items)})
         if not items:
             return vectors, {}
-        names = [c for c in needed_columns() if c.startswith("item_")]
-        values = self._read([f"item_stats:{name}" for name in names], [{"item_id": item} for item in items])
-        return vectors, {name: values[name] for name in names}
+        references = self._inputs_of(version).references["item"]
+        values = self._read(references, [{"item_id": item} for item in items])
+        return vectors, {column_of(reference): values[column_of(reference)] for reference in references}
 
     @cached_property
     def _item_vectors(self) -> VectorReader:

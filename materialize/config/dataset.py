@@ -172,6 +172,16 @@ class Split(_Section):
         return self
 
 
+class FeaturesConfig(_Section):
+    """What the CTR model reads beside vectors, history and the statistics that it always reads."""
+
+    numeric: list[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*(:[A-Za-z_][A-Za-z0-9_]*)?$")]] = (
+        Field(default_factory=list)
+    )
+    """Numbers of a user or an item, as `view:feature` or a whole `view` of the feature store: attributes
+    (`item_attributes:price`), statistics of windows (`user_stats_7d`), behaviors by channel."""
+
+
 class Dataset(_Section):
     """A whole dataset.yaml."""
 
@@ -190,6 +200,8 @@ class Dataset(_Section):
     """How fresh the features are that serving reads. An impression of a training frame sees what was known
     strictly before the start of its day (UTC), as when `bahe daily` publishes every night; the start of its
     hour; or, with `live`, its own instant, as when a service is told of every behavior at once."""
+    features: FeaturesConfig = FeaturesConfig()
+    """What the model reads from the feature store beside what it always reads."""
     backbone: BackboneConfig = BackboneConfig()
     """Which language model; a `path` that exists beside dataset.yaml is a folder or a .gguf file."""
     encoder: EncoderConfig = EncoderConfig()

@@ -27,6 +27,7 @@ from bahe_lake import runs
 from bahe_lake.connection import lake
 from bahe_lake.sql import known_until, old_enough, sql_literal
 from bahe_lake.transactions import commit
+from feature_repo.references import numeric_features
 from feature_repo.store import open_store
 from materialize.config.dataset import Split, context_column, home_dataset
 from materialize.executors import LOCAL, ExecutorConfig, start
@@ -97,8 +98,13 @@ def frame(
         if ingested is None:
             raise NotReady(f"{home.root} holds no data yet; run `bahe ingest dataset.yaml` first.")
         require_gates(then, JOB)
-        features = _service(store, service)
-        projected = [[p.name, [f.name for f in p.features]] for p in features.feature_view_projections]
+        registered = _service(store, service)
+        projected = [[p.name, [f.name for f in p.features]] for p in registered.feature_view_projections]
+        asked: FeatureService | list[str] = registered
+        numeric = list(map(str, numeric_features(store, dataset.features.numeric)))
+        if numeric:
+            of_service = [f"{view}:{feature}" for view, features in projected for feature in features]
+            asked = list(dict.fromkeys([*of_service, *numeric]))
         identity: list[object] = [ingested.fingerprint, projected, dataset.split.model_dump(mode="json")]
         if dataset.freshness != "live":
             # In the words of version 0.1, so that its frames keep their names.
@@ -108,6 +114,8 @@ def frame(
             identity.append(context)
         if delay_us:
             identity.append(delay_us)
+        if numeric:
+            identity.append(numeric)
         frame_id = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
         path = home.frames / frame_id / "frame.parquet"
         last = runs.last(connection, JOB)
@@ -123,12 +131,13 @@ def frame(
             impressions = old_enough(delay_us)
             entities = _entities(then, impressions, dataset.split, dataset.freshness, context)
             rows = _split_rows(then, entities)
-            job = store.get_historical_features(entity_df=entities, features=features)
+            job = store.get_historical_features(entity_df=entities, features=asked)
             about = {
                 "snapshot": job.snapshot,
                 "service": service,
                 "freshness": dataset.freshness,
                 "context": context,
+                "numeric": numeric,
                 "label_delay_us": delay_us,
                 "label_time": dataset.impressions.label_time,
             }

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import duckdb
@@ -25,6 +27,8 @@ from bahe_lake import runs
 from bahe_lake.connection import lake
 from bahe_lake.versions import LATEST_ITEMS
 from bahe_models import require_servable
+from bahe_models.artifact_folder import read_config
+from feature_repo.references import numeric_features
 from feature_repo.store import online_errors, open_store
 from materialize.gate import require_gates
 from materialize.release import lag, pointer
@@ -101,6 +105,9 @@ def publish(home: Home) -> Published:
         with runs.record(connection, JOB, fingerprint) as run:
             since = last.snapshot_read if ours and last else None
             rows = _materialize(store, connection, since)
+            # Whole: a window also changes when nothing happens.
+            further = _further_views(store, home.models / version)
+            rows += _materialize(store, connection, None, further) if further else 0
             unread = _not_reading_back(store, connection, version, run.snapshot_read)
             if unread and since is not None:
                 say(f"  {escape(unread)} is not online as it should be, so everything is written anew")
@@ -158,7 +165,18 @@ def rollback(home: Home, to: str | None = None) -> Published:
     return Published(version, skipped=False)
 
 
-def _materialize(store: FeatureStore, connection: duckdb.DuckDBPyConnection, since: int | None) -> int:
+def _further_views(store: FeatureStore, artifact: Path) -> list[str]:
+    """The views that the model's further features are of, beside those that are always online."""
+    references = numeric_features(store, read_config(artifact)["dense"].get("numeric", ()))
+    return sorted({reference.view for reference in references} - set(VIEWS))
+
+
+def _materialize(
+    store: FeatureStore,
+    connection: duckdb.DuckDBPyConnection,
+    since: int | None,
+    views: Sequence[str] = VIEWS,
+) -> int:
     """Write the newest values of keys changed after a snapshot (None: of all) online; rows written."""
     newest = connection.execute(
         """
@@ -177,7 +195,7 @@ def _materialize(store: FeatureStore, connection: duckdb.DuckDBPyConnection, sin
     # Feast prints what it does on standard output, where answers belong.
     with contextlib.redirect_stdout(io.StringIO()):
         store.materialize(
-            start_date=datetime(1970, 1, 2, tzinfo=UTC), end_date=end, feature_views=list(VIEWS)
+            start_date=datetime(1970, 1, 2, tzinfo=UTC), end_date=end, feature_views=list(views)
         )
     rows: int = store.provider.batch_engine.take_rows()
     return rows

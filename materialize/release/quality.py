@@ -100,6 +100,7 @@ def _compared(
         live.encoder_version == new.encoder_version
         and live.context_columns == new.context_columns
         and live.dense.channels == new.dense.channels
+        and live.dense.numeric == new.dense.numeric
     )
     if alike:
         logits["live"] = _logits(live, data, device_name)

@@ -113,6 +113,7 @@ def train_models(
                 encoder_version=encoder,
                 channels=dataset.channels,
                 context=dataset.impressions.context,
+                numeric=frame.facts.get("numeric", ()),
                 config=settings.model,
             )
         checkpoint = Checkpoint(home.checkpoint(version), version)

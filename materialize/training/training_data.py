@@ -6,12 +6,13 @@ import json
 
 import duckdb
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from bahe_core.errors import BadInput
-from bahe_models import Impressions, Int64, TrainingData, needed_columns
+from bahe_models import Impressions, Int64, TrainingData, column_of, needed_columns
 from bahe_models.context import MISSING, hash_values
 from materialize.config.dataset import context_column
 from materialize.frames.frame import SPLITS, Frame
@@ -36,7 +37,8 @@ def read_training_data(
         [table[f"length_{c}"].fill_null(0).to_numpy().astype(np.int64) for c in channels], axis=1
     )
     time_us = table["event_timestamp"].cast(pa.int64()).to_numpy()
-    columns = {c: table[c].to_numpy(zero_copy_only=False).astype(np.float64) for c in needed_columns()}
+    numeric = tuple(frame.facts.get("numeric", ()))
+    columns = {c: _numbers(table[c]) for c in (*needed_columns(), *map(column_of, numeric))}
     clicked = table["clicked"].to_numpy().astype(np.float32)
     context = _context_columns(table)
     hashed = np.stack([_hashed(table, c) for c in context], axis=1) if context else None
@@ -61,6 +63,7 @@ def read_training_data(
         item_ids=tuple(items["item_id"].to_pylist()),
         splits={name: part(name) for name in SPLITS},
         context=context,
+        numeric=numeric,
     )
     data.check()
     return data
@@ -91,6 +94,12 @@ def _items_shown(connection: duckdb.DuckDBPyConnection, frame: pa.Table) -> tupl
             f" (item {unknown} among them); ingest the items, then run `bahe frame` again."
         )
     return items, rows.to_numpy().astype(np.int64)
+
+
+def _numbers(column: pa.ChunkedArray) -> npt.NDArray[np.float64]:
+    """Values [N], NaN where unknown."""
+    numbers: npt.NDArray[np.float64] = column.cast(pa.float64()).to_numpy(zero_copy_only=False)
+    return numbers
 
 
 def _context_columns(frame: pa.Table) -> tuple[str, ...]:

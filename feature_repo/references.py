@@ -1,0 +1,72 @@
+"""What `view:feature` stands for in a home's feature store."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from bahe_core.errors import BadInput
+
+if TYPE_CHECKING:
+    from feast import FeatureStore, FeatureView
+
+ENTITY_KEYS = {"user_id": "user", "item_id": "item"}
+_NUMERIC = {"Int32", "Int64", "Float32", "Float64", "Bool"}
+_HASHES = {"atom_id"}
+"""Numbers that count nothing."""
+
+
+@dataclass(frozen=True)
+class FeatureReference:
+    """A feature of a user or an item."""
+
+    view: str
+    feature: str
+    entity: str
+    """`user` or `item`."""
+
+    def __str__(self) -> str:
+        return f"{self.view}:{self.feature}"
+
+
+def numeric_features(store: FeatureStore, references: Sequence[str]) -> list[FeatureReference]:
+    """The features that `features.numeric` of dataset.yaml lists, as `view:feature` or a whole `view`.
+
+    Of a whole view those that are numbers. Raises BadInput on a view or feature that is not registered, is
+    no number, or is of something else than a user or an item.
+    """
+    found: dict[str, FeatureReference] = {}
+    for reference in references:
+        name, _, feature = reference.partition(":")
+        view = _view(store, reference, name)
+        keys = [column.name for column in view.entity_columns]
+        if len(keys) != 1 or keys[0] not in ENTITY_KEYS:
+            raise BadInput(
+                f"features.numeric: {reference} is keyed by {', '.join(keys)}; the model reads features of"
+                " a user_id or an item_id."
+            )
+        types = {field.name: str(field.dtype) for field in view.features if field.name not in _HASHES}
+        numbers = [one for one, kind in types.items() if kind in _NUMERIC]
+        if feature and feature not in numbers:
+            kind = types.get(feature)
+            problem = f"is {kind}, no number" if kind else f"is not there; {name} has {', '.join(numbers)}"
+            raise BadInput(f"features.numeric: {reference} {problem}.")
+        for one in [feature] if feature else numbers:
+            made = FeatureReference(view=name, feature=one, entity=ENTITY_KEYS[keys[0]])
+            other = found.setdefault(one, made)
+            if other != made:
+                raise BadInput(f"features.numeric: {other} and {made} have one name; list one of them.")
+    return list(found.values())
+
+
+def _view(store: FeatureStore, reference: str, name: str) -> FeatureView:
+    from feast.errors import FeatureViewNotFoundException
+
+    try:
+        return store.get_feature_view(name)
+    except FeatureViewNotFoundException:
+        views = ", ".join(sorted(view.name for view in store.list_feature_views()))
+        raise BadInput(
+            f"features.numeric: {reference} is of no registered view; choose from {views}."
+        ) from None
