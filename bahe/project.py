@@ -127,7 +127,8 @@ class Project:
         from materialize.config.dataset import home_dataset
 
         with job("apply"):
-            registered = apply(self.home, target, online=home_dataset(self.home).features.numeric)
+            features = home_dataset(self.home).features
+            registered = apply(self.home, target, online=[*features.numeric, *features.categorical])
             say(f"  registered {registered}")
         return registered
 

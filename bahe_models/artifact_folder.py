@@ -46,6 +46,16 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def further_features(folder: Path) -> dict[str, list[str]]:
+    """The features that `features` of dataset.yaml listed for the model: `numeric` and `categorical`, as
+    `view:feature`. Raises BadInput when the folder is no artifact."""
+    config = read_config(folder)
+    return {
+        "numeric": list(config["dense"].get("numeric", ())),
+        "categorical": list(config["facts"].get("categorical", ())),
+    }
+
+
 def no_artifact(folder: Path, error: Exception) -> BadInput:
     """The error for a folder that cannot be read as an artifact."""
     return BadInput(f"{folder} is not a model artifact ({error}); train again.")

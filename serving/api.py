@@ -75,7 +75,7 @@ class FeaturesAnswer(BaseModel):
     model_version: str
     cold: bool
     behaviors: int
-    statistics: dict[str, float | None]
+    statistics: dict[str, float | str | None]
     embedding: list[float]
 
 

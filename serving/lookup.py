@@ -18,10 +18,10 @@ from bahe_core.errors import BadInput, Damaged, NotReady, UnknownEntity
 from bahe_core.home import Home
 from bahe_core.results import Result
 from bahe_models import column_of, needed_columns
-from bahe_models.artifact_folder import read_config
+from bahe_models.artifact_folder import further_features, read_config
 from feast_ducklake.online.rows import Vectors
 from feast_ducklake.online.vectors import VectorReader
-from feature_repo.references import numeric_features
+from feature_repo.references import feature_references
 from feature_repo.store import online_errors, open_store
 from materialize.release.pointer import DEPLOYMENT
 
@@ -43,7 +43,7 @@ class UserFeatures(Result):
     """True when the user has no history; the vector is then the empty state."""
     behaviors: int
     vector: np.ndarray
-    statistics: dict[str, float | None]
+    statistics: dict[str, float | str | None]
     seen_items: frozenset[str]
 
 
@@ -74,6 +74,8 @@ class _Inputs:
     channels: tuple[str, ...]
     references: Mapping[str, list[str]]
     """Features of `user` and of `item`, as `view:feature`."""
+    categories: tuple[str, ...]
+    """Columns of those that are categories; the model's other categories come with the request."""
 
 
 @contextmanager
@@ -92,7 +94,7 @@ class OnlineLookup:
         self._home = home
         self._store = open_store(home)
         self._artifacts: dict[str, Artifact] = {}
-        self._inputs = _Inputs("", (), {})
+        self._inputs = _Inputs("", (), {}, ())
         """Of the last version asked for."""
         self._items: dict[Identifier, str] = {}
         self._items_changed = -1
@@ -126,16 +128,22 @@ class OnlineLookup:
         """What the model reads, without reading its weights."""
         if self._inputs.model_version != version:
             with _the_servers_fault():
-                dense = read_config(self._home.models / version)["dense"]
-                numeric = numeric_features(self._store, dense.get("numeric", ()))
+                folder = self._home.models / version
+                channels = tuple(read_config(folder)["dense"]["channels"])
+                listed = {
+                    kind: feature_references(self._store, kind, references)
+                    for kind, references in further_features(folder).items()
+                }
+            further = [reference for found in listed.values() for reference in found]
             of_entity = {
                 entity: [
                     *(f"{entity}_stats:{c}" for c in needed_columns() if c.startswith(f"{entity}_")),
-                    *(str(reference) for reference in numeric if reference.entity == entity),
+                    *dict.fromkeys(str(one) for one in further if one.entity == entity),
                 ]
                 for entity in ("user", "item")
             }
-            self._inputs = _Inputs(version, tuple(dense["channels"]), of_entity)
+            categories = tuple(reference.feature for reference in listed["categorical"])
+            self._inputs = _Inputs(version, channels, of_entity, categories)
         return self._inputs
 
     def catalogue(self) -> dict[Identifier, str]:
@@ -249,22 +257,29 @@ class OnlineLookup:
         user: UserFeatures,
         items: list[Identifier],
         vectors_NV: npt.NDArray[np.float32],
-        statistics: dict[str, list[float | None]],
+        statistics: dict[str, list[Any]],
         at: datetime | None,
         context: Mapping[str, Value] | None,
     ) -> Answer:
+        from bahe_models.context import hash_values, refuse_unknown  # torch, which a lookup does without
+
         artifact = self.artifact(user.model_version)
-        hashed_1X = _hashed(artifact.context_columns, context or {})
+        categories = self._inputs_of(user.model_version).categories
+        given = context or {}
+        refuse_unknown([c for c in artifact.context_columns if c not in categories], given)
         if not items:
             return Answer(user.user_id, user.model_version, user.cold, [])
         count = len(items)
-        columns = {
-            name: np.array(
-                statistics[name] if name in statistics else [user.statistics[name]] * count,
-                dtype=np.float64,
-            )
-            for name in artifact.dense.columns
-        }
+
+        def of_pairs(column: str) -> list[Any]:
+            """What the online store has of the items, or of the user for each of them."""
+            return statistics[column] if column in statistics else [user.statistics[column]] * count
+
+        columns = {name: np.array(of_pairs(name), dtype=np.float64) for name in artifact.dense.columns}
+        hashed_NX = np.empty((count, len(artifact.context_columns)), dtype=np.int64)
+        for place, column in enumerate(artifact.context_columns):
+            values = of_pairs(column) if column in categories else [given.get(column)]
+            hashed_NX[:, place] = hash_values(column, values)
         lengths_C = [int(user.statistics[f"length_{c}"] or 0) for c in artifact.dense.channels]
         now = at or datetime.now(UTC)
         if now.tzinfo is None:
@@ -275,7 +290,7 @@ class OnlineLookup:
             columns,
             np.tile(np.array(lengths_C, dtype=np.int64), (count, 1)),
             np.full(count, int(now.timestamp() * 1e6), dtype=np.int64),
-            np.tile(hashed_1X, (count, 1)),
+            hashed_NX,
         )
         texts = self.catalogue()
         order = np.argsort(-probability, kind="stable")
@@ -284,7 +299,7 @@ class OnlineLookup:
 
     def _item_features(
         self, items: Sequence[Identifier], version: str
-    ) -> tuple[Vectors, dict[str, list[float | None]]]:
+    ) -> tuple[Vectors, dict[str, list[Any]]]:
         with online_errors(self._home):
             vectors = self._item_vectors.read({"item_id": items, "model_version": [version] * len(items)})
         if not items:
@@ -333,11 +348,3 @@ def parsed_context(given: Sequence[str]) -> dict[str, str]:
             raise BadInput(f"context {one} is refused; give each column once, as device=phone.")
         context[column] = value
     return context
-
-
-def _hashed(columns: Sequence[str], context: Mapping[str, Value]) -> np.ndarray:
-    """Hashes [1, X] of one request's context; a column that it leaves out is unknown."""
-    from bahe_models.context import hash_context, refuse_unknown
-
-    refuse_unknown(columns, context)
-    return hash_context(columns, {column: [context.get(column)] for column in columns}, 1)

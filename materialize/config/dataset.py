@@ -172,14 +172,17 @@ class Split(_Section):
         return self
 
 
+Reference = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*(:[A-Za-z_][A-Za-z0-9_]*)?$")]
+
+
 class FeaturesConfig(_Section):
     """What the CTR model reads beside vectors, history and the statistics that it always reads."""
 
-    numeric: list[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*(:[A-Za-z_][A-Za-z0-9_]*)?$")]] = (
-        Field(default_factory=list)
-    )
+    numeric: list[Reference] = Field(default_factory=list)
     """Numbers of a user or an item, as `view:feature` or a whole `view` of the feature store: attributes
     (`item_attributes:price`), statistics of windows (`user_stats_7d`), behaviors by channel."""
+    categorical: list[Reference] = Field(default_factory=list)
+    """Categories of a user or an item (`item_attributes:genre`), as texts, integers or booleans; hashed."""
 
 
 class Dataset(_Section):

@@ -27,7 +27,7 @@ from bahe_lake import runs
 from bahe_lake.connection import lake
 from bahe_lake.sql import known_until, old_enough, sql_literal
 from bahe_lake.transactions import commit
-from feature_repo.references import numeric_features
+from feature_repo.references import feature_references
 from feature_repo.store import open_store
 from materialize.config.dataset import Split, context_column, home_dataset
 from materialize.executors import LOCAL, ExecutorConfig, start
@@ -101,21 +101,31 @@ def frame(
         registered = _service(store, service)
         projected = [[p.name, [f.name for f in p.features]] for p in registered.feature_view_projections]
         asked: FeatureService | list[str] = registered
-        numeric = list(map(str, numeric_features(store, dataset.features.numeric)))
-        if numeric:
+        listed = {
+            kind: list(map(str, feature_references(store, kind, references)))
+            for kind, references in dataset.features.model_dump().items()
+        }
+        further = [reference for references in listed.values() for reference in references]
+        if further:
             of_service = [f"{view}:{feature}" for view, features in projected for feature in features]
-            asked = list(dict.fromkeys([*of_service, *numeric]))
+            asked = list(dict.fromkeys([*of_service, *further]))
         identity: list[object] = [ingested.fingerprint, projected, dataset.split.model_dump(mode="json")]
         if dataset.freshness != "live":
             # In the words of version 0.1, so that its frames keep their names.
             identity.append("daily" if dataset.freshness == "nightly" else dataset.freshness)
+        for reference in listed["categorical"]:
+            if reference.partition(":")[2] in dataset.impressions.context:
+                raise BadInput(
+                    f"features.categorical: {reference} has the name of a context column; rename one of"
+                    " them."
+                )
         context, delay_us = dataset.impressions.context, dataset.impressions.label_delay_us
         if context:
             identity.append(context)
         if delay_us:
             identity.append(delay_us)
-        if numeric:
-            identity.append(numeric)
+        if further:
+            identity.append(listed)
         frame_id = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
         path = home.frames / frame_id / "frame.parquet"
         last = runs.last(connection, JOB)
@@ -137,7 +147,7 @@ def frame(
                 "service": service,
                 "freshness": dataset.freshness,
                 "context": context,
-                "numeric": numeric,
+                **listed,
                 "label_delay_us": delay_us,
                 "label_time": dataset.impressions.label_time,
             }

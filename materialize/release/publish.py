@@ -27,8 +27,7 @@ from bahe_lake import runs
 from bahe_lake.connection import lake
 from bahe_lake.versions import LATEST_ITEMS
 from bahe_models import require_servable
-from bahe_models.artifact_folder import read_config
-from feature_repo.references import numeric_features
+from bahe_models.artifact_folder import further_features
 from feature_repo.store import online_errors, open_store
 from materialize.gate import require_gates
 from materialize.release import lag, pointer
@@ -106,7 +105,7 @@ def publish(home: Home) -> Published:
             since = last.snapshot_read if ours and last else None
             rows = _materialize(store, connection, since)
             # Whole: a window also changes when nothing happens.
-            further = _further_views(store, home.models / version)
+            further = _further_views(home.models / version)
             rows += _materialize(store, connection, None, further) if further else 0
             unread = _not_reading_back(store, connection, version, run.snapshot_read)
             if unread and since is not None:
@@ -165,10 +164,10 @@ def rollback(home: Home, to: str | None = None) -> Published:
     return Published(version, skipped=False)
 
 
-def _further_views(store: FeatureStore, artifact: Path) -> list[str]:
+def _further_views(artifact: Path) -> list[str]:
     """The views that the model's further features are of, beside those that are always online."""
-    references = numeric_features(store, read_config(artifact)["dense"].get("numeric", ()))
-    return sorted({reference.view for reference in references} - set(VIEWS))
+    references = [one for listed in further_features(artifact).values() for one in listed]
+    return sorted({reference.partition(":")[0] for reference in references} - set(VIEWS))
 
 
 def _materialize(

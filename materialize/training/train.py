@@ -32,7 +32,7 @@ from materialize.gate import require_gates
 from materialize.training import tracking
 from materialize.training.report import results_table, write_report
 from materialize.training.train_with_baselines import Settings, train_with_baselines
-from materialize.training.training_data import read_training_data
+from materialize.training.training_data import context_of, read_training_data
 from materialize.vectors.encoder_versions import recorded_settings, versions
 from materialize.vectors.stored_atoms import current_encoder
 
@@ -112,7 +112,7 @@ def train_models(
                 earlier,
                 encoder_version=encoder,
                 channels=dataset.channels,
-                context=dataset.impressions.context,
+                context=context_of(frame),
                 numeric=frame.facts.get("numeric", ()),
                 config=settings.model,
             )
@@ -186,6 +186,7 @@ def _facts(
         "dataset": dataset.name,
         "frame_id": frame.frame_id,
         "trained_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "categorical": frame.facts.get("categorical", []),
         "trained_until": (datetime(1970, 1, 1, tzinfo=UTC) + timedelta(microseconds=read_us)).isoformat(),
         "results": results,
     }

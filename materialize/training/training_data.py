@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import duckdb
 import numpy as np
 import numpy.typing as npt
@@ -40,8 +38,12 @@ def read_training_data(
     numeric = tuple(frame.facts.get("numeric", ()))
     columns = {c: _numbers(table[c]) for c in (*needed_columns(), *map(column_of, numeric))}
     clicked = table["clicked"].to_numpy().astype(np.float32)
-    context = _context_columns(table)
-    hashed = np.stack([_hashed(table, c) for c in context], axis=1) if context else None
+    of_impressions = frame.facts.get("context", [])
+    context = context_of(frame)
+    hashed = None
+    if context:
+        stored = [context_column(c) if c in of_impressions else c for c in context]
+        hashed = np.stack([_hashed(table, *names) for names in zip(context, stored, strict=True)], axis=1)
 
     def part(name: str) -> Impressions:
         rows = np.flatnonzero(pc.equal(table["split"], name).to_numpy())
@@ -102,15 +104,15 @@ def _numbers(column: pa.ChunkedArray) -> npt.NDArray[np.float64]:
     return numbers
 
 
-def _context_columns(frame: pa.Table) -> tuple[str, ...]:
-    """Names of a frame's context columns, from its metadata; older frames have none."""
-    facts = (frame.schema.metadata or {}).get(b"bahe", b"{}")
-    return tuple(json.loads(facts).get("context", ()))
+def context_of(frame: Frame) -> tuple[str, ...]:
+    """Names of the categories that the model reads: the impressions' context, then features."""
+    facts = frame.facts
+    return (*facts.get("context", ()), *map(column_of, facts.get("categorical", ())))
 
 
-def _hashed(frame: pa.Table, context: str) -> Int64:
-    """Hashes [N] of a context column; each distinct value is hashed once."""
-    encoded = frame[context_column(context)].combine_chunks().dictionary_encode()
+def _hashed(frame: pa.Table, context: str, column: str) -> Int64:
+    """Hashes [N] of a column as a category of this name; each distinct value is hashed once."""
+    encoded = frame[column].combine_chunks().dictionary_encode()
     values = np.append(hash_values(context, encoded.dictionary.to_pylist()), MISSING)
     rows: Int64 = values[encoded.indices.fill_null(len(values) - 1).to_numpy()]
     return rows

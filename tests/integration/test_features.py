@@ -1,4 +1,4 @@
-"""Features as configuration: what dataset.yaml lists reaches the frame, the model, the online store and a request."""
+"""What `features` of dataset.yaml lists reaches the frame, the model, the online store and a request."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ from materialize.frames.frame import latest_frame
 from serving.lookup import OnlineLookup
 from tests.support.logs import small_log, write_dataset
 
-NUMERIC = ["item_attributes:price", "user_stats_7d", "item_behaviors_30d", "item_attributes:fresh"]
+NUMERIC = ["item_attributes:price", "user_stats_7d", "item_behaviors_30d"]
+CATEGORICAL = ["item_attributes:genre", "item_attributes:fresh"]
 COLUMNS = {
+    "genre",
     "price",
     "fresh",
     *(f"user_{kind}_7d" for kind in ("impressions", "clicks", "click_rate")),
@@ -39,8 +41,15 @@ def project(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> ba
     items = log["items"]
     items["price"] = np.where(items["item_id"] % 3 == 0, np.nan, items["item_id"] * 1.5)
     items["fresh"] = items["item_id"] % 2 == 0
-    items["genre"] = "drama"
-    dataset = write_dataset(folder / "log", log, tiny_backbone, features={"numeric": NUMERIC})
+    items["genre"] = np.array(["drama", "western", None])[items["item_id"] % 3]
+    log["impressions"]["device"] = np.where(log["impressions"]["clicked"] == 1, "phone", "desk")
+    dataset = write_dataset(
+        folder / "log",
+        log,
+        tiny_backbone,
+        features={"numeric": NUMERIC, "categorical": CATEGORICAL},
+        impressions={"files": "impressions.parquet", "context": ["device"]},
+    )
     project = bahe.open(folder / "home")
     project.run(dataset)
     return project
@@ -51,8 +60,12 @@ def test_the_frame_and_the_model_have_them(project: bahe.Project) -> None:
     assert set(pq.read_schema(frame.path).names) >= COLUMNS
     assert frame.facts["numeric"][0] == "item_attributes:price"
     lookup = OnlineLookup(project.home)
-    dense = lookup.artifact(lookup.live_version()).dense
-    assert set(dense.columns) >= COLUMNS
+    artifact = lookup.artifact(lookup.live_version())
+    dense = artifact.dense
+    assert set(dense.columns) >= COLUMNS - {"genre", "fresh"}
+    assert artifact.context_columns == ("device", "genre", "fresh")
+    assert artifact.model.context is not None
+    assert artifact.model.context.weight.any()  # learned from them
     rows = pq.read_table(frame.path).to_pandas()
     training = rows[rows["split"] == "train"]
     logs = np.sign(training["price"]) * np.log1p(np.abs(training["price"]))
@@ -66,12 +79,14 @@ def test_a_request_reads_what_training_would_have_seen(project: bahe.Project) ->
     now = pd.Timestamp.now("UTC")
     items = list(range(10))
     answer = {
-        score.item_id: score.probability for score in lookup.score("u1", items, now.to_pydatetime()).scores
+        score.item_id: score.probability
+        for score in lookup.score("u1", items, now.to_pydatetime(), context={"device": "phone"}).scores
     }
     asked = pd.DataFrame({"user_id": "u1", "item_id": items, "event_timestamp": now})
     asked["model_version"] = artifact.model_version
     references = [
         *artifact.dense.numeric,
+        *CATEGORICAL,
         *(f"user_timeline:length_{channel}" for channel in artifact.dense.channels),
         *(
             f"{e}_stats:{e}_{k}"
@@ -81,13 +96,17 @@ def test_a_request_reads_what_training_would_have_seen(project: bahe.Project) ->
     ]
     offline = store.get_historical_features(asked, references).to_df()
     vectors = store.get_historical_features(asked, ["item_embedding:embedding"]).to_df()["embedding"]
+    genres = offline["genre"].astype(object).where(offline["genre"].notna(), None).tolist()
     expected = artifact.score(
         np.tile(lookup.user("u1").vector, (len(items), 1)),
         np.stack(vectors.to_list()).astype(np.float32),
         {c: offline[c].to_numpy(dtype=np.float64, na_value=np.nan) for c in artifact.dense.columns},
         offline[[f"length_{c}" for c in artifact.dense.channels]].fillna(0).to_numpy(dtype=np.int64),
         np.full(len(items), now.value // 1000, dtype=np.int64),
+        {"device": ["phone"] * len(items), "genre": genres, "fresh": offline["fresh"].tolist()},
     )
+    with pytest.raises(BadInput, match="genre is not a context column"):
+        lookup.score("u1", items, context={"genre": "drama"})
     assert offline["price"].isna().any()
     assert offline["user_impressions_7d"].min() > 0
     assert offline["item_behaviors_liked_30d"].max() > 0
