@@ -93,6 +93,7 @@ def assert_same(other: dict[str, object], alone: dict[str, object]) -> None:
         torch.testing.assert_close(other[scores], alone[scores], rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_two_processes_end_as_one(alone: dict[str, object], tiny_backbone: Path, tmp_path: Path) -> None:
     together = launch(tmp_path / "two", tiny_backbone, 2)
     assert len(together) == 2

@@ -41,6 +41,22 @@ def test_a_request_far_from_the_log_stays_in_range() -> None:
     assert np.abs(late).max() <= 4
 
 
+def test_further_numbers_are_signed_logarithms_and_unknown_ones_the_mean() -> None:
+    known = columns(4) | {"price": np.array([0.0, -3.0, np.nan, 1e6])}
+    lengths, now = np.zeros((4, 1), dtype=np.int64), np.full(4, 10**6)
+    settings = {"channels": ("a",), "click_rate": 0.5}
+    dense = DenseFeatures.fit(known, lengths, now, **settings, numeric=("item_attributes:price",))
+    assert (dense.columns[-1], dense.names[-1]) == ("price", "log_price")
+    logs = np.array([0.0, -np.log1p(3), np.log1p(1e6)])
+    expected = (logs - logs.mean()) / logs.std()
+    got = dense.transform(known, lengths, now)
+    np.testing.assert_allclose(got[[0, 1, 3], -1], expected, atol=1e-6)
+    assert got[2, -1] == 0
+    without = DenseFeatures.fit(columns(4), lengths, now, **settings)
+    assert without.names == dense.names[:-1]
+    np.testing.assert_array_equal(without.transform(columns(4), lengths, now), got[:, :-1])
+
+
 def test_auc_counts_ties_half() -> None:
     assert auc([0, 1], [0.1, 0.2]) == 1
     assert auc([0, 1, 0, 1], [1, 1, 1, 1]) == 0.5

@@ -103,6 +103,7 @@ def test_settings_that_name_no_lake_are_refused(offline: dict[str, str], words: 
     assert "secret" not in str(refused.value).split("input_value")[0]
 
 
+@pytest.mark.slow
 def test_a_project_of_version_0_1_still_opens(project: Path) -> None:
     """Its settings and its registry name the classes by the modules that they were in."""
     subprocess.run([sys.executable, project / "rides.py"], check=True, capture_output=True, cwd=project)

@@ -48,7 +48,6 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -
 
 KILLS = [
     ("materialize.vectors.encode", "_store", 3),
-    ("materialize.release.publish", "_not_reading_back", 1),
     # Half a minute each.
     *(
         pytest.param(*kill, marks=pytest.mark.slow)
@@ -57,6 +56,7 @@ KILLS = [
             ("materialize.frames.frame", "_write", 1),
             ("materialize.training.train", "write_report", 1),
             ("materialize.vectors.embed", "_replace", 2),
+            ("materialize.release.publish", "_not_reading_back", 1),
         ]
     ),
 ]
