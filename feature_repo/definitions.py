@@ -156,6 +156,19 @@ item_attributes = FeatureView(
     source=_source("items", created=""),
     description="The item's text, atom and whatever other columns the log has.",
 )
+user_attributes = FeatureView(
+    name="user_attributes",
+    entities=[user],
+    ttl=FOREVER,
+    # A log without users has the table, empty and without further columns; Feast wants one to infer.
+    source=DuckLakeSource(
+        name="users",
+        query="SELECT *, true AS user_listed FROM lake.main.users",
+        created_timestamp_column="",
+    ),
+    online=False,
+    description="Whatever columns the log's users have.",
+)
 user_embedding = FeatureView(
     name="user_embedding",
     entities=[user, model],

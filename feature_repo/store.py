@@ -18,7 +18,8 @@ import yaml
 from bahe_core.errors import BadInput, Damaged, NotReady, one_line
 from bahe_core.files import replace_atomically
 from bahe_core.home import Home
-from bahe_lake.connection import require_catalogue
+from bahe_lake.catalogue import tables
+from bahe_lake.connection import lake, require_catalogue
 from feast_ducklake.quick_import import import_feast
 
 if TYPE_CHECKING:
@@ -194,6 +195,9 @@ def apply(home: Home, target: str | None = None, *, online: Collection[str] = ()
             if isinstance(thing, Entity | FeatureView | FeatureService)
         ]
     )
+    with lake(home) as connection:
+        if "users" not in tables(connection):  # a lake of before; its next ingest makes the table
+            objects = [thing for thing in objects if getattr(thing, "name", "") != "user_attributes"]
     views = {reference.partition(":")[0] for reference in online}
     for view in objects:
         if isinstance(view, FeatureView) and view.name in views:

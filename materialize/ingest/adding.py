@@ -141,6 +141,7 @@ def _create_others(connection: duckdb.DuckDBPyConnection) -> None:
     item = columns(connection, "items")["item_id"]
     stamps = "event_timestamp TIMESTAMPTZ, created_timestamp TIMESTAMPTZ"
     layouts = {
+        "users": f"user_id {user}, event_timestamp TIMESTAMPTZ",
         "behaviors": f"""
             user_id {user},
             channel VARCHAR,

@@ -202,7 +202,8 @@ def _fingerprint(dataset: Dataset, reads: Mapping[str, Read], last: runs.Run | N
 def _totals(connection: duckdb.DuckDBPyConnection) -> dict[str, int]:
     known = tables(connection)
     wanted = ("behaviors", "impressions", "items", "users", "atoms")
-    return {t: scalar(connection, f"SELECT count(*) FROM {t}") for t in wanted if t in known}
+    counts = {t: scalar(connection, f"SELECT count(*) FROM {t}") for t in wanted if t in known}
+    return {t: count for t, count in counts.items() if count or t != "users"}  # a log may have none
 
 
 def is_current(connection: duckdb.DuckDBPyConnection, path: Path) -> bool:

@@ -17,11 +17,13 @@ from materialize.frames.frame import latest_frame
 from serving.lookup import OnlineLookup
 from tests.support.logs import small_log, write_dataset
 
-NUMERIC = ["item_attributes:price", "user_stats_7d", "item_behaviors_30d"]
-CATEGORICAL = ["item_attributes:genre", "item_attributes:fresh"]
+NUMERIC = ["item_attributes:price", "user_attributes:age", "user_stats_7d", "item_behaviors_30d"]
+CATEGORICAL = ["item_attributes:genre", "item_attributes:fresh", "user_attributes:job"]
 COLUMNS = {
     "genre",
+    "job",
     "price",
+    "age",
     "fresh",
     *(f"user_{kind}_7d" for kind in ("impressions", "clicks", "click_rate")),
     *(f"item_behaviors_{channel}_30d" for channel in ("liked", "disliked")),
@@ -42,6 +44,8 @@ def project(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> ba
     items["price"] = np.where(items["item_id"] % 3 == 0, np.nan, items["item_id"] * 1.5)
     items["fresh"] = items["item_id"] % 2 == 0
     items["genre"] = np.array(["drama", "western", None])[items["item_id"] % 3]
+    log["users"]["age"] = np.arange(len(log["users"])) + 20
+    log["users"]["job"] = "clerk"
     log["impressions"]["device"] = np.where(log["impressions"]["clicked"] == 1, "phone", "desk")
     dataset = write_dataset(
         folder / "log",
@@ -62,8 +66,8 @@ def test_the_frame_and_the_model_have_them(project: bahe.Project) -> None:
     lookup = OnlineLookup(project.home)
     artifact = lookup.artifact(lookup.live_version())
     dense = artifact.dense
-    assert set(dense.columns) >= COLUMNS - {"genre", "fresh"}
-    assert artifact.context_columns == ("device", "genre", "fresh")
+    assert set(dense.columns) >= COLUMNS - {"genre", "fresh", "job"}
+    assert artifact.context_columns == ("device", "genre", "fresh", "job")
     assert artifact.model.context is not None
     assert artifact.model.context.weight.any()  # learned from them
     rows = pq.read_table(frame.path).to_pandas()
@@ -103,7 +107,12 @@ def test_a_request_reads_what_training_would_have_seen(project: bahe.Project) ->
         {c: offline[c].to_numpy(dtype=np.float64, na_value=np.nan) for c in artifact.dense.columns},
         offline[[f"length_{c}" for c in artifact.dense.channels]].fillna(0).to_numpy(dtype=np.int64),
         np.full(len(items), now.value // 1000, dtype=np.int64),
-        {"device": ["phone"] * len(items), "genre": genres, "fresh": offline["fresh"].tolist()},
+        {
+            "device": ["phone"] * len(items),
+            "genre": genres,
+            "fresh": offline["fresh"].tolist(),
+            "job": ["clerk"] * len(items),
+        },
     )
     with pytest.raises(BadInput, match="genre is not a context column"):
         lookup.score("u1", items, context={"genre": "drama"})
@@ -111,7 +120,9 @@ def test_a_request_reads_what_training_would_have_seen(project: bahe.Project) ->
     assert offline["user_impressions_7d"].min() > 0
     assert offline["item_behaviors_liked_30d"].max() > 0
     assert [answer[item] for item in items] == pytest.approx(expected.tolist(), abs=1e-6)
-    assert set(lookup.user("u1").statistics) >= {"user_impressions_7d", "user_click_rate_7d"}
+    statistics = lookup.user("u1").statistics
+    assert (statistics["age"], statistics["job"]) == (21, "clerk")
+    assert "user_click_rate_7d" in statistics
 
 
 @pytest.mark.parametrize(
