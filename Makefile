@@ -48,6 +48,7 @@ bench: install ## every figure of the README, briefly; a whole one: python -m be
 	$(BIN)/python -m benchmarks.encode --quick # its peer: pip install 'bahe[bench]'
 	$(BIN)/python -m benchmarks.scale --quick
 	$(BIN)/python -m benchmarks.crash --quick
+	$(BIN)/python -m benchmarks.freshness --quick
 	$(BIN)/python -m benchmarks.neighbour --quick
 
 schema: install ## write the JSON schema of dataset.yaml, for editors
