@@ -6,13 +6,14 @@ The command line calls these methods and prints what they return; a notebook or 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from datetime import date as Date
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from bahe_core.errors import BadInput
 from bahe_core.home import Home
 from bahe_core.machine import configure_threads, is_first_process
 from bahe_core.progress import job, say
@@ -123,12 +124,17 @@ class Project:
 
         `target` says where online values lie from now on: sqlite, redis, postgres, or a file of settings.
         """
+        from bahe_models.artifact_folder import further_features
         from feature_repo.store import apply
         from materialize.config.dataset import home_dataset
 
         with job("apply"):
             features = home_dataset(self.home).features
-            registered = apply(self.home, target, online=[*features.numeric, *features.categorical])
+            online = {*features.numeric, *features.categorical}
+            for artifact in self.home.models.glob("*/config.json"):  # any of them may be live again
+                with suppress(BadInput):
+                    online.update(*further_features(artifact.parent).values())
+            registered = apply(self.home, target, online=online)
             say(f"  registered {registered}")
         return registered
 

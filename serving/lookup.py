@@ -126,7 +126,8 @@ class OnlineLookup:
 
     def _inputs_of(self, version: str) -> _Inputs:
         """What the model reads, without reading its weights."""
-        if self._inputs.model_version != version:
+        inputs = self._inputs  # another request may put another version's in its place
+        if inputs.model_version != version:
             with _the_servers_fault():
                 folder = self._home.models / version
                 channels = tuple(read_config(folder)["dense"]["channels"])
@@ -136,15 +137,16 @@ class OnlineLookup:
                 }
             further = [reference for found in listed.values() for reference in found]
             of_entity = {
-                entity: [
-                    *(f"{entity}_stats:{c}" for c in needed_columns() if c.startswith(f"{entity}_")),
-                    *dict.fromkeys(str(one) for one in further if one.entity == entity),
-                ]
+                entity: [f"{entity}_stats:{c}" for c in needed_columns() if c.startswith(f"{entity}_")]
                 for entity in ("user", "item")
             }
+            of_entity["user"] += [f"user_timeline:length_{channel}" for channel in channels]
+            for one in further:
+                if str(one) not in of_entity[one.entity]:
+                    of_entity[one.entity].append(str(one))
             categories = tuple(reference.feature for reference in listed["categorical"])
-            self._inputs = _Inputs(version, channels, of_entity, categories)
-        return self._inputs
+            self._inputs = inputs = _Inputs(version, channels, of_entity, categories)
+        return inputs
 
     def catalogue(self) -> dict[Identifier, str]:
         """Text of every item that can be recommended, by id."""
@@ -166,14 +168,12 @@ class OnlineLookup:
         inputs = self._inputs_of(version)
         user_id = self._as_stored("user_embedding", "user_id", user_id)
         statistics = inputs.references["user"]
-        lengths = [f"user_timeline:length_{channel}" for channel in inputs.channels]
         values = self._read(
             [
                 f"user_embedding:{VECTOR}",
                 "user_embedding:behaviors",
                 "user_embedding:seen_items",
                 *statistics,
-                *lengths,
             ],
             [{"user_id": user_id, "model_version": version}],
         )
@@ -184,7 +184,7 @@ class OnlineLookup:
                 " ingest, embed and publish the user first."
             )
         behaviors = int(values["behaviors"][0] or 0)
-        named = [column_of(reference) for reference in statistics + lengths]
+        named = [column_of(reference) for reference in statistics]
         return UserFeatures(
             user_id=user_id,
             model_version=version,

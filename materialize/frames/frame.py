@@ -149,7 +149,7 @@ def frame(
                 "context": context,
                 **listed,
                 "label_delay_us": delay_us,
-                "label_time": dataset.impressions.label_time,
+                "label_time": ingested.facts.get("label_time", "event_timestamp"),
             }
             with start(where) as executor:
                 alone = executor.workers == 1

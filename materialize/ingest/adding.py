@@ -7,6 +7,7 @@ from datetime import datetime
 
 import duckdb
 
+from bahe_core.errors import BadInput
 from bahe_core.progress import progress
 from bahe_lake.catalogue import columns, scalar, tables
 from bahe_lake.sql import sql_identifier, sql_literal
@@ -16,7 +17,7 @@ from materialize.ingest.conflicts import ROW_KEY, own_columns
 from materialize.ingest.reading import Read
 
 
-def add(connection: duckdb.DuckDBPyConnection, reads: Mapping[str, Read]) -> bool:
+def add(connection: duckdb.DuckDBPyConnection, reads: Mapping[str, Read], label_time: str) -> bool:
     """Add what the lake does not have, and note for `derive` what that is. True when anything was."""
     connection.execute(quarantine.CREATE)
     connection.execute(sources.CREATE)
@@ -37,7 +38,7 @@ def add(connection: duckdb.DuckDBPyConnection, reads: Mapping[str, Read]) -> boo
             )
             changed |= scalar(connection, f"SELECT count(*) FROM new_{table}") > 0
             if table == "impressions":
-                oldest_late_click = _late_clicks(connection)
+                oldest_late_click = _late_clicks(connection, label_time)
             changed |= _fill(connection, table)
     item_type = columns(connection, "items")["item_id"]
     connection.execute("CREATE OR REPLACE TEMP TABLE seen_atoms (atom_id BIGINT, first_seen TIMESTAMPTZ)")
@@ -96,16 +97,24 @@ def _make_room(connection: duckdb.DuckDBPyConnection, table: str) -> bool:
     if table not in tables(connection):
         connection.execute(f"CREATE TABLE {table} AS SELECT * FROM new_{table} LIMIT 0")
         return True
-    new = {column: kind for column, kind in kinds.items() if column not in columns(connection, table)}
+    there = columns(connection, table)
+    new = {column: kind for column, kind in kinds.items() if column not in there}
+    names = {column.lower(): column for column in there}
+    for column in new:
+        if column.lower() in names:
+            raise BadInput(
+                f"{table}: the column {column} is {names[column.lower()]} in the lake, and names must"
+                f" differ by more than case; map it: `columns: {{{names[column.lower()]}: {column}}}`."
+            )
     for column, kind in new.items():
         connection.execute(f"ALTER TABLE {table} ADD COLUMN {sql_identifier(column)} {kind}")
     return bool(new)
 
 
-def _late_clicks(connection: duckdb.DuckDBPyConnection) -> datetime | None:
-    """Impressions of the lake whose click, or its time, is told only now; the moment of the oldest of them.
+def _late_clicks(connection: duckdb.DuckDBPyConnection, label_time: str) -> datetime | None:
+    """Impressions of the lake whose click, or its time, is told only now; from when on that matters.
 
-    `_fill` gives them the time.
+    `_fill` gives them the time. What statistics said of a click at another time is taken out.
     """
     if CLICKED_AT not in columns(connection, "raw_impressions"):
         return None
@@ -114,9 +123,17 @@ def _late_clicks(connection: duckdb.DuckDBPyConnection) -> datetime | None:
         WHERE o.impression_id = n.impression_id
             AND o.{CLICKED_AT} IS NULL
             AND n.{CLICKED_AT} IS NOT NULL"""
-    oldest = connection.execute(f"SELECT min(o.event_timestamp) FROM impressions o, {told}").fetchone()
+    oldest = connection.execute(
+        f"""
+        SELECT min(CASE WHEN o.clicked = 1 THEN o.event_timestamp ELSE n.{CLICKED_AT} END)
+        FROM impressions o, {told}
+        """
+    ).fetchone()
     assert oldest is not None
     moment: datetime | None = oldest[0]
+    if scalar(connection, f"SELECT count(*) FROM impressions o, {told} AND o.clicked = 1"):
+        moved = f"SELECT o.* FROM impressions o, {told} AND o.clicked = 1"
+        derive.forget_clicks(connection, f"SELECT user_id, item_id, {label_time} AS moment FROM ({moved})")
     if scalar(connection, f"SELECT count(*) FROM impressions o, {told} AND o.clicked = 0"):
         connection.execute(f"UPDATE impressions o SET clicked = 1 FROM {told} AND o.clicked = 0")
     return moment

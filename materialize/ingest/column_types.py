@@ -194,6 +194,11 @@ def _attributes(
                 f" {', '.join(there)}; correct it."
             )
         if target in held and not _may_be_stated(held[target], named):
+            if target == CLICKED_AT:
+                raise BadInput(
+                    f"impressions.columns: the lake has {target} as {held[target]}, from before it meant"
+                    " when a click happened; ingest into a new home, or give the time another name."
+                )
             new = f"{target}_{named}"
             raise BadInput(
                 f"{of_table[0].source.table}.types: the lake has {target} as {held[target]}, not as"

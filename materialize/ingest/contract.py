@@ -104,6 +104,7 @@ def project(
     if table == "behaviors" and section.channel is not None and "channel" in section.columns:
         raise BadInput("behaviors: give `channel` or `columns.channel`, not both.")
     _check_context(table, layout, context)
+    _check_click_times(table, layout, types)
     held = types.lake[table]
     made = Projection(table)
     conversions: list[Rule] = []
@@ -159,6 +160,16 @@ def _has_type(table: str, types: ColumnTypes, target: str, context: Sequence[str
     """False for a column of the log's own in which no row has a value: it comes with the first."""
     is_own = target not in REQUIRED[table] and target not in KEYS and target not in context
     return not is_own or target in types.attributes[table]
+
+
+def _check_click_times(table: str, layout: Layout, types: ColumnTypes) -> None:
+    """Raises BadInput when the log may say when clicks happened, and dataset.yaml does not say whether."""
+    here = table == "impressions" and CLICKED_AT in layout.columns and CLICKED_AT not in types.lake[table]
+    if here and CLICKED_AT not in layout.source.section.columns:
+        raise BadInput(
+            f"{table}: {layout.what} has the column {CLICKED_AT}; if it is when a click happened, set"
+            f" `columns: {{{CLICKED_AT}: {CLICKED_AT}}}`, and if not, rename it."
+        )
 
 
 def _missing(table: str, layout: Layout, target: str, column: str, context: Sequence[str]) -> BadInput:
@@ -256,8 +267,8 @@ def category(expression: str, kind: str) -> str:
 
 def _written_category(raw: str) -> str:
     """A context column of a CSV file, where pandas writes 7 as `7.0` and true as `True`: as requests do."""
-    number = f"regexp_full_match({raw}, '-?(0|[1-9][0-9]*)[.][0-9]+')"
-    return f"""(CASE WHEN {number} THEN rtrim(rtrim({raw}, '0'), '.')
+    whole = f"regexp_full_match({raw}, '-?(0|[1-9][0-9]*)[.]0+')"
+    return f"""(CASE WHEN {whole} THEN split_part({raw}, '.', 1)
                 WHEN {raw} IN ('True', 'TRUE', 'False', 'FALSE') THEN lower({raw}) ELSE {raw} END)"""
 
 

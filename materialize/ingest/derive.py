@@ -8,9 +8,10 @@ There is one mechanism, for the first log as for one more night: *rewind* to the
 compute from there. Timelines go back to each changed user's own oldest new behavior. Statistics go back to
 the oldest new impression of all, because they are smoothed by the click rate of the whole log; only users
 and items shown since then are touched. What was before gives the counts to start from. An event adds rows
-and changes later ones but never takes one away, so the fresh rows are compared with those of the same key:
-rows that differ are replaced, rows that do not stay as they are, created_timestamp included. When no new
-event is older than what was known, nothing is there to compare and rows are only appended.
+and changes later ones but never takes one away (a click that turns out to be at another time has its row
+taken out first), so the fresh rows are compared with those of the same key: rows that differ are replaced,
+rows that do not stay as they are, created_timestamp included. When no new event is older than what was
+known, nothing is there to compare and rows are only appended.
 
 Users and items are taken range by range, in order, which bounds memory and keeps the rows of one of them
 together in the tables' files.
@@ -24,7 +25,7 @@ from datetime import datetime
 import duckdb
 
 from bahe_core.progress import progress
-from bahe_lake.catalogue import columns, scalar
+from bahe_lake.catalogue import columns, scalar, tables
 from bahe_lake.sql import sql_identifier, sql_literal
 from materialize.config.dataset import CLICKED_AT
 from materialize.ingest import channel_windows
@@ -101,6 +102,31 @@ def log_end(connection: duckdb.DuckDBPyConnection, label_time: str) -> str:
         )
         """,
     )
+
+
+def forget_clicks(connection: duckdb.DuckDBPyConnection, clicks: str) -> None:
+    """Take out the rows of statistics at the times (`moment`) of these clicks, which turn out to be others.
+
+    A row that something else happened at comes again when statistics are derived from an earlier moment on.
+    `clicks` is SQL of user_id, item_id and moment.
+    """
+    connection.execute(f"CREATE OR REPLACE TEMP TABLE forgotten AS {clicks}")
+    there = tables(connection)
+    for entity in ("user", "item"):
+        for days in (None, *WINDOW_DAYS):
+            table = f"{entity}_stats" + (f"_{days}d" if days else "")
+            if table not in there:
+                continue
+            left = (
+                f"UNION SELECT {entity}_id, moment + INTERVAL '{days} days' FROM forgotten" if days else ""
+            )
+            connection.execute(
+                f"""
+                DELETE FROM {table}
+                WHERE ({entity}_id, event_timestamp) IN (SELECT {entity}_id, moment FROM forgotten {left})
+                """
+            )
+    connection.execute("DROP TABLE temp.forgotten")
 
 
 def ranges(connection: duckdb.DuckDBPyConnection, relation: str, key: str) -> list[str]:

@@ -168,7 +168,7 @@ def _write(
         def work() -> None:
             if mend:
                 repair.repair(connection, fingerprint)
-            changed = add(connection, reads)
+            changed = add(connection, reads, label_time)
             facts["log_end"] = derive.log_end(connection, label_time)
             if changed and last is not None and "log_end" in last.facts and label_time != derive.AT_ONCE:
                 # Clicks that were not known yet at the end of the log of before.

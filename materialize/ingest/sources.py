@@ -38,8 +38,8 @@ _READ_FILES = frozenset(
 """Table functions of files that lie here; of a database (`postgres_scan`) no file tells anything."""
 
 _CHANGES_BY_ITSELF = re.compile(
-    r"\b(now|today|random|uuid|uuidv4|uuidv7|get_current_\w+|getenv|getvariable)\s*\("
-    r"|\bcurrent_(date|time|timestamp)\b",
+    r"\b(now|today|random|\w*uuid\w*|(get_)?current_\w+|transaction_timestamp|getenv|getvariable)\s*\("
+    r"|\b(current_(date|time|timestamp)|localtime|localtimestamp)\b",
     re.IGNORECASE,
 )
 
@@ -218,7 +218,8 @@ def _may_read(query: str, folder: Path) -> list[object]:
     if "://" in query or _reads_elsewhere(query):
         return [uuid4().hex]  # there is no telling, so it is read every time
     paths = {path for path in folder.glob("*") if path.suffix not in (".yaml", ".yml")}
-    for literal in re.findall(r"'([^']+)'", query):
+    for in_single, in_double in re.findall(r"'([^']+)'|\"([^\"]+)\"", query):
+        literal = in_single or in_double  # DuckDB reads a file by either
         if "/" in literal and re.search(r"\w", literal.rsplit("/", 1)[-1]):
             with contextlib.suppress(ValueError, NotImplementedError):  # text that is no path
                 paths.update(_expand(folder, literal))

@@ -11,6 +11,7 @@ import gzip
 import hashlib
 import io
 import shutil
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import BinaryIO, cast
 
 import duckdb
 
-from bahe_core.errors import BadInput
+from bahe_core.errors import BadInput, one_line
 from bahe_core.files import replace_atomically
 from bahe_core.progress import say
 from materialize.ingest.sources import File
@@ -44,16 +45,19 @@ def _folder(connection: duckdb.DuckDBPyConnection) -> Path:
 def readable_path(connection: duckdb.DuckDBPyConnection, file: File, encoding: str) -> str:
     """The path under which DuckDB reads a file right: its own, or that of a copy in UTF-8.
 
-    A copy is made once for each state of a file. Raises BadInput where the file is not of the encoding.
+    A copy is made once for each state of a file. Raises BadInput where the file is not of the encoding, or
+    is a damaged archive.
     """
     if encoding == "utf-8":
+        for _ in _local_chunks(file.path) if file.path.endswith(".gz") else ():
+            pass  # DuckDB reads an archive that was cut off as if it ended there
         return file.path
     facts = f"{encoding}\n{file.path}\n{file.size}\n{file.modified_us}"
     copy = _folder(connection) / f"{hashlib.sha256(facts.encode()).hexdigest()}.csv"
     if not copy.is_file():
         say(f"  writing {file.path.rsplit('/', 1)[-1]} as UTF-8, from {encoding}")
         copy.parent.mkdir(parents=True, exist_ok=True)
-        decoder = codecs.getincrementaldecoder(encoding)()
+        decoder = _decoder(connection, file.path, encoding)
         with replace_atomically(copy) as candidate, candidate.open("wb") as output:
             try:
                 for chunk in _chunks(connection, file.path):
@@ -72,6 +76,16 @@ def text_lines(path: str) -> Iterator[Iterator[str]]:
             yield lines
     except UnicodeError:
         raise BadInput(encoding_fault(path, path, "utf-8")) from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise BadInput(f"{path} cannot be read: {one_line(error)}.") from None
+
+
+def _decoder(connection: duckdb.DuckDBPyConnection, path: str, encoding: str) -> codecs.IncrementalDecoder:
+    if codecs.lookup(encoding).name == "utf-16":
+        head = next(_chunks(connection, path), b"")
+        if not head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            encoding = "utf-16-le"  # as most programs write it without a mark
+    return codecs.getincrementaldecoder(encoding)()
 
 
 def encoding_fault(path: str, place: str, encoding: str) -> str:
@@ -96,7 +110,9 @@ def _first_undecodable(path: str, encoding: str) -> tuple[int, int] | None:
     for chunk in _local_chunks(path):
         try:
             text = decoder.decode(chunk)
-        except UnicodeDecodeError as error:
+        except UnicodeError as error:
+            if not isinstance(error, UnicodeDecodeError):
+                return None
             text = error.object[: error.start].decode(encoding, errors="replace")
             line, last = line + text.count("\n"), text.rpartition("\n")[2]
             return line, len(last) + (1 if "\n" in text else character)
@@ -119,9 +135,12 @@ def _local_chunks(path: str) -> Iterator[bytes]:
     """A local file's bytes; nothing of one that lies elsewhere."""
     if not Path(path).is_file():
         return
-    with _opened(path) as file:
-        while chunk := file.read(_CHUNK):
-            yield chunk
+    try:
+        with _opened(path) as file:
+            while chunk := file.read(_CHUNK):
+                yield chunk
+    except (OSError, EOFError, zlib.error) as error:
+        raise BadInput(f"{path} cannot be read: {one_line(error)}.") from None
 
 
 def _opened(path: str) -> BinaryIO:

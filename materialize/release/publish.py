@@ -103,9 +103,9 @@ def publish(home: Home) -> Published:
             )
         with runs.record(connection, JOB, fingerprint) as run:
             since = last.snapshot_read if ours and last else None
+            further = _further_views(store, home.models / version)
             rows = _materialize(store, connection, since)
             # Whole: a window also changes when nothing happens.
-            further = _further_views(home.models / version)
             rows += _materialize(store, connection, None, further) if further else 0
             unread = _not_reading_back(store, connection, version, run.snapshot_read)
             if unread and since is not None:
@@ -159,15 +159,29 @@ def rollback(home: Home, to: str | None = None) -> Published:
                     f"vectors of {version} are no longer in the online store; the live model was left as it"
                     " is."
                 )
+            further = _further_views(store, home.models / version)
+            if further:  # as they are now: they were written when this version was published last
+                _materialize(store, connection, None, further)
             facts = {"model_version": version, "left_version": live}
             pointer.flip(store, connection, version, [run.statement(facts)])
     return Published(version, skipped=False)
 
 
-def _further_views(artifact: Path) -> list[str]:
-    """The views that the model's further features are of, beside those that are always online."""
+def _further_views(store: FeatureStore, artifact: Path) -> list[str]:
+    """The views that the model's further features are of, beside those that are always online.
+
+    Raises NotReady when one of them is not registered to be online.
+    """
     references = [one for listed in further_features(artifact).values() for one in listed]
-    return sorted({reference.partition(":")[0] for reference in references} - set(VIEWS))
+    views = sorted({reference.partition(":")[0] for reference in references} - set(VIEWS))
+    registered = {view.name for view in store.list_feature_views() if view.online}
+    for view in views:
+        if view not in registered:
+            raise NotReady(
+                f"{artifact.name} reads {view}, which is not registered to be online; run `bahe apply`"
+                " first."
+            )
+    return views
 
 
 def _materialize(

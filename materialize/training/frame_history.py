@@ -34,6 +34,9 @@ from materialize.frames.item_texts import item_texts_shown
 from materialize.vectors.stored_atoms import current_encoder
 from materialize.vectors.vector_columns import vector_matrix
 
+HISTORY = "history-2"
+"""The folder; `history` of earlier versions holds each item's latest text."""
+
 BATCH_ROWS = 122_880
 """Rows that are in memory at a time while the files are written."""
 
@@ -87,7 +90,7 @@ def frame_history(home: Home, frame: Frame) -> FrameHistory:
     Timelines are read as of the frame's own snapshot, since lengths point into those. Raises BadInput when
     the snapshot is gone.
     """
-    history = FrameHistory(frame.path.parent / "history", tuple(home_dataset(home).channels))
+    history = FrameHistory(frame.path.parent / HISTORY, tuple(home_dataset(home).channels))
     with _lock(frame):
         if not history.folder.is_dir():
             with new_folder(history.folder) as folder:
@@ -140,7 +143,7 @@ def _lock(frame: Frame) -> FileLock:
 
 def _write_timelines(home: Home, frame: Frame, folder: Path, channels: tuple[str, ...]) -> None:
     try:
-        snapshot = frame.facts["snapshot"]
+        snapshot, freshness = frame.facts["snapshot"], frame.facts.get("freshness", "live")
     except (KeyError, TypeError):  # without metadata, or with other
         raise BadInput(
             f"{frame.path} does not say which snapshot it is of; pull it again by `bahe frame`."
@@ -190,13 +193,14 @@ def _write_timelines(home: Home, frame: Frame, folder: Path, channels: tuple[str
             """
         )
         path = sql_literal(str(frame.path))
+        numbered = f"read_parquet({path}, file_row_number = true)"
         rows = scalar(then, f"SELECT count(*) FROM read_parquet({path})")
         start_or_zero = ", ".join(f"coalesce(s.{name}, 0) AS {name}" for name in names)
         _stream(
             then,
             f"""
             SELECT {start_or_zero}
-            FROM read_parquet({path}, file_row_number = true) f
+            FROM {numbered} f
             LEFT JOIN temp.starts s USING (user_id)
             ORDER BY file_row_number
             """,
@@ -208,7 +212,7 @@ def _write_timelines(home: Home, frame: Frame, folder: Path, channels: tuple[str
             then,
             f"""
             SELECT atom_id IS NOT NULL AS known, coalesce(atom_id, 0) AS atom_id
-            FROM ({item_texts_shown(f"read_parquet({path}, file_row_number = true)", "file_row_number")})
+            FROM ({item_texts_shown(numbered, "file_row_number", freshness)})
             ORDER BY file_row_number
             """,
             folder / "item_row.npy",

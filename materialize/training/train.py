@@ -11,6 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import duckdb
+
 from bahe_core.errors import BadInput, NotReady
 from bahe_core.home import Home
 from bahe_core.machine import device, threads
@@ -18,6 +20,7 @@ from bahe_core.progress import say
 from bahe_core.results import Result
 from bahe_lake import runs
 from bahe_lake.connection import lake
+from bahe_lake.sql import sql_literal
 from bahe_lake.transactions import commit
 from bahe_models import Artifact, Checkpoint, TrainingData, encoder_version, load, load_backbone
 from bahe_models.artifact_folder import FORMAT
@@ -153,7 +156,7 @@ def train_models(
                 )
                 log.parameters({k: v for part in vars(settings).values() for k, v in asdict(part).items()})
                 artifact, results, histories, evaluations = do_train(log)
-                artifact.facts = _facts(dataset, frame, data, results)
+                artifact.facts = _facts(dataset, frame, results, _read_until(connection, dataset, data))
                 if not artifact_path.is_dir():
                     artifact.save(artifact_path)
                 checkpoint.delete()  # not before: a kill between the two would cost the whole training
@@ -177,16 +180,31 @@ def _earlier_model(home: Home, version: str) -> Artifact:
     return load(folder)
 
 
-def _facts(
-    dataset: Dataset, frame: Frame, data: TrainingData, results: list[dict[str, Any]]
-) -> dict[str, Any]:
-    # Validation chose the epoch, so it was read as well.
+def _read_until(connection: duckdb.DuckDBPyConnection, dataset: Dataset, data: TrainingData) -> datetime:
+    """When the last thing was known that training read: an impression or its click.
+
+    Validation chose the epoch, so it was read as well.
+    """
     read_us = max(int(data.splits[name].time_us_N.max()) for name in ("train", "validation"))
+    last = datetime(1970, 1, 1, tzinfo=UTC) + timedelta(microseconds=read_us)
+    row = connection.execute(
+        f"""
+        SELECT max({dataset.impressions.label_time})
+        FROM impressions
+        WHERE event_timestamp <= {sql_literal(last)} AND clicked = 1
+        """
+    ).fetchone()
+    return max(last, *(row or ())) if row and row[0] is not None else last
+
+
+def _facts(
+    dataset: Dataset, frame: Frame, results: list[dict[str, Any]], read_until: datetime
+) -> dict[str, Any]:
     return {
         "dataset": dataset.name,
         "frame_id": frame.frame_id,
         "trained_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "categorical": frame.facts.get("categorical", []),
-        "trained_until": (datetime(1970, 1, 1, tzinfo=UTC) + timedelta(microseconds=read_us)).isoformat(),
+        "trained_until": read_until.isoformat(),
         "results": results,
     }

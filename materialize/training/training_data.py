@@ -29,7 +29,7 @@ def read_training_data(
     atoms = read_atoms(connection, version)
     table = pq.read_table(frame.path)
     users = table["user_id"].combine_chunks().dictionary_encode()
-    items, item_row = _items_shown(connection, table)
+    items, item_row = _items_shown(connection, table, frame.facts.get("freshness", "live"))
     user_row = users.indices.to_numpy().astype(np.int64)
     lengths = np.stack(
         [table[f"length_{c}"].fill_null(0).to_numpy().astype(np.int64) for c in channels], axis=1
@@ -71,7 +71,9 @@ def read_training_data(
     return data
 
 
-def _items_shown(connection: duckdb.DuckDBPyConnection, frame: pa.Table) -> tuple[pa.Table, Int64]:
+def _items_shown(
+    connection: duckdb.DuckDBPyConnection, frame: pa.Table, freshness: str
+) -> tuple[pa.Table, Int64]:
     """Every text of every item (item_id, atom_id), and of which of them each impression is [N].
 
     Raises BadInput when an item is unknown.
@@ -84,7 +86,7 @@ def _items_shown(connection: duckdb.DuckDBPyConnection, frame: pa.Table) -> tupl
     ).to_arrow_table()
     connection.register("item_texts", items.append_column("row", pa.array(np.arange(len(items)))))
     rows = connection.execute(
-        f"""SELECT row FROM ({item_texts_shown("shown_items", "number")})
+        f"""SELECT row FROM ({item_texts_shown("shown_items", "number", freshness)})
             LEFT JOIN item_texts USING (item_id, atom_id) ORDER BY number"""
     ).to_arrow_table()["row"]
     for name in ("shown_items", "item_texts"):

@@ -17,7 +17,14 @@ from materialize.frames.frame import latest_frame
 from serving.lookup import OnlineLookup
 from tests.support.logs import small_log, write_dataset
 
-NUMERIC = ["item_attributes:price", "user_attributes:age", "user_stats_7d", "item_behaviors_30d"]
+NUMERIC = [
+    "item_attributes:price",
+    "user_attributes:age",
+    "user_stats",  # some of which the model reads anyway
+    "user_timeline",
+    "user_stats_7d",
+    "item_behaviors_30d",
+]
 CATEGORICAL = ["item_attributes:genre", "item_attributes:fresh", "user_attributes:job"]
 COLUMNS = {
     "genre",
@@ -98,7 +105,7 @@ def test_a_request_reads_what_training_would_have_seen(project: bahe.Project) ->
             for k in ("impressions", "click_rate", "last_impression_us")
         ),
     ]
-    offline = store.get_historical_features(asked, references).to_df()
+    offline = store.get_historical_features(asked, list(dict.fromkeys(references))).to_df()
     vectors = store.get_historical_features(asked, ["item_embedding:embedding"]).to_df()["embedding"]
     genres = offline["genre"].astype(object).where(offline["genre"].notna(), None).tolist()
     expected = artifact.score(

@@ -31,7 +31,8 @@ def test_the_text_is_of_the_version_before(
         for number, (item, second) in enumerate(shown):
             connection.execute("INSERT INTO shown VALUES (?, ?, to_timestamp(?))", [number, item, second])
         found = connection.execute(
-            f"SELECT number, item_id, atom_id FROM ({item_texts_shown('shown', 'number')}) ORDER BY number"
+            f"SELECT number, item_id, atom_id FROM ({item_texts_shown('shown', 'number', 'live')})"
+            " ORDER BY number"
         ).fetchall()
     for (number, item_id, atom_id), (item, moment) in zip(found, shown, strict=True):
         of_item = {second: atom for (i, second), atom in versions.items() if i == item}

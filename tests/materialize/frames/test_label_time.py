@@ -32,8 +32,8 @@ shown = st.tuples(
 """User, item, second, seconds until its click, and whether the log says when that was."""
 
 
-def log_of(rows: list[tuple], until: int = 99) -> Log:
-    """The log as it is known at some second: clicks that came later are not told yet."""
+def log_of(rows: list[tuple], until: int = 99, times: bool = True) -> Log:
+    """The log as it is known at some second: clicks that came later are not told yet, nor their times."""
     made = []
     for number, (user, item, second, later, told) in enumerate(rows):
         clicked = later is not None and (not told or second + later <= until)
@@ -45,7 +45,7 @@ def log_of(rows: list[tuple], until: int = 99) -> Log:
                 "event_timestamp": START + pd.Timedelta(second, "s"),
                 "clicked": int(clicked),
                 "clicked_timestamp": START + pd.Timedelta(second + later, "s")
-                if clicked and told
+                if clicked and told and times
                 else None,
             }
         )
@@ -107,7 +107,7 @@ def brute_force(log: Log, row: pd.Series, delay: int) -> dict[str, float | None]
     return expected
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     rows=st.lists(shown, min_size=6, max_size=25).filter(
         lambda rows: (
@@ -118,13 +118,14 @@ def brute_force(log: Log, row: pd.Series, delay: int) -> dict[str, float | None]
         )
     ),
     delay=st.sampled_from([0, 0, 2]),
+    times=st.booleans(),
 )
-def test_statistics_know_a_click_when_it_is_known(rows: list[tuple], delay: int) -> None:
+def test_statistics_know_a_click_when_it_is_known(rows: list[tuple], delay: int, times: bool) -> None:
     whole = log_of(rows)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         home = Home.at(folder / "home")
-        ingested(home, folder / "log", log_of(rows, until=4), delay)
+        ingested(home, folder / "log", log_of(rows, until=4, times=times), delay)
         ingested(home, folder / "log", whole, delay)  # and the clicks that came late
         at_once = Home.at(folder / "at-once")
         ingested(at_once, folder / "log", whole, delay)
@@ -168,6 +169,13 @@ def test_what_is_too_young_is_in_no_frame(freshness: str, tmp_path: Path) -> Non
     ingest(home, path)
     with pytest.raises(BadInput, match=r"no impression is older than `impressions.label_delay`"):
         frame(home)
+
+
+def test_a_column_of_click_times_is_named_or_refused(tmp_path: Path, home: Home) -> None:
+    log = small_log(rows=100)
+    log["impressions"]["clicked_timestamp"] = log["impressions"]["event_timestamp"]
+    with pytest.raises(BadInput, match=r"has the column clicked_timestamp; if it is when a click happened"):
+        ingest(home, write_dataset(tmp_path / "log", log))
 
 
 def test_clicks_that_cannot_be_are_set_aside(tmp_path: Path, home: Home) -> None:

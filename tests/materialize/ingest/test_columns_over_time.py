@@ -46,7 +46,7 @@ def test_context_of_a_csv_is_what_a_request_says(tmp_path: Path, home: Home, log
     edit(path, "impressions", types={"impression_id": "integer"})
     ingest(home, path)
     query = "SELECT context_slot FROM impressions WHERE impression_id < 10 ORDER BY impression_id"
-    seen = ["7", "7", "0.5", "true", "true", "007", "1.0.0", "7e0", "x", None]
+    seen = ["7", "7", "0.50", "true", "true", "007", "1.0.0", "7e0", "x", None]
     assert [value for (value,) in answer(home, query)] == seen
     as_text = Home.at(tmp_path / "as-text")
     edit(path, "impressions", types={"impression_id": "integer", "slot": "text"})
@@ -151,6 +151,37 @@ def test_words_of_any_encoding(encoding: str, tmp_path: Path, home: Home, log: L
     found = answer(home, "SELECT text FROM atoms WHERE channel <> 'item'")
     assert {value for (value,) in found} == {f"{text} {number}" for number in range(80)}
     assert not list((home.root / "lake" / "spill").rglob("*"))
+
+
+def test_utf_16_without_a_mark(tmp_path: Path, home: Home, log: Log) -> None:
+    path = write_dataset(tmp_path / "log", log)
+    rows = log["behaviors"].assign(text=[f"\U0001f437 {number}" for number in range(80)])
+    rows.to_csv(tmp_path / "log" / "behaviors.csv", index=False, encoding="utf-16-le")
+    edit(path, "behaviors", files="behaviors.csv", csv={"encoding": "utf-16"})
+    assert not ingest(home, path).quarantined
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_a_damaged_archive_is_named(encoding: str, tmp_path: Path, home: Home, log: Log) -> None:
+    path = write_dataset(tmp_path / "log", log)
+    archive = tmp_path / "log" / "behaviors.csv.gz"
+    log["behaviors"].to_csv(archive, index=False, encoding=encoding)
+    edit(path, "behaviors", files="behaviors.csv.gz", csv={"encoding": encoding})
+    for damaged in (archive.read_bytes()[:200], b"no archive"):
+        archive.write_bytes(damaged)
+        with pytest.raises(BadInput, match=r"behaviors.csv.gz cannot be read"):
+            ingest(home, path)
+
+
+def test_a_name_in_another_case_is_refused(tmp_path: Path, home: Home, log: Log) -> None:
+    log["items"]["price"] = 1.0
+    path = write_dataset(tmp_path / "log", log)
+    ingest(home, path)
+    log["items"].head(1).rename(columns={"price": "Price"}).assign(item_id=70).to_parquet(
+        tmp_path / "log" / "items.parquet"
+    )
+    with pytest.raises(BadInput, match=r"items: the column Price is price in the lake"):
+        ingest(home, path)
 
 
 def test_rows_of_a_file_in_utf_16_are_set_aside_with_its_name(tmp_path: Path, home: Home, log: Log) -> None:

@@ -348,6 +348,7 @@ def test_a_time_in_the_future_leaves_quarantine_when_it_has_come(
         ("SELECT * FROM 'items.parquet' JOIN sqlite_query('shop.db', 'SELECT 1') USING (item_id)", False),
         ("SELECT *, now() AS event_timestamp FROM 'items.parquet'", False),
         ("SELECT * FROM 'items.parquet' WHERE since < CURRENT_DATE", False),
+        ("SELECT gen_random_uuid() AS item_id, * FROM 'items.parquet'", False),
         ("SELECT * FROM 's3://shop/items.parquet'", False),
     ],
 )
