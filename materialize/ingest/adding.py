@@ -206,45 +206,34 @@ def _add_behaviors(connection: duckdb.DuckDBPyConnection, item_type: str) -> boo
     """Part by part of the users, in the order of time within each, so that memory is bounded."""
     parts = derive.ranges(connection, "raw_behaviors", "user_id")
     key = ", ".join(ROW_KEY["behaviors"])
-    added = 0
+    changed = 0
     with progress("adding behaviors", len(parts)) as advance:
         for part in parts:
-            connection.execute(
-                f"""
-                CREATE OR REPLACE TEMP TABLE part_behaviors AS
-                SELECT
-                    user_id,
-                    channel::VARCHAR AS channel,
-                    atom_id,
-                    event_timestamp,
-                    min(item_id)::{item_type} AS item_id
-                FROM raw_behaviors
-                WHERE {part}
-                GROUP BY ALL
-                """
-            )
+            _part_behaviors(connection, part, item_type)
             bounds = connection.execute(
-                "SELECT min(event_timestamp), max(event_timestamp) FROM part_behaviors"
+                "SELECT min(event_timestamp), max(event_timestamp), count(item_id) FROM part_behaviors"
             ).fetchone()
             assert bounds is not None
             if bounds[0] is not None:
-                low, high = map(sql_literal, bounds)  # by which whole files can be left out
+                low, high = map(sql_literal, bounds[:2])  # by which whole files can be left out
+                here = f"event_timestamp BETWEEN {low} AND {high} AND {part}"
+                if bounds[2]:
+                    changed += _fill_items(connection, here)
                 connection.execute(
                     f"""
                     CREATE OR REPLACE TEMP TABLE new_behaviors AS
                     SELECT *
-                    FROM part_behaviors
-                    ANTI JOIN (
-                        SELECT {key}
-                        FROM behaviors
-                        WHERE event_timestamp BETWEEN {low} AND {high} AND {part}
-                    ) USING ({key})
+                    FROM part_behaviors n
+                    WHERE NOT EXISTS (
+                        FROM (SELECT {key}, item_id FROM behaviors WHERE {here}) o
+                        WHERE {_same_behavior()} AND (n.item_id IS NULL OR n.item_id = o.item_id)
+                    )
                     """
                 )
                 connection.execute(
                     f"""
                     INSERT INTO behaviors BY NAME
-                    SELECT * FROM new_behaviors ORDER BY event_timestamp, {key}
+                    SELECT * FROM new_behaviors ORDER BY event_timestamp, {key}, item_id
                     """
                 )
                 connection.execute(
@@ -259,11 +248,62 @@ def _add_behaviors(connection: duckdb.DuckDBPyConnection, item_type: str) -> boo
                     SELECT atom_id, min(event_timestamp) FROM new_behaviors GROUP BY atom_id
                     """
                 )
-                added += scalar(connection, "SELECT count(*) FROM new_behaviors")
+                changed += scalar(connection, "SELECT count(*) FROM new_behaviors")
             advance()
     for table in ("part_behaviors", "new_behaviors"):
         connection.execute(f"DROP TABLE IF EXISTS temp.{table}")
-    return added > 0
+    return changed > 0
+
+
+def _same_behavior() -> str:
+    return " AND ".join(f"o.{column} = n.{column}" for column in ROW_KEY["behaviors"])
+
+
+def _part_behaviors(connection: duckdb.DuckDBPyConnection, part: str, item_type: str) -> None:
+    """`part_behaviors`: each behavior once; of one text and instant, one for each item that is named.
+
+    A row without an item, as of a file that lacks the column, is the same as one with.
+    """
+    key = ", ".join(ROW_KEY["behaviors"])
+    of_row = ", ".join(f"n.{column}" for column in ROW_KEY["behaviors"])
+    connection.execute(
+        f"""
+        CREATE OR REPLACE TEMP TABLE part_behaviors AS
+        SELECT
+            user_id,
+            channel::VARCHAR AS channel,
+            atom_id,
+            event_timestamp,
+            min(item_id)::{item_type} AS item_id,
+            max(item_id)::{item_type} AS another
+        FROM raw_behaviors
+        WHERE {part}
+        GROUP BY ALL
+        """
+    )
+    if scalar(connection, "SELECT count(*) FROM part_behaviors WHERE item_id <> another"):
+        connection.execute(
+            f"""
+            INSERT INTO part_behaviors
+            SELECT DISTINCT {of_row}, n.item_id, n.item_id
+            FROM (SELECT {key}, item_id FROM raw_behaviors WHERE {part}) n
+            JOIN (FROM part_behaviors WHERE item_id <> another) o ON {_same_behavior()}
+            WHERE n.item_id <> o.item_id
+            """
+        )
+    connection.execute("ALTER TABLE part_behaviors DROP COLUMN another")
+
+
+def _fill_items(connection: duckdb.DuckDBPyConnection, here: str) -> int:
+    """Behaviors of the lake without an item get the one that is named now; how many."""
+    key = ", ".join(ROW_KEY["behaviors"])
+    named = f"""
+        (SELECT {key}, min(item_id) AS item_id FROM part_behaviors GROUP BY ALL) n
+        WHERE {_same_behavior()} AND o.item_id IS NULL AND n.item_id IS NOT NULL"""
+    filled = scalar(connection, f"SELECT count(*) FROM (FROM behaviors WHERE {here}) o, {named}")
+    if filled:
+        connection.execute(f"UPDATE behaviors o SET item_id = n.item_id FROM {named}")
+    return filled
 
 
 def _add_atoms(connection: duckdb.DuckDBPyConnection, reads: Mapping[str, Read]) -> None:

@@ -212,3 +212,32 @@ def test_no_encoding_of_text_is_refused(tmp_path: Path, home: Home, log: Log) ->
     edit(path, "behaviors", csv={"encoding": "zip"})
     with pytest.raises(BadInput, match=r"`behaviors.csv.encoding`: zip is no encoding of text"):
         ingest(home, path)
+
+
+def test_one_text_of_two_items_is_two_behaviors(tmp_path: Path, home: Home, log: Log) -> None:
+    """And a behavior without an item is one of which another file, before or after it, names the item."""
+    moment = pd.Timestamp("2024-05-01", tz="UTC")
+    milk = log["behaviors"].head(1).assign(text="milk", event_timestamp=moment, user_id="u1")
+    nights = [[None], [3, 5], [5, None, 3], [4]]
+    for number, items in enumerate(nights):
+        path = write_dataset(tmp_path / "log", log)
+        rows = pd.concat([milk.assign(item_id=item) for item in items], ignore_index=True)
+        rows["item_id"] = rows["item_id"].astype("Int64")
+        rows.to_parquet(tmp_path / "log" / f"more-{number}.parquet")
+        log["behaviors"].to_parquet(tmp_path / "log" / "more-log.parquet")
+        edit(path, "behaviors", files="more-*.parquet")
+        ingest(home, path)
+    together = Home.at(tmp_path / "together")
+    ingest(together, path)
+    query = "SELECT item_id FROM behaviors JOIN atoms USING (atom_id) WHERE text = 'milk' ORDER BY 1"
+    for one in (home, together):
+        assert answer(one, query) == [(3,), (4,), (5,)]
+        lengths = "SELECT max(length_liked + length_disliked) FROM timeline_length WHERE user_id = 'u1'"
+        ((length,),) = answer(one, lengths)
+        assert length == int((log["behaviors"]["user_id"] == "u1").sum()) + 3
+    for rows in (
+        "FROM behaviors",
+        "FROM user_timeline",
+        "SELECT * EXCLUDE (created_timestamp) FROM timeline_length",
+    ):
+        assert answer(home, f"{rows} ORDER BY ALL") == answer(together, f"{rows} ORDER BY ALL")
