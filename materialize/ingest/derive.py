@@ -389,12 +389,12 @@ def _events(label_time: str, end: str) -> str:
     if label_time == AT_ONCE:
         return """
             SELECT user_id, item_id, event_timestamp, 1 AS shown, clicked AS clicks
-            FROM lake.main.impressions"""
+            FROM impressions"""
     return f"""
-        SELECT user_id, item_id, event_timestamp, 1 AS shown, 0 AS clicks FROM lake.main.impressions
+        SELECT user_id, item_id, event_timestamp, 1 AS shown, 0 AS clicks FROM impressions
         UNION ALL
         SELECT user_id, item_id, {label_time} AS event_timestamp, 0 AS shown, 1 AS clicks
-        FROM lake.main.impressions
+        FROM impressions
         WHERE clicked = 1 AND {label_time} <= {end}"""
 
 

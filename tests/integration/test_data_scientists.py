@@ -24,6 +24,7 @@ from materialize.frames.frame import Frame, frame
 from materialize.gate import gate
 from materialize.ingest.ingest import ingest
 from materialize.training.frame_dataset import FrameDataset
+from materialize.training.frame_history import HISTORY
 from materialize.vectors.encode import encode
 from tests.support.logs import small_log, write_dataset
 
@@ -170,4 +171,4 @@ def test_the_notebook_runs_top_to_bottom(
     ]
     assert len(pictures) == 1
     assert before == {path.name for path in home.root.iterdir()}
-    assert (made.path.parent / "history").is_dir()
+    assert (made.path.parent / HISTORY).is_dir()

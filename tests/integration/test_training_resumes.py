@@ -117,7 +117,8 @@ def test_a_warm_start_is_a_model_of_its_own(undisturbed: tuple[Home, int], tmp_p
         call("train", "--warm-start", "bahe-none", home=home)
 
 
-@pytest.mark.parametrize("more", [(), pytest.param(("--shard",), marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [(), ("--shard",)])
 def test_bahe_train_runs_under_torchrun(
     more: tuple[str, ...], ready: Home, undisturbed: tuple[Home, int], tmp_path: Path
 ) -> None:

@@ -107,7 +107,7 @@ def brute_force(log: Log, row: pd.Series, delay: int) -> dict[str, float | None]
     return expected
 
 
-@settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     rows=st.lists(shown, min_size=6, max_size=25).filter(
         lambda rows: (

@@ -84,7 +84,7 @@ def brute_force(log: dict[str, pd.DataFrame], row: pd.Series) -> dict[str, float
     return expected
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=9, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     impressions=st.lists(impression, min_size=2, max_size=25).filter(lambda r: len({x[3] for x in r}) == 2),
     behaviors=st.lists(behavior, min_size=1, max_size=25),

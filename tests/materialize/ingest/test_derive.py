@@ -100,7 +100,7 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(derive, "PART_ROWS", 15)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=14, deadline=None, suppress_health_check=list(HealthCheck))
 @given(batches=st.lists(batch, min_size=2, max_size=4), repeat=st.integers(0, 3))
 def test_night_by_night_is_at_once(batches: list[tuple[list, list]], repeat: int) -> None:
     # Behaviors of an earlier batch come again in the last one.
