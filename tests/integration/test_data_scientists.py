@@ -153,6 +153,7 @@ def test_vectors_that_are_not_there_are_missed(framed: tuple[Home, Frame], tmp_p
 NOTEBOOK = Path(__file__).parents[2] / "examples" / "notebooks" / "data_scientist.ipynb"
 
 
+@pytest.mark.slow
 def test_the_notebook_runs_top_to_bottom(
     framed: tuple[Home, Frame], monkeypatch: pytest.MonkeyPatch
 ) -> None:

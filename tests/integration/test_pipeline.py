@@ -374,6 +374,7 @@ def test_feast_works_as_its_users_expect(filled: tuple[Home, Path], tmp_path: Pa
     assert online["user_impressions"] == [(shown["user_id"] == "u1").sum()]
 
 
+@pytest.mark.slow
 def test_vectors_of_two_models_live_side_by_side(filled: tuple[Home, Path], tmp_path: Path) -> None:
     home = Home.at(tmp_path / "home")
     dataset = write_dataset(tmp_path / "log", small_log(), Path(str(yaml_backbone(filled[1]))))

@@ -77,6 +77,7 @@ def in_days(log: Log, cuts: list[int]) -> list[Log]:
     return days
 
 
+@pytest.mark.slow
 def test_days_in_any_order_make_the_same_lake(
     tmp_path: Path, home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -76,6 +76,7 @@ def filled(tmp_path: Path, home: Home) -> Home:
     return home
 
 
+@pytest.mark.slow
 def test_what_is_kept_answers_as_before(filled: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = snapshots(filled)
     before = {number: contents(filled, number) for number in kept}
