@@ -51,39 +51,6 @@ def history_leaks(channels: Sequence[str], freshness: str) -> list[Check]:
     ]
 
 
-def _counted_before(entity: str, kind: str, freshness: str, label_time: str) -> str:
-    """SQL of the count of impressions or clicks strictly before each row's instant."""
-    name = f"true_{entity}_{kind}"
-    if label_time != "event_timestamp":
-        value = {"impressions": "shown", "clicks": "click"}[kind]
-        return f"""
-            coalesce(sum({value}) OVER (
-                PARTITION BY {entity}_id ORDER BY known
-                RANGE BETWEEN UNBOUNDED PRECEDING AND INTERVAL 1 MICROSECOND PRECEDING
-            ), 0) AS {name}"""
-    # The rows before the start of an hour are those of earlier hours, so ranks by hour count them.
-    time = known_until(freshness, "event_timestamp")
-    if kind == "impressions":
-        # rank() - 1 is the number of strictly earlier rows: those of the same time tie.
-        return f"rank() OVER (PARTITION BY {entity}_id ORDER BY {time}) - 1 AS {name}"
-    return f"""
-        sum(clicked) OVER (PARTITION BY {entity}_id ORDER BY {time} RANGE UNBOUNDED PRECEDING)
-        - sum(clicked) OVER (PARTITION BY {entity}_id, {time}) AS {name}"""
-
-
-def _events(freshness: str, label_time: str) -> str:
-    """SQL of impressions, at the instant whose past they see, and of clicks, when they are known."""
-    both = "impression_id, user_id, item_id, event_timestamp, clicked"
-    return f"""(
-        SELECT {both}, 1 AS shown, 0 AS click, {known_until(freshness, "event_timestamp")} AS known
-        FROM $impressions
-        UNION ALL
-        SELECT {both}, 0 AS shown, 1 AS click, {label_time} AS known
-        FROM $impressions
-        WHERE clicked = 1
-    )"""
-
-
 def label_leaks(columns: AbstractSet[str], freshness: str, label_time: str) -> list[Check]:
     """Count every row's statistics again, from what was shown and clicked strictly before its instant.
 
@@ -94,19 +61,33 @@ def label_leaks(columns: AbstractSet[str], freshness: str, label_time: str) -> l
         for kind in ("impressions", "clicks"):
             if f"{entity}_{kind}" in columns:
                 stored.append(f"{entity}_{kind}")
-                windows.append(_counted_before(entity, kind, freshness, label_time))
-    events = "$impressions" if label_time == "event_timestamp" else _events(freshness, label_time)
-    counted = f"SELECT *, {', '.join(windows)} FROM {events}"
-    if label_time != "event_timestamp":
-        counted = f"SELECT * FROM ({counted}) WHERE shown = 1"
+                windows.append(
+                    f"""
+                    coalesce(sum({kind}) OVER (
+                        PARTITION BY {entity}_id ORDER BY known
+                        RANGE BETWEEN UNBOUNDED PRECEDING AND INTERVAL 1 MICROSECOND PRECEDING
+                    ), 0) AS true_{entity}_{kind}"""
+                )
+    # Impressions stand at the instant whose past they see, clicks at that at which they are known. For the
+    # start of an hour that counts right: what was shown before it stands at the start of an earlier one.
     same = ("user_id", "item_id", "event_timestamp", "clicked")
+    both = ", ".join(("impression_id", *same))
+    events = f"""
+        SELECT {both}, 1 AS impressions, 0 AS clicks, {known_until(freshness, "event_timestamp")} AS known
+        FROM $impressions
+        UNION ALL
+        SELECT {both}, 0 AS impressions, 1 AS clicks, {label_time} AS known
+        FROM $impressions
+        WHERE clicked = 1"""
     in_frame = ", ".join(f"f.{name}" for name in (*same, *stored))
     in_log = ", ".join(f"i.{name} AS log_{name}" for name in same)
     counted_again = ", ".join(f"i.true_{name}" for name in stored)
     source = f"""(
         SELECT f.impression_id, {in_frame}, {in_log}, {counted_again}
         FROM $frame f
-        LEFT JOIN ({counted}) i USING (impression_id)
+        LEFT JOIN (
+            SELECT * FROM (SELECT *, {", ".join(windows)} FROM ({events})) WHERE impressions = 1
+        ) i USING (impression_id)
     )"""
     differs = " OR ".join(f"{name} IS DISTINCT FROM log_{name}" for name in same)
     checks = [
