@@ -46,7 +46,8 @@ CONTEXT = {
 """Names of columns that are known before the answer to an impression is."""
 
 _SECONDS = (3.2e8, 4.1e9)  # 1980 to 2099
-_UNITS = {"s": 1, "ms": 1e3, "us": 1e6}
+UNITS = {"s": 1, "ms": 1e3, "us": 1e6}
+"""How many of each are a second."""
 _CHANNELS = 20
 _ISO = re.compile(r"%Y-%m-%d([ T]%H:%M(:%S(\.%[fgn])?)?)?(%z|Z)?|")
 
@@ -85,7 +86,7 @@ class Column:
         """The unit with which all values are times between 1980 and 2099; None for other columns."""
         if not self.numeric or self.low is None or self.high is None:
             return None
-        for unit, factor in _UNITS.items():
+        for unit, factor in UNITS.items():
             if _SECONDS[0] * factor <= float(self.low) and float(self.high) <= _SECONDS[1] * factor:
                 return unit
         return None
@@ -156,13 +157,13 @@ def look(connection: duckdb.DuckDBPyConnection, paths: Sequence[Path], folder: P
     for path in dict.fromkeys(paths):
         if not path.is_file():
             raise BadInput(f"{path} is no file; name the Parquet or CSV files of the log.")
-        if _suffix(path) not in ("parquet", "csv", "tsv", "txt"):
+        if suffix(path) not in ("parquet", "csv", "tsv", "txt"):
             raise BadInput(f"{path} is neither CSV nor Parquet; convert it.")
         try:
             names = tuple(connection.sql(f"SELECT * FROM {_sniffed(path)} LIMIT 0").columns)
         except duckdb.Error as error:
             raise BadInput(f"{path} cannot be read: {one_line(error)}.") from None
-        groups.setdefault((path.resolve().parent, _suffix(path), names), []).append(path)
+        groups.setdefault((path.resolve().parent, suffix(path), names), []).append(path)
     return [_look(connection, group, folder) for group in groups.values()]
 
 
@@ -186,7 +187,7 @@ def _look(connection: duckdb.DuckDBPyConnection, paths: list[Path], folder: Path
     count = connection.execute(f"SELECT count(*) FROM {relation}").fetchone()
     assert count is not None
     delimiter, time_format = None, None
-    if _suffix(first) != "parquet":
+    if suffix(first) != "parquet":
         sniffed = connection.execute(
             f"SELECT Delimiter, TimestampFormat, DateFormat FROM sniff_csv({sql_literal(str(first))})"
         ).fetchone()
@@ -269,7 +270,7 @@ def _seen(role: str, column: Column) -> str:
 
 def _sniffed(path: Path) -> str:
     listed = sql_literal(str(path))
-    if _suffix(path) == "parquet":
+    if suffix(path) == "parquet":
         return f"read_parquet({listed})"
     return f"read_csv({listed}, header = true, sample_size = {SAMPLE})"
 
@@ -294,5 +295,6 @@ def _pattern(paths: Sequence[Path], folder: Path) -> str:
     return (shown[0].parent / pattern).as_posix()
 
 
-def _suffix(path: Path) -> str:
-    return path.name.removesuffix(".gz").rsplit(".", 1)[-1].lower()
+def suffix(path: str | Path) -> str:
+    """The ending that tells a file's format; compression does not."""
+    return str(path).removesuffix(".gz").rsplit(".", 1)[-1].lower()

@@ -14,7 +14,7 @@ import yaml
 from bahe_core.errors import BadInput
 from bahe_core.machine import threads
 from bahe_lake.sql import sql_literal
-from materialize.config.log_files import CONTEXT, LogFile, look
+from materialize.config.log_files import CONTEXT, UNITS, LogFile, look
 
 SCHEMA = Path(__file__).with_name("dataset.schema.json")
 TODO = "TODO"
@@ -361,7 +361,7 @@ def _before(connection: duckdb.DuckDBPyConnection, log: LogFile | None) -> str |
 
 
 def _moment(number: float, unit: str) -> str:
-    seconds = number / {"s": 1, "ms": 1e3, "us": 1e6}[unit]
+    seconds = number / UNITS[unit]
     return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d}"
 
 

@@ -18,8 +18,9 @@ from bahe_core.errors import BadInput, one_line
 from bahe_lake.catalogue import columns, scalar
 from bahe_lake.extensions import open_object_storage
 from bahe_lake.sql import sql_identifier, sql_literal
+from materialize.config.log_files import suffix
 from materialize.ingest.csv_faults import csv_fault
-from materialize.ingest.sources import FILE, File, Source, suffix
+from materialize.ingest.sources import FILE, File, Source
 from materialize.ingest.text_encoding import readable_path, text_lines
 
 _LONGEST_LINE = 64 * 2**20
@@ -167,36 +168,42 @@ def _of_parquet(
 
 
 def _of_csv(connection: duckdb.DuckDBPyConnection, source: Source, files: Sequence[File]) -> list[Layout]:
-    groups: dict[tuple[str, tuple[str, ...]], list[File]] = {}
+    groups: dict[tuple[str, tuple[str, ...]], dict[str, File]] = {}
     for file in files:
         delimiter = source.section.csv.delimiter or ("\t" if suffix(file.path) == "tsv" else ",")
-        groups.setdefault((delimiter, _header(connection, source, file, delimiter)), []).append(file)
+        path = readable_path(connection, file, source.section.csv.encoding)
+        header = _header(connection, source, file, path, delimiter)
+        groups.setdefault((delimiter, header), {})[path] = file
     made = []
     for (delimiter, header), members in groups.items():
         quote = source.section.csv.quote
-        path_of = {readable_path(connection, file, source.section.csv.encoding): file for file in members}
         texts = ", ".join(f"{sql_literal(column)}: 'VARCHAR'" for column in header)
-        relation = f"""read_csv({_list(path_of)}, auto_detect = false, header = true, columns = {{{texts}}},
+        relation = f"""read_csv({_list(members)}, auto_detect = false, header = true, columns = {{{texts}}},
             delim = {sql_literal(delimiter)}, quote = {sql_literal(quote)}, escape = {sql_literal(quote)},
             strict_mode = true, filename = '{FILE}', hive_types_autocast = false,
             max_line_size = {_LONGEST_LINE}, buffer_size = {_CSV_BUFFER})"""
-        if any(path != file.path for path, file in path_of.items()):
-            origins = ", ".join(f"{sql_literal(p)}: {sql_literal(f.path)}" for p, f in path_of.items())
+        if any(path != file.path for path, file in members.items()):
+            origins = ", ".join(f"{sql_literal(p)}: {sql_literal(f.path)}" for p, f in members.items())
             column = sql_identifier(FILE)
             relation = f"(SELECT * REPLACE (MAP {{{origins}}}[{column}] AS {column}) FROM {relation})"
         names = columns(connection, relation)
         names.pop(FILE)
         made.append(
-            Layout(source=source, files=tuple(members), columns=names, relation=relation, empty=False)
+            Layout(
+                source=source, files=tuple(members.values()), columns=names, relation=relation, empty=False
+            )
         )
     return made
 
 
 def _header(
-    connection: duckdb.DuckDBPyConnection, source: Source, file: File, delimiter: str
+    connection: duckdb.DuckDBPyConnection, source: Source, file: File, path: str, delimiter: str
 ) -> tuple[str, ...]:
-    """Names of a CSV file's columns. Raises BadInput when it has none, or one twice."""
-    path, quote = readable_path(connection, file, source.section.csv.encoding), source.section.csv.quote
+    """Names of a CSV file's columns. Raises BadInput when it has none, or one twice.
+
+    `path` is where the file is read.
+    """
+    quote = source.section.csv.quote
     if "://" in path:
         row = connection.execute(
             f"""SELECT line FROM read_csv({sql_literal(path)}, auto_detect = false, header = false,

@@ -24,6 +24,7 @@ from bahe_lake.catalogue import tables
 from bahe_lake.extensions import open_object_storage
 from bahe_lake.sql import sql_literal
 from materialize.config.dataset import ImpressionTable, Table
+from materialize.config.log_files import suffix
 
 FILE = "_bahe_file"
 """The column that says which file a row of several comes from."""
@@ -196,11 +197,6 @@ def _expand(folder: Path, pattern: str) -> list[Path]:
     if path.is_absolute():
         return sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor))))
     return sorted(folder.glob(pattern))
-
-
-def suffix(path: str) -> str:
-    """The ending that tells a file's format; compression does not."""
-    return path.removesuffix(".gz").rsplit(".", 1)[-1].lower()
 
 
 def _reads_elsewhere(query: str) -> bool:

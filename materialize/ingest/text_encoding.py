@@ -25,6 +25,7 @@ from bahe_core.progress import say
 from materialize.ingest.sources import File
 
 _CHUNK = 2**20
+_UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 @contextmanager
@@ -57,7 +58,7 @@ def readable_path(connection: duckdb.DuckDBPyConnection, file: File, encoding: s
     if not copy.is_file():
         say(f"  writing {file.path.rsplit('/', 1)[-1]} as UTF-8, from {encoding}")
         copy.parent.mkdir(parents=True, exist_ok=True)
-        decoder = _decoder(connection, file.path, encoding)
+        decoder = _decoder(next(_chunks(connection, file.path), b""), encoding)
         with replace_atomically(copy) as candidate, candidate.open("wb") as output:
             try:
                 for chunk in _chunks(connection, file.path):
@@ -76,24 +77,21 @@ def text_lines(path: str) -> Iterator[Iterator[str]]:
             yield lines
     except UnicodeError:
         raise BadInput(encoding_fault(path, path, "utf-8")) from None
-    except (OSError, EOFError, zlib.error) as error:
-        raise BadInput(f"{path} cannot be read: {one_line(error)}.") from None
 
 
-def _decoder(connection: duckdb.DuckDBPyConnection, path: str, encoding: str) -> codecs.IncrementalDecoder:
-    if codecs.lookup(encoding).name == "utf-16":
-        head = next(_chunks(connection, path), b"")
-        if not head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-            encoding = "utf-16-le"  # as most programs write it without a mark
+def _decoder(head: bytes, encoding: str) -> codecs.IncrementalDecoder:
+    """For a file that begins so."""
+    if codecs.lookup(encoding).name == "utf-16" and not head.startswith(_UTF16_MARKS):
+        encoding = "utf-16-le"  # as most programs write it without a mark
     return codecs.getincrementaldecoder(encoding)()
 
 
 def encoding_fault(path: str, place: str, encoding: str) -> str:
     """The sentence for a file that is not of the encoding; a local one is looked at for the exact place."""
     head = next(_local_chunks(path), b"")
-    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) and encoding != "utf-16":
+    if head.startswith(_UTF16_MARKS) and encoding != "utf-16":
         return f"{path} is UTF-16, not {encoding}; set `csv: {{encoding: utf-16}}`."
-    at = _first_undecodable(path, encoding)
+    at = _first_undecodable(path, head, encoding)
     if at is not None:
         place = f"{path}, line {at[0]}, character {at[1]}"
     other = "latin-1" if encoding == "utf-8" else "utf-8"
@@ -103,16 +101,14 @@ def encoding_fault(path: str, place: str, encoding: str) -> str:
     )
 
 
-def _first_undecodable(path: str, encoding: str) -> tuple[int, int] | None:
+def _first_undecodable(path: str, head: bytes, encoding: str) -> tuple[int, int] | None:
     """Line and character, from 1, of the first bytes that are not of the encoding."""
-    decoder = codecs.getincrementaldecoder(encoding)()
+    decoder = _decoder(head, encoding)
     line, character = 1, 1
     for chunk in _local_chunks(path):
         try:
             text = decoder.decode(chunk)
-        except UnicodeError as error:
-            if not isinstance(error, UnicodeDecodeError):
-                return None
+        except UnicodeDecodeError as error:
             text = error.object[: error.start].decode(encoding, errors="replace")
             line, last = line + text.count("\n"), text.rpartition("\n")[2]
             return line, len(last) + (1 if "\n" in text else character)
@@ -135,13 +131,16 @@ def _local_chunks(path: str) -> Iterator[bytes]:
     """A local file's bytes; nothing of one that lies elsewhere."""
     if not Path(path).is_file():
         return
+    with _opened(path) as file:
+        while chunk := file.read(_CHUNK):
+            yield chunk
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[BinaryIO]:
+    """A local file's bytes, unpacked. Raises BadInput where they cannot be read."""
     try:
-        with _opened(path) as file:
-            while chunk := file.read(_CHUNK):
-                yield chunk
+        with gzip.open(path) if path.endswith(".gz") else Path(path).open("rb") as file:
+            yield cast(BinaryIO, file)
     except (OSError, EOFError, zlib.error) as error:
         raise BadInput(f"{path} cannot be read: {one_line(error)}.") from None
-
-
-def _opened(path: str) -> BinaryIO:
-    return cast(BinaryIO, gzip.open(path)) if path.endswith(".gz") else Path(path).open("rb")
