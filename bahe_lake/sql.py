@@ -20,6 +20,13 @@ def sql_identifier(identifier: str) -> str:
     return '"' + identifier.replace('"', '""') + '"'
 
 
+AT_ONCE = "event_timestamp"
+"""The label time of a log whose clicks are known as soon as an impression is shown.
+
+A label time is SQL, over impressions, of the instant at which an impression's click is known.
+"""
+
+
 def old_enough(label_delay_us: int, impressions: str = "impressions") -> str:
     """SQL of the impressions that are older than the label delay at the log's last impression."""
     if not label_delay_us:

@@ -18,7 +18,7 @@ from bahe_core.results import Result
 from bahe_lake import runs
 from bahe_lake.catalogue import scalar
 from bahe_lake.connection import lake
-from bahe_lake.sql import old_enough, sql_literal
+from bahe_lake.sql import AT_ONCE, old_enough, sql_literal
 from bahe_lake.transactions import commit
 from materialize.config.dataset import Dataset, home_dataset
 from validation.suites import CLOCK_TOLERANCE
@@ -160,6 +160,6 @@ def _scope(
             "channels": channels,
             "rows": scalar(connection, f"SELECT count(*) FROM {shown}"),
             "freshness": about.get("freshness", "live"),
-            "label_time": about.get("label_time", "event_timestamp"),
+            "label_time": about.get("label_time", AT_ONCE),
         }
     return of_lake("user_embedding", "item_embedding"), dict(last.facts)

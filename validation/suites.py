@@ -8,7 +8,7 @@ from datetime import timedelta
 from typing import Any
 
 from bahe_lake.blank import blank
-from bahe_lake.sql import sql_identifier, sql_literal
+from bahe_lake.sql import AT_ONCE, sql_identifier, sql_literal
 from validation.checks import (
     Check,
     each_present,
@@ -364,7 +364,7 @@ def _frame(parameters: Parameters, columns: Columns) -> list[Check]:
     return [
         *checks,
         *history_leaks(parameters["channels"], freshness),
-        *label_leaks(columns["frame"], freshness, parameters.get("label_time", "event_timestamp")),
+        *label_leaks(columns["frame"], freshness, parameters.get("label_time", AT_ONCE)),
     ]
 
 

@@ -23,6 +23,7 @@ from bahe_core.errors import NotReady
 from bahe_core.files import replace_atomically
 from bahe_core.home import Home
 from bahe_core.lake_location import LakeConfig
+from bahe_lake.sql import AT_ONCE
 from bahe_models import BackboneConfig, EncoderConfig, ModelConfig, TrainingConfig, WindowConfig
 from materialize.config.problems import Place, problems_of, read_yaml, refusal
 
@@ -93,6 +94,11 @@ class Table(_Section):
     types: dict[str, NamedType] = Field(default_factory=dict)
     """Of columns (by bahe's names) whose source does not say: CSV is text unless stated here."""
 
+    @property
+    def click_times(self) -> bool:
+        """Whether the table says when each click happened."""
+        return False
+
     @model_validator(mode="after")
     def _one_source(self) -> Table:
         if (self.files is None) == (self.sql is None):
@@ -126,14 +132,14 @@ class ImpressionTable(Table):
 
     @property
     def click_times(self) -> bool:
-        """Whether the log says when each click happened."""
+        """Whether the table says when each click happened."""
         return CLICKED_AT in self.columns
 
     @property
     def label_time(self) -> str:
         """SQL of the instant at which an impression's click is known, over the lake's columns."""
         later = f"event_timestamp + to_microseconds({self.label_delay_us})"
-        known = later if self.label_delay_us else "event_timestamp"
+        known = later if self.label_delay_us else AT_ONCE
         return f"coalesce({CLICKED_AT}, {known})" if self.click_times else known
 
 

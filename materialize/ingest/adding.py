@@ -123,33 +123,37 @@ def _late_clicks(connection: duckdb.DuckDBPyConnection, label_time: str) -> date
         WHERE o.impression_id = n.impression_id
             AND o.{CLICKED_AT} IS NULL
             AND n.{CLICKED_AT} IS NOT NULL"""
-    oldest = connection.execute(
+    found = connection.execute(
         f"""
-        SELECT min(CASE WHEN o.clicked = 1 THEN o.event_timestamp ELSE n.{CLICKED_AT} END)
+        SELECT
+            min(CASE WHEN o.clicked = 1 THEN o.event_timestamp ELSE n.{CLICKED_AT} END),
+            count(*) FILTER (o.clicked = 1),
+            count(*) FILTER (o.clicked = 0)
         FROM impressions o, {told}
         """
     ).fetchone()
-    assert oldest is not None
-    moment: datetime | None = oldest[0]
-    if scalar(connection, f"SELECT count(*) FROM impressions o, {told} AND o.clicked = 1"):
+    assert found is not None
+    moment: datetime | None = found[0]
+    if found[1]:
         moved = f"SELECT o.* FROM impressions o, {told} AND o.clicked = 1"
         derive.forget_clicks(connection, f"SELECT user_id, item_id, {label_time} AS moment FROM ({moved})")
-    if scalar(connection, f"SELECT count(*) FROM impressions o, {told} AND o.clicked = 0"):
+    if found[2]:
         connection.execute(f"UPDATE impressions o SET clicked = 1 FROM {told} AND o.clicked = 0")
     return moment
 
 
 def _fill(connection: duckdb.DuckDBPyConnection, table: str) -> bool:
     """Rows that the lake already has get what it lacks of them in the log's own columns."""
-    same_key = " AND ".join(f"o.{column} = n.{column}" for column in ROW_KEY[table])
-    filled = 0
-    for name in map(sql_identifier, own_columns(connection, table)):
-        lacking = f"raw_{table} n WHERE {same_key} AND o.{name} IS NULL AND n.{name} IS NOT NULL"
-        count = scalar(connection, f"SELECT count(*) FROM {table} o, {lacking}")
-        if count:
-            connection.execute(f"UPDATE {table} o SET {name} = n.{name} FROM {lacking}")
-        filled += count
-    return filled > 0
+    names = [sql_identifier(column) for column in own_columns(connection, table)]
+    if not names:
+        return False
+    lacks = " OR ".join(f"(o.{name} IS NULL AND n.{name} IS NOT NULL)" for name in names)
+    lacking = f"raw_{table} n WHERE {_same_key(table)} AND ({lacks})"
+    count = scalar(connection, f"SELECT count(*) FROM {table} o, {lacking}")
+    if count:
+        filled = ", ".join(f"{name} = coalesce(o.{name}, n.{name})" for name in names)
+        connection.execute(f"UPDATE {table} o SET {filled} FROM {lacking}")
+    return count > 0
 
 
 def _create_others(connection: duckdb.DuckDBPyConnection) -> None:
@@ -226,7 +230,7 @@ def _add_behaviors(connection: duckdb.DuckDBPyConnection, item_type: str) -> boo
                     FROM part_behaviors n
                     WHERE NOT EXISTS (
                         FROM (SELECT {key}, item_id FROM behaviors WHERE {here}) o
-                        WHERE {_same_behavior()} AND (n.item_id IS NULL OR n.item_id = o.item_id)
+                        WHERE {_same_key("behaviors")} AND (n.item_id IS NULL OR n.item_id = o.item_id)
                     )
                     """
                 )
@@ -255,8 +259,9 @@ def _add_behaviors(connection: duckdb.DuckDBPyConnection, item_type: str) -> boo
     return changed > 0
 
 
-def _same_behavior() -> str:
-    return " AND ".join(f"o.{column} = n.{column}" for column in ROW_KEY["behaviors"])
+def _same_key(table: str) -> str:
+    """SQL: the row `o` of the lake and the row `n` that was read have one key."""
+    return " AND ".join(f"o.{column} = n.{column}" for column in ROW_KEY[table])
 
 
 def _part_behaviors(connection: duckdb.DuckDBPyConnection, part: str, item_type: str) -> None:
@@ -287,7 +292,7 @@ def _part_behaviors(connection: duckdb.DuckDBPyConnection, part: str, item_type:
             INSERT INTO part_behaviors
             SELECT DISTINCT {of_row}, n.item_id, n.item_id
             FROM (SELECT {key}, item_id FROM raw_behaviors WHERE {part}) n
-            JOIN (FROM part_behaviors WHERE item_id <> another) o ON {_same_behavior()}
+            JOIN (FROM part_behaviors WHERE item_id <> another) o ON {_same_key("behaviors")}
             WHERE n.item_id <> o.item_id
             """
         )
@@ -299,7 +304,7 @@ def _fill_items(connection: duckdb.DuckDBPyConnection, here: str) -> int:
     key = ", ".join(ROW_KEY["behaviors"])
     named = f"""
         (SELECT {key}, min(item_id) AS item_id FROM part_behaviors GROUP BY ALL) n
-        WHERE {_same_behavior()} AND o.item_id IS NULL AND n.item_id IS NOT NULL"""
+        WHERE {_same_key("behaviors")} AND o.item_id IS NULL AND n.item_id IS NOT NULL"""
     filled = scalar(connection, f"SELECT count(*) FROM (FROM behaviors WHERE {here}) o, {named}")
     if filled:
         connection.execute(f"UPDATE behaviors o SET item_id = n.item_id FROM {named}")

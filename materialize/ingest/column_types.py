@@ -18,7 +18,6 @@ from bahe_lake.sql import sql_identifier
 from materialize.config.dataset import (
     CLICKED_AT,
     ClickRule,
-    ImpressionTable,
     NamedType,
     Table,
     context_column,
@@ -183,7 +182,7 @@ def _attributes(
                 said.setdefault(target, []).append(layout)
     types = dict(held)
     stated: dict[str, NamedType] = dict(section.types)
-    if isinstance(section, ImpressionTable) and section.click_times:
+    if section.click_times:
         stated[CLICKED_AT] = "time"
     for target, named in stated.items():
         there = dict.fromkeys(column for layout in of_table for column in layout.columns)

@@ -34,7 +34,8 @@ def rules_of_many(
     """The rules for the rows in `raw_<table>`; makes the temporary tables that they look into."""
     if table == "behaviors":
         return []  # all of a behavior is its key
-    click_times = click_times and CLICKED_AT in columns(connection, f"raw_{table}")
+    told = columns(connection, f"raw_{table}")
+    click_times = click_times and table == "impressions" and CLICKED_AT in told
     rules = [_twice(connection, table, click_times=click_times)]
     if table in tables(connection):
         rules.append(_changed(connection, table, click_times=click_times))
@@ -48,7 +49,7 @@ def _twice(connection: duckdb.DuckDBPyConnection, table: str, *, click_times: bo
     compared = [column for column in columns(connection, f"raw_{table}") if column != "_bad"]
     own = own_columns(connection, table)
     differs = []
-    if table == "impressions" and click_times:  # shown, and clicked later
+    if click_times:  # shown, and clicked later
         compared.remove("clicked")
         differs.append(f"min(clicked) <> max(clicked) AND count({CLICKED_AT}) = 0")
     always = ", ".join(sql_identifier(column) for column in compared if column not in own)

@@ -9,7 +9,7 @@ from datetime import datetime
 from bahe_core.errors import BadInput
 from bahe_lake.blank import blank
 from bahe_lake.sql import sql_identifier, sql_literal
-from materialize.config.dataset import CLICKED_AT, ClickRule, ImpressionTable, Table, context_column
+from materialize.config.dataset import CLICKED_AT, ClickRule, Table, context_column
 from materialize.ingest import values
 from materialize.ingest.column_types import KEYS, ColumnTypes, source_column
 from materialize.ingest.layouts import Layout
@@ -135,13 +135,9 @@ def project(
         made.columns.setdefault("item_id", f"NULL::{types.keys['item_id']}")
     made.extra["_time"] = f"{sql_identifier(source_column(section, 'event_timestamp'))}::VARCHAR"
     made.rules += conversions + _rules(table, section, channels, latest)
-    if CLICKED_AT in made.columns and _has_click_times(section):
+    if CLICKED_AT in made.columns and section.click_times:
         made.rules += _rules_of_clicks(latest)
     return made
-
-
-def _has_click_times(section: Table) -> bool:
-    return isinstance(section, ImpressionTable) and section.click_times
 
 
 def _check_context(table: str, layout: Layout, context: Sequence[str]) -> None:
@@ -198,7 +194,7 @@ def _value(
             return _written_category(raw) if layout.source.csv else category(raw, kind)
         if target in KEYS and (target in REQUIRED[table] or table == "behaviors"):
             return _key(raw, kind, types.keys[target], section)
-        if target == "event_timestamp" or (target == CLICKED_AT and _has_click_times(section)):
+        if target == "event_timestamp" or (target == CLICKED_AT and section.click_times):
             return values.moment(raw, kind, section)
         if target == "clicked" and table == "impressions":
             if isinstance(rule, ClickRule):

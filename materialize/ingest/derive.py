@@ -26,7 +26,7 @@ import duckdb
 
 from bahe_core.progress import progress
 from bahe_lake.catalogue import columns, scalar, tables
-from bahe_lake.sql import sql_identifier, sql_literal
+from bahe_lake.sql import AT_ONCE, sql_identifier, sql_literal
 from materialize.config.dataset import CLICKED_AT
 from materialize.ingest import channel_windows
 
@@ -44,9 +44,6 @@ RECENT_ATOMS = 20
 
 PART_ROWS = 2_000_000
 """Events that are derived from at once, about; 2 million take about 1 GB."""
-
-AT_ONCE = "event_timestamp"
-"""The label time of a log whose clicks are known as soon as an impression is shown."""
 
 _ALWAYS = "TIMESTAMPTZ '-infinity'"
 
@@ -68,11 +65,13 @@ def derive(
     *,
     anew: bool,
     label_time: str = AT_ONCE,
+    end: str | None = None,
 ) -> None:
     """Bring every derived table up to what the lake's behaviors and impressions say.
 
     Runs inside the caller's transaction. `anew` makes the tables from the whole log, whatever is new.
-    `label_time` is SQL of the instant at which an impression's click is known.
+    `label_time` is SQL of the instant at which an impression's click is known; unless that is at once,
+    `end` is that of `log_end`.
     """
     if anew:
         _create(connection, channels)
@@ -84,7 +83,7 @@ def derive(
     if scalar(connection, "SELECT count(*) FROM changed_users"):
         _timelines(connection, channels)
     if scalar(connection, "SELECT count(*) FROM changed_impressions"):
-        _all_statistics(connection, label_time)
+        _all_statistics(connection, label_time, end)
 
 
 def log_end(connection: duckdb.DuckDBPyConnection, label_time: str) -> str:
@@ -341,11 +340,10 @@ def _part_of_timelines(
     )
 
 
-def _all_statistics(connection: duckdb.DuckDBPyConnection, label_time: str) -> None:
+def _all_statistics(connection: duckdb.DuckDBPyConnection, label_time: str, end: str | None) -> None:
     """Every statistic from the oldest new impression on."""
     since = _moment(connection, "SELECT min(since) FROM changed_impressions")
-    events = _events(label_time, log_end(connection, label_time))
-    connection.execute(f"CREATE OR REPLACE TEMP VIEW events AS {events}")
+    connection.execute(f"CREATE OR REPLACE TEMP VIEW events AS {_events(label_time, end)}")
     before = connection.execute(
         f"""
         SELECT coalesce(sum(shown), 0), coalesce(sum(clicks), 0)
@@ -381,7 +379,7 @@ def _all_statistics(connection: duckdb.DuckDBPyConnection, label_time: str) -> N
     connection.execute("DROP TABLE IF EXISTS temp.instants")
 
 
-def _events(label_time: str, end: str) -> str:
+def _events(label_time: str, end: str | None) -> str:
     """SQL of what statistics count: impressions as they are shown, clicks as they are known.
 
     What is known only after the log's end waits for the ingest that brings later events.

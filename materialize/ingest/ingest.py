@@ -22,7 +22,7 @@ from bahe_core.results import Result
 from bahe_lake import runs
 from bahe_lake.catalogue import scalar, tables
 from bahe_lake.connection import lake
-from bahe_lake.sql import sql_literal
+from bahe_lake.sql import AT_ONCE, sql_literal
 from bahe_lake.transactions import transact
 from materialize.config.dataset import Dataset, load_dataset, save_dataset
 from materialize.gate import gated
@@ -91,7 +91,7 @@ def ingest(home: Home, dataset_path: Path) -> Ingested:
             anew = (
                 last is None
                 or last.facts.get("derived") != derive.VERSION
-                or last.facts.get("label_time", derive.AT_ONCE) != dataset.impressions.label_time
+                or last.facts.get("label_time", AT_ONCE) != dataset.impressions.label_time
             )
             with utf8_copies(connection):
                 reads = read_new(home, connection, dataset, found)
@@ -169,11 +169,13 @@ def _write(
             if mend:
                 repair.repair(connection, fingerprint)
             changed = add(connection, reads, label_time)
-            facts["log_end"] = derive.log_end(connection, label_time)
-            if changed and last is not None and "log_end" in last.facts and label_time != derive.AT_ONCE:
-                # Clicks that were not known yet at the end of the log of before.
-                connection.execute(f"INSERT INTO changed_impressions VALUES ({last.facts['log_end']})")
-            derive.derive(connection, dataset.channels, anew=anew, label_time=label_time)
+            end = None
+            if label_time != AT_ONCE:
+                facts["log_end"] = end = derive.log_end(connection, label_time)
+                if changed and last is not None and "log_end" in last.facts:
+                    # Clicks that were not known yet at the end of the log of before.
+                    connection.execute(f"INSERT INTO changed_impressions VALUES ({last.facts['log_end']})")
+            derive.derive(connection, dataset.channels, anew=anew, label_time=label_time, end=end)
             for statement in quarantine.statements(
                 [(read.source, read.files) for read in reads.values()], fingerprint
             ):
