@@ -124,7 +124,7 @@ class Project:
 
         `target` says where online values lie from now on: sqlite, redis, postgres, or a file of settings.
         """
-        from bahe_models.artifact_folder import further_features
+        from bahe_models.artifact_folder import further_features, read_config
         from feature_repo.store import apply
         from materialize.config.dataset import home_dataset
 
@@ -133,7 +133,7 @@ class Project:
             online = {*features.numeric, *features.categorical}
             for artifact in self.home.models.glob("*/config.json"):  # any of them may be live again
                 with suppress(BadInput):
-                    online.update(*further_features(artifact.parent).values())
+                    online.update(*further_features(read_config(artifact.parent)).values())
             registered = apply(self.home, target, online=online)
             say(f"  registered {registered}")
         return registered

@@ -46,10 +46,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def further_features(folder: Path) -> dict[str, list[str]]:
-    """The features that `features` of dataset.yaml listed for the model: `numeric` and `categorical`, as
-    `view:feature`. Raises BadInput when the folder is no artifact."""
-    config = read_config(folder)
+def further_features(config: dict[str, Any]) -> dict[str, list[str]]:
+    """What `features` of dataset.yaml listed for the model: `numeric` and `categorical`, as `view:feature`.
+
+    `config` is what `read_config` gives.
+    """
     return {
         "numeric": list(config["dense"].get("numeric", ())),
         "categorical": list(config["facts"].get("categorical", ())),

@@ -34,6 +34,11 @@ class FeatureReference:
         return f"{self.view}:{self.feature}"
 
 
+def view_of(reference: str) -> str:
+    """The view of `view:feature`, or of a whole `view`."""
+    return reference.partition(":")[0]
+
+
 def feature_references(store: FeatureStore, kind: str, references: Sequence[str]) -> list[FeatureReference]:
     """The features that `features.<kind>` of dataset.yaml lists, as `view:feature` or a whole `view`.
 

@@ -21,6 +21,7 @@ from bahe_core.home import Home
 from bahe_lake.catalogue import tables
 from bahe_lake.connection import lake, require_catalogue
 from feast_ducklake.quick_import import import_feast
+from feature_repo.references import view_of
 
 if TYPE_CHECKING:
     from feast import FeatureStore
@@ -198,7 +199,7 @@ def apply(home: Home, target: str | None = None, *, online: Collection[str] = ()
     with lake(home) as connection:
         if "users" not in tables(connection):  # a lake of before; its next ingest makes the table
             objects = [thing for thing in objects if getattr(thing, "name", "") != "user_attributes"]
-    views = {reference.partition(":")[0] for reference in online}
+    views = {view_of(reference) for reference in online}
     for view in objects:
         if isinstance(view, FeatureView) and view.name in views:
             view.online = True

@@ -129,12 +129,12 @@ class OnlineLookup:
         inputs = self._inputs  # another request may put another version's in its place
         if inputs.model_version != version:
             with _the_servers_fault():
-                folder = self._home.models / version
-                channels = tuple(read_config(folder)["dense"]["channels"])
+                config = read_config(self._home.models / version)
                 listed = {
                     kind: feature_references(self._store, kind, references)
-                    for kind, references in further_features(folder).items()
+                    for kind, references in further_features(config).items()
                 }
+            channels = tuple(config["dense"]["channels"])
             further = [reference for found in listed.values() for reference in found]
             of_entity = {
                 entity: [f"{entity}_stats:{c}" for c in needed_columns() if c.startswith(f"{entity}_")]

@@ -25,11 +25,11 @@ from bahe_core.progress import progress, say
 from bahe_core.results import Result
 from bahe_lake import runs
 from bahe_lake.connection import lake
-from bahe_lake.sql import known_until, old_enough, sql_literal
+from bahe_lake.sql import AT_ONCE, known_until, old_enough, sql_literal
 from bahe_lake.transactions import commit
 from feature_repo.references import feature_references
 from feature_repo.store import open_store
-from materialize.config.dataset import Split, context_column, home_dataset
+from materialize.config.dataset import Dataset, Split, context_column, home_dataset
 from materialize.executors import LOCAL, ExecutorConfig, start
 from materialize.gate import gated, require_gates
 
@@ -100,31 +100,21 @@ def frame(
         require_gates(then, JOB)
         registered = _service(store, service)
         projected = [[p.name, [f.name for f in p.features]] for p in registered.feature_view_projections]
+        listed = _listed(store, dataset)
         asked: FeatureService | list[str] = registered
-        listed = {
-            kind: list(map(str, feature_references(store, kind, references)))
-            for kind, references in dataset.features.model_dump().items()
-        }
-        further = [reference for references in listed.values() for reference in references]
-        if further:
+        if any(listed.values()):
             of_service = [f"{view}:{feature}" for view, features in projected for feature in features]
-            asked = list(dict.fromkeys([*of_service, *further]))
+            asked = list(dict.fromkeys([*of_service, *listed["numeric"], *listed["categorical"]]))
         identity: list[object] = [ingested.fingerprint, projected, dataset.split.model_dump(mode="json")]
         if dataset.freshness != "live":
             # In the words of version 0.1, so that its frames keep their names.
             identity.append("daily" if dataset.freshness == "nightly" else dataset.freshness)
-        for reference in listed["categorical"]:
-            if reference.partition(":")[2] in dataset.impressions.context:
-                raise BadInput(
-                    f"features.categorical: {reference} has the name of a context column; rename one of"
-                    " them."
-                )
         context, delay_us = dataset.impressions.context, dataset.impressions.label_delay_us
         if context:
             identity.append(context)
         if delay_us:
             identity.append(delay_us)
-        if further:
+        if any(listed.values()):
             identity.append(listed)
         frame_id = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
         path = home.frames / frame_id / "frame.parquet"
@@ -149,7 +139,7 @@ def frame(
                 "context": context,
                 **listed,
                 "label_delay_us": delay_us,
-                "label_time": ingested.facts.get("label_time", "event_timestamp"),
+                "label_time": ingested.facts.get("label_time", AT_ONCE),
             }
             with start(where) as executor:
                 alone = executor.workers == 1
@@ -180,6 +170,23 @@ def _service(store: FeatureStore, name: str) -> FeatureService:
     except FeatureServiceNotFoundException:
         registered = ", ".join(s.name for s in store.list_feature_services())
         raise BadInput(f"feature service {name} is not registered; choose from {registered}.") from None
+
+
+def _listed(store: FeatureStore, dataset: Dataset) -> dict[str, list[str]]:
+    """What `features` of dataset.yaml lists, `numeric` and `categorical`, each as `view:feature`.
+
+    Raises BadInput on what cannot be read, or has the name of a context column.
+    """
+    found = {
+        kind: feature_references(store, kind, references)
+        for kind, references in dataset.features.model_dump().items()
+    }
+    for reference in found["categorical"]:
+        if reference.feature in dataset.impressions.context:
+            raise BadInput(
+                f"features.categorical: {reference} has the name of a context column; rename one of them."
+            )
+    return {kind: list(map(str, references)) for kind, references in found.items()}
 
 
 def _entities(

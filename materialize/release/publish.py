@@ -27,7 +27,8 @@ from bahe_lake import runs
 from bahe_lake.connection import lake
 from bahe_lake.versions import LATEST_ITEMS
 from bahe_models import require_servable
-from bahe_models.artifact_folder import further_features
+from bahe_models.artifact_folder import further_features, read_config
+from feature_repo.references import view_of
 from feature_repo.store import online_errors, open_store
 from materialize.gate import require_gates
 from materialize.release import lag, pointer
@@ -172,8 +173,10 @@ def _further_views(store: FeatureStore, artifact: Path) -> list[str]:
 
     Raises NotReady when one of them is not registered to be online.
     """
-    references = [one for listed in further_features(artifact).values() for one in listed]
-    views = sorted({reference.partition(":")[0] for reference in references} - set(VIEWS))
+    listed = further_features(read_config(artifact))
+    views = sorted(
+        {view_of(reference) for of_kind in listed.values() for reference in of_kind} - set(VIEWS)
+    )
     registered = {view.name for view in store.list_feature_views() if view.online}
     for view in views:
         if view not in registered:

@@ -30,7 +30,7 @@ from bahe_models.sharding import require_processes
 from bahe_models.warm_start import require_fit as warm_start_fits
 from materialize.config.backbone import encoder_settings
 from materialize.config.dataset import Dataset, home_dataset
-from materialize.frames.frame import Frame, latest_frame
+from materialize.frames.frame import latest_frame
 from materialize.gate import require_gates
 from materialize.training import tracking
 from materialize.training.report import results_table, write_report
@@ -109,14 +109,15 @@ def train_models(
         if last is not None and last.fingerprint == version and artifact_path.is_dir():
             return TrainingOutcome(version, artifact_path, last.facts["results"], report, skipped=True)
 
+        about = frame.facts
         earlier = None if warm_start is None else _earlier_model(home, warm_start)
         if earlier is not None:
             warm_start_fits(
                 earlier,
                 encoder_version=encoder,
                 channels=dataset.channels,
-                context=context_of(frame),
-                numeric=frame.facts.get("numeric", ()),
+                context=context_of(about),
+                numeric=about.get("numeric", ()),
                 config=settings.model,
             )
         checkpoint = Checkpoint(home.checkpoint(version), version)
@@ -156,7 +157,14 @@ def train_models(
                 )
                 log.parameters({k: v for part in vars(settings).values() for k, v in asdict(part).items()})
                 artifact, results, histories, evaluations = do_train(log)
-                artifact.facts = _facts(dataset, frame, results, _read_until(connection, dataset, data))
+                artifact.facts = {
+                    "dataset": dataset.name,
+                    "frame_id": frame.frame_id,
+                    "trained_at": datetime.now(UTC).isoformat(timespec="seconds"),
+                    "categorical": about.get("categorical", []),
+                    "trained_until": _read_until(connection, dataset, data).isoformat(),
+                    "results": results,
+                }
                 if not artifact_path.is_dir():
                     artifact.save(artifact_path)
                 checkpoint.delete()  # not before: a kill between the two would cost the whole training
@@ -194,17 +202,5 @@ def _read_until(connection: duckdb.DuckDBPyConnection, dataset: Dataset, data: T
         WHERE event_timestamp <= {sql_literal(last)} AND clicked = 1
         """
     ).fetchone()
-    return max(last, *(row or ())) if row and row[0] is not None else last
-
-
-def _facts(
-    dataset: Dataset, frame: Frame, results: list[dict[str, Any]], read_until: datetime
-) -> dict[str, Any]:
-    return {
-        "dataset": dataset.name,
-        "frame_id": frame.frame_id,
-        "trained_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "categorical": frame.facts.get("categorical", []),
-        "trained_until": read_until.isoformat(),
-        "results": results,
-    }
+    assert row is not None
+    return last if row[0] is None else max(last, row[0])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import duckdb
 import numpy as np
 import numpy.typing as npt
@@ -29,20 +32,20 @@ def read_training_data(
     atoms = read_atoms(connection, version)
     table = pq.read_table(frame.path)
     users = table["user_id"].combine_chunks().dictionary_encode()
-    items, item_row = _items_shown(connection, table, frame.facts.get("freshness", "live"))
+    facts = frame.facts
+    items, item_row = _items_shown(connection, table, facts.get("freshness", "live"))
     user_row = users.indices.to_numpy().astype(np.int64)
     lengths = np.stack(
         [table[f"length_{c}"].fill_null(0).to_numpy().astype(np.int64) for c in channels], axis=1
     )
     time_us = table["event_timestamp"].cast(pa.int64()).to_numpy()
-    numeric = tuple(frame.facts.get("numeric", ()))
+    numeric = tuple(facts.get("numeric", ()))
     columns = {c: _numbers(table[c]) for c in (*needed_columns(), *map(column_of, numeric))}
     clicked = table["clicked"].to_numpy().astype(np.float32)
-    of_impressions = frame.facts.get("context", [])
-    context = context_of(frame)
+    context = context_of(facts)
     hashed = None
     if context:
-        stored = [context_column(c) if c in of_impressions else c for c in context]
+        stored = [context_column(c) if c in facts.get("context", ()) else c for c in context]
         hashed = np.stack([_hashed(table, *names) for names in zip(context, stored, strict=True)], axis=1)
 
     def part(name: str) -> Impressions:
@@ -106,9 +109,11 @@ def _numbers(column: pa.ChunkedArray) -> npt.NDArray[np.float64]:
     return numbers
 
 
-def context_of(frame: Frame) -> tuple[str, ...]:
-    """Names of the categories that the model reads: the impressions' context, then features."""
-    facts = frame.facts
+def context_of(facts: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of the categories that a model of this frame reads: the impressions' context, then features.
+
+    `facts` are the frame's.
+    """
     return (*facts.get("context", ()), *map(column_of, facts.get("categorical", ())))
 
 
