@@ -355,7 +355,7 @@ def test_a_period_needs_no_entity_frame(store: FeatureStore) -> None:
 @pytest.mark.parametrize("latest", [False, True])
 def test_pulls_give_the_rows_of_an_interval(latest: bool, store: FeatureStore) -> None:
     rows, source = TABLES["driver_stats"], store.get_data_source("driver_stats")
-    offline = store._get_provider().offline_store
+    offline = store.provider.offline_store
     pull = offline.pull_latest_from_table_or_query if latest else offline.pull_all_from_table_or_query
     first, last = rows["event_timestamp"].iloc[20], rows["event_timestamp"].iloc[60]
     got = pull(

@@ -329,7 +329,7 @@ def test_a_registry_out_of_step_with_the_lake_is_named(store: FeatureStore, home
 
 
 def test_pulling_from_a_table_that_is_not_there_is_refused(store: FeatureStore) -> None:
-    pull = store._get_provider().offline_store.pull_all_from_table_or_query
+    pull = store.provider.offline_store.pull_all_from_table_or_query
     missing = DuckLakeSource(name="gone", table="gone")
     with pytest.raises(BadInput, match="data source gone: "):
         pull(store.config, missing, ["user_id"], ["count"], "event_timestamp")
@@ -434,7 +434,7 @@ def test_pull_latest_takes_what_was_computed_and_written_last(store: FeatureStor
         source,
         DuckLakeSource(name="q", query="SELECT * FROM lake.main.clicks WHERE count != 21"),
     ):
-        found = store._get_provider().offline_store.pull_latest_from_table_or_query(
+        found = store.provider.offline_store.pull_latest_from_table_or_query(
             store.config,
             wanted,
             ["user_id"],
@@ -469,7 +469,7 @@ def test_logs_of_served_features_come_back(store: FeatureStore) -> None:
     )
     for _ in range(2):
         store.write_logged_features(log, service)
-    job = store._get_provider().retrieve_feature_service_logs(
+    job = store.provider.retrieve_feature_service_logs(
         service, START.to_pydatetime(), START.to_pydatetime(), store.config, store.registry
     )
     assert job.to_df()["clicks__count"].tolist() == [1, 1]
