@@ -33,11 +33,11 @@ if TYPE_CHECKING:
     from bahe_lake.runs import Run
     from materialize.executors import ExecutorConfig
     from materialize.frames.frame import Frame
+    from materialize.frames.frame_dataset import FrameDataset
     from materialize.ingest.check import Checked
     from materialize.ingest.ingest import Ingested
     from materialize.ingest.quarantine import Held
     from materialize.release.publish import Published
-    from materialize.training.frame_dataset import FrameDataset
     from materialize.training.train import TrainingOutcome
     from materialize.upkeep.compact import Compacted
     from materialize.upkeep.prune import Pruned
@@ -56,7 +56,7 @@ _RESULTS = {
     "Encoded": "materialize.vectors.encode",
     "ExecutorConfig": "materialize.executors",
     "Frame": "materialize.frames.frame",
-    "FrameDataset": "materialize.training.frame_dataset",
+    "FrameDataset": "materialize.frames.frame_dataset",
     "Held": "materialize.ingest.quarantine",
     "Ingested": "materialize.ingest.ingest",
     "PipelineRun": "bahe.run",

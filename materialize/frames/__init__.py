@@ -1,1 +1,1 @@
-"""Training frames: every impression with what was known strictly before it."""
+"""Training frames: every impression with what was known strictly before it; frames as tensors."""

@@ -21,10 +21,10 @@ from bahe_lake.connection import lake
 from bahe_lake.transactions import commit
 from feature_repo.store import apply
 from materialize.frames.frame import Frame, frame
+from materialize.frames.frame_dataset import FrameDataset
+from materialize.frames.frame_history import HISTORY
 from materialize.gate import gate
 from materialize.ingest.ingest import ingest
-from materialize.training.frame_dataset import FrameDataset
-from materialize.training.frame_history import HISTORY
 from materialize.vectors.encode import encode
 from tests.support.logs import small_log, write_dataset
 

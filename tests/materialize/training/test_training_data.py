@@ -8,7 +8,7 @@ import pandas as pd
 
 import bahe
 from bahe_lake.connection import lake
-from materialize.training.frame_dataset import FrameDataset
+from materialize.frames.frame_dataset import FrameDataset
 from materialize.training.training_data import read_training_data
 from materialize.vectors.stored_atoms import current_encoder
 from tests.support.logs import small_log, write_dataset

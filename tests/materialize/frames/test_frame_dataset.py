@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from bahe_core.errors import BadInput, Damaged, NotReady
-from materialize.training.frame_dataset import FrameDataset
+from materialize.frames.frame_dataset import FrameDataset
 
 ROWS = 500
 
@@ -117,7 +117,7 @@ def test_readers_share_the_rows(
             )
             for number in range(workers):
                 info = type("Info", (), {"num_workers": workers, "id": number})
-                patch.setattr("materialize.training.frame_dataset.get_worker_info", lambda info=info: info)
+                patch.setattr("materialize.frames.frame_dataset.get_worker_info", lambda info=info: info)
                 batches = list(dataset)
                 counts.add(len(batches))
                 assert all(1 <= len(batch["row"]) <= batch_rows for batch in batches)

@@ -1,7 +1,7 @@
 """A training frame as a stream of tensors, for models of one's own.
 
     from torch.utils.data import DataLoader
-    from materialize.training.frame_dataset import FrameDataset
+    from materialize.frames.frame_dataset import FrameDataset
 
     train = FrameDataset(".bahe", ["user_click_rate", "item_click_rate", "clicked"], seed=0)
     for epoch in range(3):
@@ -32,10 +32,10 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from bahe_core.errors import BadInput, Damaged, one_line
 from bahe_core.home import Home
+from materialize.frames.arrow_to_numpy import Array, arrays_of, readable
 from materialize.frames.frame import Frame, latest_frame
-from materialize.training.arrow_to_numpy import Array, arrays_of, readable
-from materialize.training.frame_history import FrameHistory, frame_history, write_vectors
-from materialize.training.frame_parts import (
+from materialize.frames.frame_history import FrameHistory, frame_history, write_vectors
+from materialize.frames.frame_parts import (
     LEAST_PART,
     Part,
     rank_and_world_size,
