@@ -14,17 +14,24 @@ if TYPE_CHECKING:
     from bahe_models.artifact import Artifact, load
     from bahe_models.artifact_folder import require_servable
     from bahe_models.backbone import Backbone, load_backbone
-    from bahe_models.checkpoint import Checkpoint
-    from bahe_models.ctr_training import Batches, build_model, fit_dense, item_id_rows, table_ids, train
     from bahe_models.encoder import AtomicEncoder, encoder_version
-    from bahe_models.evaluation import SplitEvaluation, evaluate
     from bahe_models.features import DenseFeatures, column_of, logit, needed_columns
-    from bahe_models.impressions import Impressions, TrainingData
     from bahe_models.incremental import UserState
     from bahe_models.metrics import auc, expected_calibration_error, gauc, log_loss
     from bahe_models.model import BaheModel
     from bahe_models.timelines import Int64, Timelines, window_batch
-    from bahe_models.training_loop import Epoch, Trained, seeded
+    from bahe_models.trainer.checkpoint import Checkpoint
+    from bahe_models.trainer.ctr_training import (
+        Batches,
+        build_model,
+        fit_dense,
+        item_id_rows,
+        table_ids,
+        train,
+    )
+    from bahe_models.trainer.evaluation import SplitEvaluation, evaluate
+    from bahe_models.trainer.impressions import Impressions, TrainingData
+    from bahe_models.trainer.training_loop import Epoch, Trained, seeded
 
 _MODULES = {
     "Artifact": "artifact",
@@ -32,19 +39,19 @@ _MODULES = {
     "auc": "metrics",
     "Backbone": "backbone",
     "BaheModel": "model",
-    "Batches": "ctr_training",
-    "build_model": "ctr_training",
-    "Checkpoint": "checkpoint",
+    "Batches": "trainer.ctr_training",
+    "build_model": "trainer.ctr_training",
+    "Checkpoint": "trainer.checkpoint",
     "DenseFeatures": "features",
     "encoder_version": "encoder",
-    "Epoch": "training_loop",
-    "evaluate": "evaluation",
+    "Epoch": "trainer.training_loop",
+    "evaluate": "trainer.evaluation",
     "expected_calibration_error": "metrics",
-    "fit_dense": "ctr_training",
+    "fit_dense": "trainer.ctr_training",
     "gauc": "metrics",
-    "Impressions": "impressions",
+    "Impressions": "trainer.impressions",
     "Int64": "timelines",
-    "item_id_rows": "ctr_training",
+    "item_id_rows": "trainer.ctr_training",
     "load": "artifact",
     "load_backbone": "backbone",
     "log_loss": "metrics",
@@ -52,13 +59,13 @@ _MODULES = {
     "column_of": "features",
     "needed_columns": "features",
     "require_servable": "artifact_folder",
-    "seeded": "training_loop",
-    "SplitEvaluation": "evaluation",
-    "table_ids": "ctr_training",
+    "seeded": "trainer.training_loop",
+    "SplitEvaluation": "trainer.evaluation",
+    "table_ids": "trainer.ctr_training",
     "Timelines": "timelines",
-    "train": "ctr_training",
-    "Trained": "training_loop",
-    "TrainingData": "impressions",
+    "train": "trainer.ctr_training",
+    "Trained": "trainer.training_loop",
+    "TrainingData": "trainer.impressions",
     "UserState": "incremental",
     "window_batch": "timelines",
 }

@@ -149,7 +149,7 @@ class TrainingConfig:
     epochs: int = 4
     """Maximum number of passes over the training impressions."""
     pretraining_epochs: int = 0
-    """Passes over the timelines before training on impressions; see `bahe_models.pretraining`."""
+    """Passes over the timelines before training on impressions; see `bahe_models.trainer.pretraining`."""
     patience: int = 1
     """Epochs without a better validation AUC before training stops."""
     impressions_per_step: int = 1000

@@ -180,7 +180,7 @@ def validation_auc(scene: Scene, encodings: Encodings, variant: Variant, seed: i
     import torch
 
     from bahe_models import Batches, build_model, fit_dense, item_id_rows, seeded, train
-    from bahe_models.ctr_training import precision
+    from bahe_models.trainer.ctr_training import precision
 
     halves, vectors = encodings.cut(variant.backbone)
     data = variant.data(replace(scene.data, atoms_AD=vectors))

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import torch
 
     from bahe_models import Impressions, Int64, TrainingData
-    from bahe_models.ctr_training import Scores
+    from bahe_models.trainer.ctr_training import Scores
 
 Network = Literal["DIN", "DCNv2"]
 HISTORY = 50
@@ -73,7 +73,7 @@ class Encoder:
     def __init__(self, data: TrainingData, item_A: Int64, setting: Setting) -> None:
         """`item_A` comes from `behavior_items`."""
         from bahe_models import fit_dense
-        from bahe_models.ctr_training import id_rows
+        from bahe_models.trainer.ctr_training import id_rows
 
         def table_rows(seen: Int64, size: int) -> Int64:
             # id_rows has 0 for unseen ids; here that row is padding.

@@ -73,7 +73,7 @@ def text(scene: Scene, config: TrainingConfig) -> tuple[Scores, float]:
     import torch
 
     from bahe_models import auc, seeded
-    from bahe_models.training_loop import Task, fit
+    from bahe_models.trainer.training_loop import Task, fit
 
     splits = scene.data.splits
     train, validation = splits["train"], splits["validation"]

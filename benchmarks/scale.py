@@ -88,7 +88,6 @@ def size_rows(folder: Path, size: int, seconds: list[float], *, whole: bool, las
     yield Row(metric="bytes of log a behavior", value=bytes_of(log) / size, unit="bytes")
     yield Row(metric=f"synth of {size:,} behaviors", value=size / written.seconds, unit="rows/s")
     yield at_most(f"memory, synth of {size:,} behaviors", written.mebibytes, "MiB", MOST_SYNTH_MIB)
-    yield Row(metric=f"gate after {what}", value=alone(check, log, home).seconds, unit="s")
     again = alone(ingest, log, home)
     assert again.answer["skipped"], "the second run had something to do"
     yield at_most("ingest with nothing new", again.seconds, "s", MOST_IDLE_SECONDS)
@@ -113,7 +112,6 @@ def encode_rows(atoms: tuple[int, int]) -> Iterable[Row]:
             log, home = Path(folder) / "log", Path(folder) / "home"
             alone(make_log, log, count * 100, 1, count)
             alone(ingest, log, home)
-            alone(check, log, home)
             done = alone(encode, log, home)
             counts.append(done.answer)
             seconds.append(done.seconds)
@@ -173,21 +171,14 @@ def make_log(log: Path, size: int, days: int, atoms: int | None = None) -> Calla
 
 
 def ingest(log: Path, home: Path) -> Callable[[], dict[str, Any]]:
-    """`bahe ingest` without its gate."""
+    """`bahe ingest`, with its gate."""
     from materialize.ingest.ingest import ingest as job
 
     return lambda: dict(vars(job(Home.at(home), log / "dataset.yaml")))
 
 
-def check(_: Path, home: Path) -> Callable[[], None]:
-    """The gate after ingest."""
-    from materialize.gate import gate
-
-    return lambda: gate(Home.at(home), "ingest")
-
-
 def encode(_: Path, home: Path) -> Callable[[], int]:
-    """`bahe encode` without its gate; the number of atoms encoded."""
+    """`bahe encode`, with its gate; the number of atoms encoded."""
     from materialize.vectors.encode import encode as job
 
     return lambda: int(job(Home.at(home)).added)

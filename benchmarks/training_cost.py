@@ -255,7 +255,7 @@ def epoch(scene: Scene, one_pass: Callable[[Int64], float], share: float) -> Ite
     import torch
 
     from bahe_models import window_batch
-    from bahe_models.ctr_training import precision
+    from bahe_models.trainer.ctr_training import precision
 
     split, settings = scene.split, scene.settings
     steps = planned(scene, np.arange(len(split)), settings.training.impressions_per_step)

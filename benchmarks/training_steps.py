@@ -109,7 +109,7 @@ def bahe_batches(scene: Scene, **changes: Any) -> Batches:
     import torch
 
     from bahe_models import Batches, build_model
-    from bahe_models.ctr_training import precision
+    from bahe_models.trainer.ctr_training import precision
 
     settings, cpu = scene.settings, torch.device("cpu")
     config = replace(settings.model, **changes)
@@ -152,7 +152,7 @@ def long_text_step(
     """Logits by text prompts, in the same precision as BAHE."""
     import torch
 
-    from bahe_models.ctr_training import precision
+    from bahe_models.trainer.ctr_training import precision
 
     split, data = scene.data.splits[split_name], scene.data
     dense_NF = torch.from_numpy(scene.dense.transform(split.columns, split.length_NC, split.time_us_N))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from bahe_models.ctr_training import Scores
 from bahe_models.features import DenseFeatures
-from bahe_models.impressions import Impressions
+from bahe_models.trainer.ctr_training import Scores
+from bahe_models.trainer.impressions import Impressions
 
 
 def floor_scores(dense: DenseFeatures, split: Impressions) -> Scores:

@@ -10,11 +10,11 @@ from torch import nn
 
 from bahe_models.baselines.network import fit_shuffled, own_settings
 from bahe_models.config import ModelConfig, TrainingConfig
-from bahe_models.ctr_training import Scores, context_rows, id_rows, item_id_rows
-from bahe_models.impressions import Impressions, TrainingData
 from bahe_models.model import context_embedding
 from bahe_models.timelines import Int64
-from bahe_models.training_loop import Epoch, Trained, seeded
+from bahe_models.trainer.ctr_training import Scores, context_rows, id_rows, item_id_rows
+from bahe_models.trainer.impressions import Impressions, TrainingData
+from bahe_models.trainer.training_loop import Epoch, Trained, seeded
 
 
 class IdOnly(nn.Module):

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from bahe_models.config import TrainingConfig
-from bahe_models.ctr_training import Scores
-from bahe_models.impressions import Impressions, TrainingData
 from bahe_models.metrics import auc
 from bahe_models.timelines import Int64
-from bahe_models.training_loop import Epoch, Task, Trained, fit, shuffled
+from bahe_models.trainer.ctr_training import Scores
+from bahe_models.trainer.impressions import Impressions, TrainingData
+from bahe_models.trainer.training_loop import Epoch, Task, Trained, fit, shuffled
 
 
 def own_settings(config: TrainingConfig, *, epochs: int, impressions_per_step: int) -> TrainingConfig:

@@ -12,7 +12,7 @@ from bahe_core.machine import PeakMemory, is_first_process
 from bahe_core.progress import say
 from bahe_models import Impressions, ModelConfig, TrainingConfig, WindowConfig
 from bahe_models.timelines import sequence_lengths, window_start
-from bahe_models.training_loop import impressions_per_epoch
+from bahe_models.trainer.training_loop import impressions_per_epoch
 
 WARM_UP_STEPS, MEASURED_STEPS = 2, 8
 """The first steps allocate memory and choose kernels, so they are not measured."""

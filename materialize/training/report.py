@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bahe_models import Epoch, SplitEvaluation
-from bahe_models.evaluation import LEVEL, REPLICATES
+from bahe_models.trainer.evaluation import LEVEL, REPLICATES
 from materialize.training.plots import NAMES, reliability_plot, training_curves
 
 _PAGE = """<!doctype html>

@@ -24,10 +24,10 @@ from bahe_lake.sql import sql_literal
 from bahe_lake.transactions import commit
 from bahe_models import Artifact, Checkpoint, TrainingData, encoder_version, load, load_backbone
 from bahe_models.artifact_folder import FORMAT
-from bahe_models.ctr_training import require_fit
-from bahe_models.distributed import own_device, processes
-from bahe_models.sharding import require_processes
-from bahe_models.warm_start import require_fit as warm_start_fits
+from bahe_models.trainer.ctr_training import require_fit
+from bahe_models.trainer.distributed import own_device, processes
+from bahe_models.trainer.sharding import require_processes
+from bahe_models.trainer.warm_start import require_fit as warm_start_fits
 from materialize.config.backbone import encoder_settings
 from materialize.config.dataset import Dataset, home_dataset
 from materialize.frames.frame import latest_frame

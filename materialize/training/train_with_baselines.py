@@ -30,10 +30,10 @@ from bahe_models import (
     table_ids,
     train,
 )
-from bahe_models.ctr_training import Scores, precision
-from bahe_models.sharding import gathered
-from bahe_models.sharding import shard as shard_deep_layers
-from bahe_models.warm_start import known_behaviors, known_items, start_from
+from bahe_models.trainer.ctr_training import Scores, precision
+from bahe_models.trainer.sharding import gathered
+from bahe_models.trainer.sharding import shard as shard_deep_layers
+from bahe_models.trainer.warm_start import known_behaviors, known_items, start_from
 from materialize.config.dataset import Dataset
 from materialize.training import tracking
 from materialize.training.cost import CostEstimate

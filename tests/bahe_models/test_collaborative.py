@@ -9,9 +9,9 @@ import torch
 
 from bahe_models import TrainingData, auc, load, train
 from bahe_models.collaborative import Collaborative
-from bahe_models.ctr_training import seen_atoms
-from bahe_models.training_loop import seeded
-from bahe_models.warm_start import known_behaviors, start_from
+from bahe_models.trainer.ctr_training import seen_atoms
+from bahe_models.trainer.training_loop import seeded
+from bahe_models.trainer.warm_start import known_behaviors, start_from
 from tests.support.toy import toy_artifact, toy_batches, toy_config, toy_data
 
 

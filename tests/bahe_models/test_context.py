@@ -27,9 +27,9 @@ from bahe_models import (
 )
 from bahe_models.baselines import train_din, train_id_only
 from bahe_models.context import MISSING, ContextEmbedding, hash_context, hash_values
-from bahe_models.ctr_training import fit_dense
-from bahe_models.training_loop import seeded
-from bahe_models.warm_start import start_from
+from bahe_models.trainer.ctr_training import fit_dense
+from bahe_models.trainer.training_loop import seeded
+from bahe_models.trainer.warm_start import start_from
 from tests.support.toy import toy_artifact, toy_batches, toy_config, toy_data
 
 COLUMNS = ("slot", "device")

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from bahe_core.errors import BadInput
-from bahe_models.distributed import Processes
-from bahe_models.sharding import shard
+from bahe_models.trainer.distributed import Processes
+from bahe_models.trainer.sharding import shard
 from tests.support import REPOSITORY
 from tests.support.toy import CPU, toy_batches, toy_data
 
@@ -23,9 +23,9 @@ CHILD = """
 import sys, torch
 from pathlib import Path
 from bahe_models import Checkpoint, train
-from bahe_models.distributed import processes
-from bahe_models.training_loop import seeded
-from bahe_models.sharding import gathered, shard
+from bahe_models.trainer.distributed import processes
+from bahe_models.trainer.training_loop import seeded
+from bahe_models.trainer.sharding import gathered, shard
 from tests.support.toy import CPU, toy_batches, toy_config, toy_data
 
 backbone, out, stop, mode = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4]

@@ -11,7 +11,8 @@ from sklearn.metrics import log_loss as sklearn_log_loss
 from sklearn.metrics import roc_auc_score
 
 from bahe_models import Impressions, auc, evaluate, expected_calibration_error, gauc, log_loss
-from bahe_models.evaluation import (
+from bahe_models.metrics import probability, reliability
+from bahe_models.trainer.evaluation import (
     SEGMENTS,
     Ranking,
     history_segments,
@@ -19,7 +20,6 @@ from bahe_models.evaluation import (
     resampled_aucs,
     resampled_users,
 )
-from bahe_models.metrics import probability, reliability
 
 Float = np.ndarray
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from bahe_models import TrainingData, train
-from bahe_models.checkpoint import Checkpoint
-from bahe_models.pretraining import pretrain
-from bahe_models.training_loop import seeded
+from bahe_models.trainer.checkpoint import Checkpoint
+from bahe_models.trainer.pretraining import pretrain
+from bahe_models.trainer.training_loop import seeded
 from tests.support.toy import at_moments, toy_batches, toy_config, toy_data
 
 

@@ -12,7 +12,7 @@ import torch
 
 from bahe_core.errors import BadInput
 from bahe_models import Checkpoint, TrainingConfig, train
-from bahe_models.training_loop import Task, Trained, fit, seeded
+from bahe_models.trainer.training_loop import Task, Trained, fit, seeded
 from tests.support.toy import toy_batches, toy_config, toy_data
 
 

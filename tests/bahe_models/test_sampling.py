@@ -12,7 +12,7 @@ import torch
 
 from bahe_models import TrainingConfig, load, train
 from bahe_models.sampling import logit_shift, sampled_rows
-from bahe_models.training_loop import seeded
+from bahe_models.trainer.training_loop import seeded
 from tests.support.toy import toy_artifact, toy_batches, toy_config, toy_data
 
 

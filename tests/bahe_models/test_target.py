@@ -22,7 +22,7 @@ from bahe_models import (
     train,
 )
 from bahe_models.target import TargetAttention
-from bahe_models.training_loop import seeded
+from bahe_models.trainer.training_loop import seeded
 from tests.support.toy import toy_artifact, toy_batches, toy_config, toy_data
 
 HISTORY = 5

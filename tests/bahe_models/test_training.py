@@ -21,7 +21,7 @@ from bahe_models import (
     train,
 )
 from bahe_models.baselines import train_id_only
-from bahe_models.training_loop import seeded
+from bahe_models.trainer.training_loop import seeded
 from tests.support.toy import at_moments, toy_artifact, toy_batches, toy_config, toy_data
 
 

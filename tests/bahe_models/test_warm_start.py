@@ -11,8 +11,8 @@ import torch
 
 from bahe_core.errors import BadInput
 from bahe_models import Artifact, Batches, TrainingData, auc, train
-from bahe_models.training_loop import seeded
-from bahe_models.warm_start import known_items, start_from
+from bahe_models.trainer.training_loop import seeded
+from bahe_models.trainer.warm_start import known_items, start_from
 from tests.support.toy import toy_artifact, toy_batches, toy_config, toy_data
 
 

@@ -23,7 +23,7 @@ from tests.support.logs import small_log, write_dataset
 CHILD = """
 import os, signal, sys
 from bahe_core.files import part_of
-from bahe_models.checkpoint import Checkpoint
+from bahe_models.trainer.checkpoint import Checkpoint
 nth, *arguments = sys.argv[1:]
 original, calls = Checkpoint.save, 0
 def counting(self, state):

@@ -18,10 +18,11 @@ import torch
 from torch import nn
 
 from bahe_core.errors import BadInput
-from bahe_models.checkpoint import Checkpoint, random_state, set_random_state
 from bahe_models.config import TrainingConfig
-from bahe_models.distributed import Processes
-from bahe_models.sharding import (
+from bahe_models.timelines import Int64
+from bahe_models.trainer.checkpoint import Checkpoint, random_state, set_random_state
+from bahe_models.trainer.distributed import Processes
+from bahe_models.trainer.sharding import (
     clip_gradients,
     is_sharded,
     load_optimizer,
@@ -29,7 +30,6 @@ from bahe_models.sharding import (
     sharded_weights,
     whole_tensors,
 )
-from bahe_models.timelines import Int64
 
 
 @dataclass(frozen=True)

@@ -13,19 +13,19 @@ from torch import nn
 
 from bahe_core.errors import BadInput
 from bahe_models.backbone import longest_input, recompute_activations
-from bahe_models.checkpoint import Checkpoint
 from bahe_models.config import ModelConfig, TrainingConfig, WindowConfig
-from bahe_models.distributed import Processes
 from bahe_models.encoder import hardware_has_bfloat16
 from bahe_models.features import DenseFeatures
-from bahe_models.impressions import Impressions, TrainingData
 from bahe_models.metrics import auc
 from bahe_models.model import BaheModel
-from bahe_models.pretraining import pretrain
 from bahe_models.sampling import sampled_rows
-from bahe_models.sharding import is_sharded
 from bahe_models.timelines import Int64, plan_steps, window_batch
-from bahe_models.training_loop import Epoch, Task, Trained, fit
+from bahe_models.trainer.checkpoint import Checkpoint
+from bahe_models.trainer.distributed import Processes
+from bahe_models.trainer.impressions import Impressions, TrainingData
+from bahe_models.trainer.pretraining import pretrain
+from bahe_models.trainer.sharding import is_sharded
+from bahe_models.trainer.training_loop import Epoch, Task, Trained, fit
 
 Scores = npt.NDArray[np.float64]
 
@@ -265,7 +265,7 @@ def train(
 ) -> Trained:
     """Train the model of `batches` in place and leave it with the weights of its best epoch.
 
-    Under torchrun every process calls this with the same arguments; see `bahe_models.distributed`.
+    Under torchrun every process calls this with the same arguments; see `bahe_models.trainer.distributed`.
     `checkpoint`, `on_step`, `on_epoch` and `on_resume` are those of `fit`, `on_pretraining` is
     `pretrain`'s `on_step`. A run killed during pre-training starts it again. Raises BadInput before any
     step when the data cannot be trained on, or the checkpoint belongs to another run.

@@ -16,10 +16,10 @@ import torch
 from torch import nn
 
 from bahe_models.config import TrainingConfig, WindowConfig
-from bahe_models.impressions import TrainingData
 from bahe_models.model import BaheModel
 from bahe_models.packing import Packing
 from bahe_models.timelines import plan_steps, window_batch
+from bahe_models.trainer.impressions import TrainingData
 
 TEMPERATURE = 0.1
 SPACE = 64

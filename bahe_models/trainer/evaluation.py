@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from bahe_models.impressions import Impressions
 from bahe_models.metrics import (
     Float,
     Reliability,
@@ -25,6 +24,7 @@ from bahe_models.metrics import (
     probability,
     reliability,
 )
+from bahe_models.trainer.impressions import Impressions
 
 REPLICATES = 500
 LEVEL = 0.95

@@ -10,8 +10,8 @@ import torch
 from bahe_core.errors import BadInput
 from bahe_models.artifact import Artifact
 from bahe_models.config import ModelConfig
-from bahe_models.ctr_training import Batches, table_ids
 from bahe_models.timelines import Int64
+from bahe_models.trainer.ctr_training import Batches, table_ids
 
 _ATOM_IDS = "collaborative.atom_ids_B"
 _ID_TABLES = (_ATOM_IDS, "item_id.weight", "collaborative.item.weight", "collaborative.behavior.weight")

@@ -19,8 +19,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from bahe_core.errors import BadInput
 from bahe_models.backbone import decoder_layers, deep_from_config
-from bahe_models.distributed import Processes
 from bahe_models.model import BaheModel
+from bahe_models.trainer.distributed import Processes
 
 
 def require_processes() -> None:
