@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from materialize.vectors.embed import Embedded
     from materialize.vectors.encode import Encoded
     from materialize.vectors.stored_atoms import Atoms
+    from serving.audit import Audit
     from serving.lookup import Answer, Identifier, OnlineLookup, UserFeatures
 
 Done = TypeVar("Done", bound=Result)
@@ -336,13 +337,41 @@ class Project:
         """The k items that the user will most likely click, without those acted on before."""
         return self._online.recommend(user, k, at, include_seen=include_seen, context=context)
 
-    def serve(self, *, host: str = "127.0.0.1", port: int = 8000, live: bool = False) -> None:
-        """Serve the live model over HTTP until interrupted; `live` also takes behaviors as they happen."""
+    def audit(
+        self,
+        *,
+        requests: bool = False,
+        last: int = 10_000,
+        sample: float = 1.0,
+        device: str | None = None,
+    ) -> Audit:
+        """Compare what is served with what training would have seen, feature by feature.
+
+        `requests` takes the newest logged requests, `last` pairs of user and item; otherwise the pairs of
+        the `last` impressions are asked about now. `sample` is the share of users to look at.
+        """
+        from serving.audit import audit
+
+        with job("audit"):
+            return _say(audit(self.home, requests=requests, last=last, sample=sample, device_name=device))
+
+    def serve(
+        self, *, host: str = "127.0.0.1", port: int = 8000, live: bool = False, log_requests: float = 0
+    ) -> None:
+        """Serve the live model over HTTP until interrupted; `live` also takes behaviors as they happen.
+
+        `log_requests` is the share of users whose requests are kept for `audit`.
+        """
         import uvicorn
 
         from serving.api import create_app
 
-        uvicorn.run(create_app(self.home, live=live), host=host, port=port, log_level="warning")
+        uvicorn.run(
+            create_app(self.home, live=live, log_requests=log_requests),
+            host=host,
+            port=port,
+            log_level="warning",
+        )
 
     @cached_property
     def _online(self) -> OnlineLookup:

@@ -126,6 +126,11 @@ class Home:
         return self.root / "items.parquet"
 
     @property
+    def requests(self) -> Path:
+        """What services answered with, as JSON lines."""
+        return self.root / "requests"
+
+    @property
     def reports(self) -> Path:
         """Data Docs and training reports."""
         return self.root / "reports"

@@ -14,6 +14,7 @@ from bahe_core.home import Home
 from bahe_models.context import Value
 from serving.live import LiveLookup
 from serving.lookup import Answer, Identifier, OnlineLookup, parsed_context
+from serving.request_log import RequestLog
 
 _STATUS = {UnknownEntity: 404, NotReady: 503, Damaged: 503, Unreachable: 503}
 """HTTP status by error; any other error of bahe's is the request's fault (400)."""
@@ -79,12 +80,14 @@ class FeaturesAnswer(BaseModel):
     embedding: list[float]
 
 
-def create_app(home: Home, *, live: bool = False) -> FastAPI:
+def create_app(home: Home, *, live: bool = False, log_requests: float = 0) -> FastAPI:
     """The application for one home; `live` adds /behaviors, which needs the shallow layers in memory.
 
-    Raises NotReady before the first publish.
+    `log_requests` is the share of users whose requests are kept for `bahe audit`. Raises NotReady before
+    the first publish.
     """
-    lookup = LiveLookup(home) if live else OnlineLookup(home)
+    log = RequestLog(home, log_requests) if log_requests else None
+    lookup = LiveLookup(home, log) if live else OnlineLookup(home, log)
     lookup.artifact(lookup.live_version())
     app = FastAPI(
         title="bahe",

@@ -28,6 +28,7 @@ from materialize.ingest.atoms import ATOM_ID, NORMAL_TEXT
 from materialize.vectors.encoder_versions import recorded_settings
 from materialize.vectors.timelines import read_user
 from serving.lookup import Identifier, OnlineLookup, UserFeatures
+from serving.request_log import RequestLog
 
 STATES = 256
 """Users whose states are kept; with SmolLM2 a full window of 512 behaviors takes about 3 MB."""
@@ -50,8 +51,8 @@ class _Fresh:
 class LiveLookup(OnlineLookup):
     """A lookup that also takes behaviors in. Raises NotReady when the live model's encoder is not here."""
 
-    def __init__(self, home: Home, *, states: int = STATES) -> None:
-        super().__init__(home)
+    def __init__(self, home: Home, log: RequestLog | None = None, *, states: int = STATES) -> None:
+        super().__init__(home, log)
         self._most = states
         self._fresh: OrderedDict[Identifier, _Fresh] = OrderedDict()
         self._fresh_lock = threading.Lock()

@@ -24,6 +24,7 @@ from feast_ducklake.online.vectors import VectorReader
 from feature_repo.references import feature_references
 from feature_repo.store import online_errors, open_store
 from materialize.release.pointer import DEPLOYMENT
+from serving.request_log import RequestLog, ServedRequest
 
 if TYPE_CHECKING:
     from bahe_models import Artifact
@@ -90,8 +91,9 @@ def _the_servers_fault() -> Iterator[None]:
 class OnlineLookup:
     """Reads the live pointer on every request, so that a publish takes effect at once."""
 
-    def __init__(self, home: Home) -> None:
-        self._home = home
+    def __init__(self, home: Home, log: RequestLog | None = None) -> None:
+        """`log` keeps what answers were made of."""
+        self._home, self._log = home, log
         self._store = open_store(home)
         self._artifacts: dict[str, Artifact] = {}
         self._inputs = _Inputs("", (), {}, ())
@@ -102,7 +104,7 @@ class OnlineLookup:
 
     def live_version(self) -> str:
         """The model_version that answers now. Raises NotReady before the first publish."""
-        values = self._read(["live_model:live_model_version"], [{"deployment": DEPLOYMENT}])
+        values = self.read(["live_model:live_model_version"], [{"deployment": DEPLOYMENT}])
         version = values["live_model_version"][0]
         if version is None:
             raise NotReady(f"{self._home.root} has nothing published; run `bahe publish` first.")
@@ -123,6 +125,10 @@ class OnlineLookup:
                 for earlier in list(self._artifacts)[:-2]:
                     del self._artifacts[earlier]
             return self._artifacts[version]
+
+    def references(self, version: str) -> Mapping[str, list[str]]:
+        """What a model reads of `user` and of `item` beside vectors, as `view:feature`."""
+        return self._inputs_of(version).references
 
     def _inputs_of(self, version: str) -> _Inputs:
         """What the model reads, without reading its weights."""
@@ -165,35 +171,45 @@ class OnlineLookup:
     def user(self, user_id: Identifier) -> UserFeatures:
         """A user's features. Raises UnknownEntity when the user is not in the online store."""
         version = self.live_version()
-        inputs = self._inputs_of(version)
-        user_id = self._as_stored("user_embedding", "user_id", user_id)
-        statistics = inputs.references["user"]
-        values = self._read(
+        (user,) = self.users([user_id], version)
+        if user is None:
+            raise UnknownEntity(
+                f"user {user_id} is not in the online store of {self._home.root}; check the id, or"
+                " ingest, embed and publish the user first."
+            )
+        return user
+
+    def users(self, user_ids: Sequence[Identifier], version: str) -> list[UserFeatures | None]:
+        """Features of users under a model_version, in one read; None for one that is not online."""
+        ids = [self._as_stored("user_embedding", "user_id", user_id) for user_id in user_ids]
+        statistics = self._inputs_of(version).references["user"]
+        values = self.read(
             [
                 f"user_embedding:{VECTOR}",
                 "user_embedding:behaviors",
                 "user_embedding:seen_items",
                 *statistics,
             ],
-            [{"user_id": user_id, "model_version": version}],
+            [{"user_id": user_id, "model_version": version} for user_id in ids],
         )
-        vector = values[VECTOR][0]
-        if vector is None:
-            raise UnknownEntity(
-                f"user {user_id} is not in the online store of {self._home.root}; check the id, or"
-                " ingest, embed and publish the user first."
-            )
-        behaviors = int(values["behaviors"][0] or 0)
         named = [column_of(reference) for reference in statistics]
-        return UserFeatures(
-            user_id=user_id,
-            model_version=version,
-            cold=behaviors == 0,
-            behaviors=behaviors,
-            vector=np.asarray(vector, dtype=np.float32),
-            statistics={name: values[name][0] for name in named},
-            seen_items=frozenset(values["seen_items"][0] or ()),
-        )
+
+        def features(place: int) -> UserFeatures | None:
+            vector = values[VECTOR][place]
+            if vector is None:
+                return None
+            behaviors = int(values["behaviors"][place] or 0)
+            return UserFeatures(
+                user_id=ids[place],
+                model_version=version,
+                cold=behaviors == 0,
+                behaviors=behaviors,
+                vector=np.asarray(vector, dtype=np.float32),
+                statistics={name: values[name][place] for name in named},
+                seen_items=frozenset(values["seen_items"][place] or ()),
+            )
+
+        return [features(place) for place in range(len(ids))]
 
     def score(
         self,
@@ -213,7 +229,7 @@ class OnlineLookup:
         """
         user = self.user(user_id)
         items = [self._as_stored("item_embedding", "item_id", item) for item in item_ids]
-        vectors, statistics = self._item_features(items, user.model_version)
+        vectors, statistics = self.items(items, user.model_version)
         missing = [item for item, stored in zip(items, vectors.found_N, strict=True) if not stored]
         if missing:
             more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
@@ -240,17 +256,17 @@ class OnlineLookup:
             raise BadInput(f"k is {k}; it must be at least 1.")
         user = self.user(user_id)
         items = [item for item in self.catalogue() if include_seen or str(item) not in user.seen_items]
-        vectors, statistics = self._item_features(items, user.model_version)
+        vectors, statistics = self.items(items, user.model_version)
         stored = np.flatnonzero(vectors.found_N).tolist()
-        answer = self._answer(
+        return self._answer(
             user,
             [items[i] for i in stored],
             vectors.vectors_ND[stored],
             {name: [values[i] for i in stored] for name, values in statistics.items()},
             at,
             context,
+            best=k,
         )
-        return Answer(answer.user_id, answer.model_version, answer.cold, answer.scores[:k])
 
     def _answer(
         self,
@@ -260,7 +276,9 @@ class OnlineLookup:
         statistics: dict[str, list[Any]],
         at: datetime | None,
         context: Mapping[str, Value] | None,
+        best: int | None = None,
     ) -> Answer:
+        """The `best` items (None: all), best first."""
         from bahe_models.context import hash_values, refuse_unknown  # torch, which a lookup does without
 
         artifact = self.artifact(user.model_version)
@@ -293,26 +311,40 @@ class OnlineLookup:
             hashed_NX,
         )
         texts = self.catalogue()
-        order = np.argsort(-probability, kind="stable")
+        order = np.argsort(-probability, kind="stable")[:best].tolist()
+        if self._log is not None and self._log.wants(user.user_id):
+            self._log.append(
+                ServedRequest(
+                    served_at=datetime.now(UTC),
+                    at=now,
+                    model_version=user.model_version,
+                    user_id=user.user_id,
+                    user=user.statistics,
+                    user_vector=user.vector,
+                    item_ids=[items[i] for i in order],
+                    items={name: [values[i] for i in order] for name, values in statistics.items()},
+                    item_vectors=vectors_NV[order],
+                )
+            )
         scores = [Score(items[i], texts.get(items[i], ""), float(probability[i])) for i in order]
         return Answer(user.user_id, user.model_version, user.cold, scores)
 
-    def _item_features(
-        self, items: Sequence[Identifier], version: str
-    ) -> tuple[Vectors, dict[str, list[Any]]]:
+    def items(self, items: Sequence[Identifier], version: str) -> tuple[Vectors, dict[str, list[Any]]]:
+        """Vectors and features of items (in the type that the log has), in one read each."""
         with online_errors(self._home):
             vectors = self._item_vectors.read({"item_id": items, "model_version": [version] * len(items)})
         if not items:
             return vectors, {}
         references = self._inputs_of(version).references["item"]
-        values = self._read(references, [{"item_id": item} for item in items])
+        values = self.read(references, [{"item_id": item} for item in items])
         return vectors, {column_of(reference): values[column_of(reference)] for reference in references}
 
     @cached_property
     def _item_vectors(self) -> VectorReader:
         return VectorReader(self._store, "item_embedding", VECTOR)
 
-    def _read(self, features: list[str], rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    def read(self, features: list[str], rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
+        """Any features (`view:feature`) of these entities, by column, as the online store has them."""
         with online_errors(self._home):
             response = self._store.get_online_features(features, entity_rows=rows)
         answer: dict[str, list[Any]] = response.to_dict()

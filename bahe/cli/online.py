@@ -11,11 +11,12 @@ import bahe
 from bahe.cli.options import (
     AtOption,
     ContextOption,
+    DeviceOption,
     HomeOption,
     JsonFlag,
     UserOption,
 )
-from bahe.cli.printing import print_answer, print_table
+from bahe.cli.printing import print_answer, print_audit, print_table
 from bahe.cli.program import app
 from bahe_core.progress import say
 
@@ -76,6 +77,38 @@ def recommend(
 
 
 @app.command()
+def audit(
+    home: HomeOption = None,
+    requests: Annotated[
+        bool, typer.Option("--requests", help="Logged requests, instead of asking about impressions.")
+    ] = False,
+    last: Annotated[int, typer.Option(min=1, help="How many pairs of user and item, the newest.")] = 10_000,
+    sample: Annotated[
+        float, typer.Option(help="Share of users to look at, above 0 and at most 1, by a hash of their id.")
+    ] = 1.0,
+    tolerance: Annotated[
+        float, typer.Option(help="Share of rows of a feature that may differ before the exit code is 1.")
+    ] = 0.0,
+    device: DeviceOption = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Compare what is served with what training would have seen, and name the likely cause.
+
+    Without --requests the online store is asked now, about the users and items of the newest impressions.
+    With it, the requests that `bahe serve --log-requests SHARE` kept are looked at, each as of its moment.
+    Offline values are computed anew: statistics by the point-in-time join, vectors by the model. Exits with
+    1 where they differ.
+    """
+    found = bahe.open(home).audit(requests=requests, last=last, sample=sample, device=device)
+    if as_json:
+        typer.echo(json.dumps(found.as_dict(), default=str))
+    else:
+        print_audit(found)
+    if any(1 - feature.equal > tolerance for feature in found.features):
+        raise typer.Exit(1)
+
+
+@app.command()
 def serve(
     home: HomeOption = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
@@ -83,7 +116,13 @@ def serve(
     live: Annotated[
         bool, typer.Option("--live", help="Also take behaviors at /behaviors; loads the language model.")
     ] = False,
+    log_requests: Annotated[
+        float,
+        typer.Option(
+            "--log-requests", help="Share of users, 0 to 1, whose requests are kept for `bahe audit`."
+        ),
+    ] = 0,
 ) -> None:
     """Serve the live model over HTTP: /health, /features, /score, /recommend, and /docs to try them."""
     say(f"  http://{host}:{port}/docs")
-    bahe.open(home).serve(host=host, port=port, live=live)
+    bahe.open(home).serve(host=host, port=port, live=live, log_requests=log_requests)

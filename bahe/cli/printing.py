@@ -49,6 +49,50 @@ def print_answer(answer: Any, as_json: bool) -> None:
     )
 
 
+def print_audit(found: Any) -> None:
+    """A line for each feature, then the rows that differ."""
+
+    def shown(value: float | None) -> str:
+        return "" if value is None else f"{value:.3g}"
+
+    print_table(
+        ("feature", "equal", "missing", "extra", "largest difference", "SMAPE", "edits", "likely causes"),
+        [
+            (
+                one.feature,
+                f"{100 * one.equal:.2f} %",
+                f"{one.missing:,}",
+                f"{one.extra:,}",
+                shown(one.largest_difference),
+                shown(one.smape),
+                shown(one.edit_distance),
+                ", ".join(f"{cause}: {count:,}" for cause, count in one.causes.items()),
+            )
+            for one in found.features
+        ],
+        plain=True,
+    )
+    examples = [(one.feature, example) for one in found.features for example in one.examples[:2]]
+    if examples:
+        say("")
+        print_table(
+            ("feature", "user", "item", "at", "served", "training sees", "likely cause"),
+            [
+                (
+                    feature,
+                    str(example.user_id),
+                    str(example.item_id),
+                    f"{example.moment:%Y-%m-%d %H:%M:%S}",
+                    str(example.served)[:40],
+                    str(example.offline)[:40],
+                    example.cause,
+                )
+                for feature, example in examples
+            ],
+            plain=True,
+        )
+
+
 def print_table(header: tuple[str, ...], rows: list[tuple[str, ...]], *, plain: bool = False) -> None:
     """A framed table; a plain one is as wide as its rows, so that grep finds them whole."""
     from rich.console import Console

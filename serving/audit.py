@@ -1,0 +1,457 @@
+"""Whether what is served equals what training would have seen: feature by feature, with the likely cause.
+
+What was served comes from the log of requests, or from asking the online store now, about the users and
+items of the newest impressions. What training would have seen is computed anew from the lake, as of each
+request's moment and the `freshness` of dataset.yaml.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+import duckdb
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from bahe_core.errors import BadInput, NotReady
+from bahe_core.home import Home
+from bahe_core.machine import device
+from bahe_core.progress import progress
+from bahe_core.results import Result
+from bahe_lake import runs
+from bahe_lake.connection import lake
+from feature_repo.store import online_errors, open_store
+from materialize.config.dataset import home_dataset
+from serving.lookup import VECTOR, Identifier, OnlineLookup
+from serving.offline_truth import OfflineTruth, lengths_of
+from serving.request_log import in_sample, read_requests
+from serving.skew import (
+    Cause,
+    edit_distance,
+    equal_values,
+    equal_vectors,
+    largest_difference,
+    likely_causes,
+    smape,
+    value_causes,
+    vector_causes,
+)
+
+if TYPE_CHECKING:
+    from bahe_models import Artifact
+
+HISTORY = "user_recent_atoms:recent_atoms"
+EXAMPLES = 10
+"""Rows that differ that are kept of each feature."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """A row that differs. Of a vector, the largest difference of a number stands for it."""
+
+    user_id: Identifier
+    item_id: Identifier
+    moment: datetime
+    model_version: str
+    served: Any
+    offline: Any
+    cause: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureAudit:
+    """One feature, over all rows."""
+
+    feature: str
+    """`view:feature`."""
+    rows: int
+    differing: int
+    missing: int
+    """Rows for which training has a value, and serving had none."""
+    extra: int
+    """Rows for which serving had a value, and training has none."""
+    largest_difference: float | None
+    """Of numbers, and of the numbers of vectors."""
+    smape: float | None
+    """Symmetric mean absolute percentage error of numbers, 0 to 2, over rows with both values."""
+    edit_distance: float | None
+    """Of histories: mean number of behaviors to add, drop or change."""
+    causes: dict[str, int]
+    """Likely causes of the rows that differ."""
+    examples: list[Difference] = field(default_factory=list)
+
+    @property
+    def equal(self) -> float:
+        """Share of rows whose values are equal."""
+        return 1 - self.differing / self.rows if self.rows else 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Audit(Result):
+    """What an audit found."""
+
+    source: str
+    """`requests`, or `impressions` whose pairs were asked about now."""
+    freshness: str
+    rows: int
+    """Pairs of a user and an item."""
+    features: list[FeatureAudit]
+    staleness_p50_s: float
+    """Seconds since the publish that answered, median over rows."""
+    staleness_p99_s: float
+
+    @property
+    def consistent(self) -> bool:
+        """Whether every feature of every row was equal."""
+        return all(not feature.differing for feature in self.features)
+
+    @property
+    def summary(self) -> list[str]:
+        """Rows, staleness and the verdict."""
+        differing = [feature for feature in self.features if feature.differing]
+        verdict = (
+            f"{len(differing)} of {len(self.features)} features differ"
+            if differing
+            else f"all {len(self.features)} features equal what training sees"
+        )
+        return [
+            f"{self.rows:,} pairs of {self.source}, freshness {self.freshness}; published"
+            f" {_duration(self.staleness_p50_s)} before (median), {_duration(self.staleness_p99_s)} (99 %)",
+            verdict,
+        ]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, as plain values."""
+        shown = [{**asdict(feature), "equal": feature.equal} for feature in self.features]
+        return {**asdict(self), "features": shown, "consistent": self.consistent}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Served:
+    """Rows of one model_version, as they were served."""
+
+    model_version: str
+    pairs: pa.Table
+    """user_id, item_id, moment."""
+    served_at: Sequence[datetime]
+    values: Mapping[str, Sequence[Any]]
+    """By `view:feature`."""
+    user_NV: npt.NDArray[np.float32]
+    """NaN where there was none."""
+    item_NV: npt.NDArray[np.float32]
+
+
+def audit(
+    home: Home,
+    *,
+    requests: bool = False,
+    last: int = 10_000,
+    sample: float = 1.0,
+    device_name: str | None = None,
+) -> Audit:
+    """Compare served features with those that training would have seen.
+
+    `requests` reads the log of requests, the newest `last` pairs of user and item; otherwise the pairs of
+    the `last` impressions are asked about now. `sample` is the share of users to look at, by a hash of
+    their id. Raises NotReady when nothing is published or no request was logged, BadInput on numbers out
+    of range.
+    """
+    if last < 1 or not 0 < sample <= 1:
+        raise BadInput("an audit needs at least one row, and a sample above 0 and at most 1.")
+    lookup, dataset = OnlineLookup(home), home_dataset(home)
+    source = _of_requests(home, lookup, last, sample) if requests else None
+    with lake(home) as connection, online_errors(home):
+        if source is None:
+            source = _asked_now(connection, lookup, last, sample)
+        published = [
+            run for run in runs.history(connection, "publish") if run.facts.get("model_version") is not None
+        ]
+        found: dict[str, list[tuple[FeatureAudit, float]]] = {}
+        ages: list[float] = []
+        rows = 0
+        for served in source:
+            rows += len(served.pairs)
+            ages += [_age(moment, published) for moment in served.served_at]
+            truth = OfflineTruth(home, open_store(home), connection, served.pairs, dataset.freshness)
+            artifact = lookup.artifact(served.model_version)
+            artifact.model.to(device(device_name))
+            for one in _compared(home, connection, truth, served, artifact, published):
+                found.setdefault(one.feature, []).append((one, float(one.rows)))
+    known = [age for age in ages if not np.isnan(age)] or [float("nan")]
+    return Audit(
+        source="requests" if requests else "impressions",
+        freshness=dataset.freshness,
+        rows=rows,
+        features=[_together([one for one, _ in parts]) for parts in found.values()],
+        staleness_p50_s=float(np.percentile(known, 50)),
+        staleness_p99_s=float(np.percentile(known, 99)),
+    )
+
+
+def _of_requests(home: Home, lookup: OnlineLookup, last: int, sample: float) -> list[_Served]:
+    logged = [r for r in read_requests(home, last) if r.item_ids and in_sample(r.user_id, sample)]
+    if not logged:
+        raise NotReady(
+            f"{home.requests} has no logged requests; start the service with `bahe serve --log-requests 1`"
+            " (or a share of the users), or leave out --requests."
+        )
+    logged.sort(key=lambda request: request.model_version)
+    served = []
+    for version, group in groupby(logged, key=lambda request: request.model_version):
+        requests = list(group)
+        counts = [len(request.item_ids) for request in requests]
+        repeated = np.repeat(np.arange(len(requests)), counts)
+        pairs = {
+            "user_id": [requests[i].user_id for i in repeated],
+            "item_id": [item for request in requests for item in request.item_ids],
+            "moment": pa.array([requests[i].at for i in repeated], pa.timestamp("us", "UTC")),
+        }
+        references = lookup.references(version)
+        values: dict[str, Sequence[Any]] = {}
+        for reference in references["user"]:
+            name = _column(reference)
+            values[reference] = [requests[i].user.get(name) for i in repeated]
+        for reference in references["item"]:
+            name = _column(reference)
+            values[reference] = [
+                value
+                for request in requests
+                for value in request.items.get(name, [None] * len(request.item_ids))
+            ]
+        served.append(
+            _Served(
+                model_version=version,
+                pairs=pa.table(pairs),
+                served_at=[requests[i].served_at for i in repeated],
+                values=values,
+                user_NV=np.stack([request.user_vector for request in requests])[repeated],
+                item_NV=np.concatenate([request.item_vectors for request in requests]),
+            )
+        )
+    return served
+
+
+def _asked_now(
+    connection: duckdb.DuckDBPyConnection, lookup: OnlineLookup, last: int, sample: float
+) -> list[_Served]:
+    version = lookup.live_version()
+    newest = connection.execute(
+        "SELECT user_id, item_id FROM impressions ORDER BY event_timestamp DESC, impression_id LIMIT ?",
+        [last],
+    ).to_arrow_table()
+    chosen = [in_sample(user, sample) for user in newest["user_id"].to_pylist()]
+    pairs = newest.filter(pa.array(chosen, pa.bool_()))
+    if not len(pairs):
+        raise NotReady("no impression is of a user in the sample; raise --last or --sample.")
+    users, items = (pairs[f"{e}_id"].combine_chunks().dictionary_encode() for e in ("user", "item"))
+    user_N, item_N = users.indices.to_numpy(), items.indices.to_numpy()
+    ids: list[Identifier] = users.dictionary.to_pylist()
+    found = lookup.users(ids, version)
+    width = next((len(user.vector) for user in found if user is not None), 1)
+    user_UV = np.full((len(ids), width), np.nan, dtype=np.float32)
+    for place, user in enumerate(found):
+        if user is not None:
+            user_UV[place] = user.vector
+    item_ids: list[Identifier] = items.dictionary.to_pylist()
+    vectors, item_values = lookup.items(item_ids, version)
+    item_IV = np.where(vectors.found_N[:, None], vectors.vectors_ND, np.float32(np.nan))
+    if item_IV.shape[1] != width:  # none is online
+        item_IV = np.full((len(item_ids), width), np.nan, dtype=np.float32)
+    references = lookup.references(version)
+    values: dict[str, Sequence[Any]] = {}
+    for reference in references["user"]:
+        of_user = [None if user is None else user.statistics[_column(reference)] for user in found]
+        values[reference] = [of_user[i] for i in user_N]
+    for reference in references["item"]:
+        of_item = item_values[_column(reference)]
+        values[reference] = [of_item[i] for i in item_N]
+    histories = lookup.read([HISTORY], [{"user_id": user} for user in ids])[_column(HISTORY)]
+    values[HISTORY] = [histories[i] for i in user_N]
+    now = datetime.now(UTC)
+    moments = pa.array([now] * len(pairs), pa.timestamp("us", "UTC"))
+    return [
+        _Served(
+            model_version=version,
+            pairs=pairs.append_column("moment", moments),
+            served_at=[now] * len(pairs),
+            values=values,
+            user_NV=user_UV[user_N],
+            item_NV=item_IV[item_N],
+        )
+    ]
+
+
+def _compared(
+    home: Home,
+    connection: duckdb.DuckDBPyConnection,
+    truth: OfflineTruth,
+    served: _Served,
+    artifact: Artifact,
+    published: Sequence[runs.Run],
+) -> Iterator[FeatureAudit]:
+    references = list(served.values)
+    offline = truth.values(references)
+    with progress("features audited", len(references) + 2) as advance:
+        differing = {
+            reference: np.flatnonzero(
+                [not equal_values(a, b) for a, b in zip(served.values[reference], values, strict=True)]
+            )
+            for reference, values in offline.items()
+        }
+        suspects = np.unique(np.concatenate([np.empty(0, dtype=np.int64), *differing.values()]))
+        causes: list[Cause] = []
+        if len(suspects):
+            wrong = [reference for reference, rows in differing.items() if len(rows)]
+            causes = value_causes(truth, wrong, suspects, served.served_at, published)
+        for reference, rows in differing.items():
+            said = served.values[reference]
+            named = likely_causes(reference, said, offline[reference], rows, suspects, causes)
+            yield _feature(served, reference, said, offline[reference], rows, named)
+            advance(1)
+        channels = artifact.dense.channels
+        everyone = np.arange(len(served.pairs))
+        length_NC = lengths_of(offline, channels, len(everyone))
+        want = {
+            "user": truth.user_vectors(artifact, length_NC, everyone),
+            "item": truth.item_vectors(artifact, everyone),
+        }
+        for entity, given in (("user", served.user_NV), ("item", served.item_NV)):
+            rows = np.flatnonzero(~equal_vectors(given, want[entity]))
+            named = vector_causes(
+                home, connection, truth, artifact, entity, served.pairs, given, length_NC, rows, published
+            )
+            yield _vector(served, f"{entity}_embedding:{VECTOR}", given, want[entity], rows, named)
+            advance(1)
+
+
+def _feature(
+    served: _Served,
+    reference: str,
+    said: Sequence[Any],
+    offline: Sequence[Any],
+    rows: npt.NDArray[np.int64],
+    causes: Sequence[str],
+) -> FeatureAudit:
+    pairs = [(said[i], offline[i]) for i in rows]
+    histories = [(a or [], b or []) for a, b in pairs if isinstance(a or b, list)]
+    return FeatureAudit(
+        feature=reference,
+        rows=len(said),
+        differing=len(rows),
+        missing=sum(a is None and b is not None for a, b in pairs),
+        extra=sum(a is not None and b is None for a, b in pairs),
+        largest_difference=largest_difference(said, offline),
+        smape=smape(said, offline),
+        edit_distance=(
+            sum(edit_distance(a, b) for a, b in histories) / len(said)
+            if any(isinstance(value, list) for value in (*said, *offline))
+            else None
+        ),
+        causes=dict(Counter(causes)),
+        examples=_examples(served, rows, causes, lambda i: (said[i], offline[i])),
+    )
+
+
+def _vector(
+    served: _Served,
+    reference: str,
+    given_NV: npt.NDArray[np.float32],
+    want_NV: npt.NDArray[np.float32],
+    rows: npt.NDArray[np.int64],
+    causes: Sequence[str],
+) -> FeatureAudit:
+    gap_N = np.abs(given_NV - want_NV).max(axis=1)
+    no_given, no_want = (np.asarray(np.isnan(v).any(axis=1)) for v in (given_NV, want_NV))
+    known = gap_N[~np.isnan(gap_N)]
+    return FeatureAudit(
+        feature=reference,
+        rows=len(given_NV),
+        differing=len(rows),
+        missing=int((no_given & ~no_want).sum()),
+        extra=int((no_want & ~no_given).sum()),
+        largest_difference=float(known.max()) if len(known) else None,
+        smape=None,
+        edit_distance=None,
+        causes=dict(Counter(causes)),
+        examples=_examples(
+            served,
+            rows,
+            causes,
+            lambda i: (
+                "none" if no_given[i] else f"{gap_N[i]:.2g} off",
+                "none" if no_want[i] else "vector",
+            ),
+        ),
+    )
+
+
+def _examples(
+    served: _Served,
+    rows: npt.NDArray[np.int64],
+    causes: Sequence[str],
+    both: Callable[[int], tuple[Any, Any]],
+) -> list[Difference]:
+    shown: list[int] = rows[:EXAMPLES].tolist()
+    pairs = served.pairs.take(pa.array(shown, pa.int64())).to_pylist()
+    examples = []
+    for place, pair, cause in zip(shown, pairs, causes, strict=False):
+        said, offline = both(place)
+        examples.append(
+            Difference(
+                **pair, model_version=served.model_version, served=said, offline=offline, cause=cause
+            )
+        )
+    return examples
+
+
+def _together(parts: Sequence[FeatureAudit]) -> FeatureAudit:
+    """One feature under several model_versions."""
+    if len(parts) == 1:
+        return parts[0]
+    rows = sum(part.rows for part in parts)
+
+    def mean(name: str) -> float | None:
+        known = [(getattr(part, name), part.rows) for part in parts if getattr(part, name) is not None]
+        return sum(value * n for value, n in known) / sum(n for _, n in known) if known else None
+
+    differences = [p.largest_difference for p in parts if p.largest_difference is not None]
+    causes: Counter[str] = Counter()
+    for part in parts:
+        causes.update(part.causes)
+    return FeatureAudit(
+        feature=parts[0].feature,
+        rows=rows,
+        differing=sum(part.differing for part in parts),
+        missing=sum(part.missing for part in parts),
+        extra=sum(part.extra for part in parts),
+        largest_difference=max(differences) if differences else None,
+        smape=mean("smape"),
+        edit_distance=mean("edit_distance"),
+        causes=dict(causes),
+        examples=[example for part in parts for example in part.examples][:EXAMPLES],
+    )
+
+
+def _age(moment: datetime, published: Sequence[runs.Run]) -> float:
+    """Seconds since the publish that answered; NaN before the first that is known."""
+    answered = next((run for run in published if run.finished <= moment), None)
+    return float("nan") if answered is None else (moment - answered.finished).total_seconds()
+
+
+def _column(reference: str) -> str:
+    return reference.partition(":")[2]
+
+
+def _duration(seconds: float) -> str:
+    if np.isnan(seconds):
+        return "an unknown time"
+    for unit, size in (("days", 86_400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"

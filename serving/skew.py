@@ -1,0 +1,294 @@
+"""How served values differ from those that training would have seen, and why they probably do.
+
+Each cause is a way to compute what training did not see: earlier, a second off, by another model, without a
+channel. Where it gives the value that was served, it is the likely cause.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+import duckdb
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from bahe_core.errors import BadInput, NotReady
+from bahe_core.home import Home
+from bahe_lake import runs
+from bahe_lake.connection import lake
+from bahe_lake.sql import sql_literal
+from materialize.vectors.vector_columns import vector_matrix
+from serving.offline_truth import OfflineTruth, lengths_of
+
+if TYPE_CHECKING:
+    from bahe_models import Artifact
+
+Vectors = npt.NDArray[np.float32]
+Rows = npt.NDArray[np.int64]
+
+FLOAT_TOLERANCE = 1e-4
+"""Of the numbers of a vector, which depend in their last digits on what is computed beside it."""
+PUBLISHES = 5
+"""How many publishes before a request its values may be from to be recognised as stale."""
+VECTORS = 200
+"""Vectors that differ whose cause is looked for, of each entity."""
+SHIFTS_US = (1_000_000, -1_000_000, 1)
+"""A second late, a second early, and the instant itself included."""
+EARLIER_US = tuple(-hours * 3_600_000_000 for hours in (1, 24, 48, 168))
+
+STALE, FRESHER, SHIFTED = "stale", "fresher than training", "shifted by a second"
+OTHER_VERSION, OTHER_DEFAULT = "other version", "other default"
+MISSING, EXTRA, UNKNOWN = "missing online", "extra online", "unknown"
+WRONG_ENCODER = "wrong encoder"
+
+
+def lost(channel: str) -> str:
+    """The cause that behaviors of a channel do not arrive."""
+    return f"channel {channel} lost"
+
+
+@dataclass(frozen=True)
+class Cause:
+    """Values that would be served if this were so."""
+
+    name: str
+    values: dict[str, list[Any]]
+    """By `view:feature`, for the rows under suspicion."""
+    applies: npt.NDArray[np.bool_]
+    """To which of these rows."""
+
+
+def equal_values(served: Any, offline: Any) -> bool:
+    """Exactly; NaN and None are both no value."""
+    if _none(served) or _none(offline):
+        return _none(served) and _none(offline)
+    return bool(served == offline)
+
+
+def equal_vectors(served_NV: Vectors, offline_NV: Vectors) -> npt.NDArray[np.bool_]:
+    """Which rows are equal within FLOAT_TOLERANCE; a row with NaN equals only such a row [N]."""
+    close = np.isclose(served_NV, offline_NV, rtol=FLOAT_TOLERANCE, atol=FLOAT_TOLERANCE, equal_nan=True)
+    return np.asarray(close.all(axis=1), dtype=np.bool_)
+
+
+def largest_difference(served: Sequence[Any], offline: Sequence[Any]) -> float | None:
+    """Of numbers; None where there are no two to compare."""
+    pairs = _numbers(served, offline)
+    return max((abs(a - b) for a, b in pairs), default=None)
+
+
+def smape(served: Sequence[Any], offline: Sequence[Any]) -> float | None:
+    """Symmetric mean absolute percentage error: mean of |a - b| / ((|a| + |b|) / 2), 0 to 2."""
+    pairs = _numbers(served, offline)
+    if not pairs:
+        return None
+    return sum(0.0 if a == b else 2 * abs(a - b) / (abs(a) + abs(b)) for a, b in pairs) / len(pairs)
+
+
+def edit_distance(served: Sequence[Any], offline: Sequence[Any]) -> int:
+    """Levenshtein's: behaviors to add, drop or change to make one history the other."""
+    row = list(range(len(offline) + 1))
+    for i, one in enumerate(served, start=1):
+        before, row[0] = row[0], i
+        for j, other in enumerate(offline, start=1):
+            before, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, before + (one != other))
+    return row[-1]
+
+
+def value_causes(
+    truth: OfflineTruth,
+    references: Sequence[str],
+    rows: Rows,
+    served_at: Sequence[datetime],
+    published: Sequence[runs.Run],
+) -> list[Cause]:
+    """What would have been served to these rows for each reason that the lake can tell, likeliest first.
+
+    `published` are runs of publish, the newest first.
+    """
+    everyone = np.ones(len(rows), dtype=np.bool_)
+    causes = [
+        Cause(SHIFTED, truth.values(references, rows, shift_us=shift), everyone) for shift in SHIFTS_US
+    ]
+    moments = [served_at[i] for i in rows]
+    earlier = {run.snapshot_read: run for moment in moments for run in _before(moment, published)}
+    for snapshot, run in sorted(earlier.items(), reverse=True):
+        applies = np.array([run.finished <= moment for moment in moments])
+        try:
+            causes.append(Cause(STALE, truth.values(references, rows, as_of=snapshot), applies))
+            whole = truth.values(references, rows, as_of=snapshot, all_of_it=True)
+        except (BadInput, NotReady):  # that snapshot has been forgotten
+            continue
+        causes.append(Cause(FRESHER, whole, applies))
+    for shift in EARLIER_US:
+        causes.append(Cause(STALE, truth.values(references, rows, shift_us=shift), everyone))
+    return causes
+
+
+def likely_causes(
+    reference: str,
+    served: Sequence[Any],
+    offline: Sequence[Any],
+    rows: Rows,
+    suspects: Rows,
+    causes: Sequence[Cause],
+) -> list[str]:
+    """The likely cause for each of the rows in which a feature differs."""
+    place = {row: position for position, row in enumerate(suspects.tolist())}
+    view, _, feature = reference.partition(":")
+    channel = feature.removeprefix("length_") if view == "user_timeline" else None
+    # One value wherever training has none, or none wherever training has one, is a default.
+    defaults = {served[i] for i in rows.tolist() if _none(offline[i]) and not _none(served[i])}
+    if any(isinstance(served[i], list) for i in rows.tolist()):
+        defaults = set()
+    zeros = {_zero(served[i]) for i in rows.tolist()}
+    named = []
+    for row in rows.tolist():
+        said, position = served[row], place[row]
+        if channel is not None and zeros == {True} and len(rows) > 1:
+            named.append(lost(channel))
+            continue
+        for cause in causes:
+            if cause.applies[position] and equal_values(said, cause.values[reference][position]):
+                named.append(cause.name)
+                break
+        else:
+            if _none(offline[row]):
+                named.append(OTHER_DEFAULT if len(defaults) == 1 and len(rows) > 1 else EXTRA)
+            else:
+                named.append(MISSING if _none(said) else UNKNOWN)
+    return named
+
+
+def vector_causes(
+    home: Home,
+    connection: duckdb.DuckDBPyConnection,
+    truth: OfflineTruth,
+    artifact: Artifact,
+    entity: str,
+    pairs: pa.Table,
+    served_NV: Vectors,
+    length_NC: npt.NDArray[np.int64],
+    rows: Rows,
+    published: Sequence[runs.Run],
+) -> list[str]:
+    """The likely cause for each of the rows in which vectors differ; of the first VECTORS of them."""
+    if not len(rows):
+        return []
+    named = np.full(len(rows), UNKNOWN, dtype=object)
+    named[VECTORS:] = "not looked at"
+    rows = rows[:VECTORS]
+    given_NV = served_NV[rows]
+    missing = np.isnan(given_NV).any(axis=1)
+
+    def name(cause: str, would_be_NV: Vectors) -> None:
+        fits = equal_vectors(given_NV, would_be_NV) & ~missing & (named[: len(rows)] == UNKNOWN)
+        named[: len(rows)][fits] = cause
+
+    named[: len(rows)][missing] = MISSING
+    keys = pairs[f"{entity}_id"].take(rows).to_pylist()
+    for version, vectors in _of_other_versions(connection, entity, keys, artifact, given_NV.shape[1]):
+        name(version, vectors)
+    encoders = [
+        row[0]
+        for row in connection.execute(
+            "SELECT DISTINCT encoder_version FROM atomic_behavior_embedding WHERE encoder_version <> ?",
+            [artifact.encoder_version],
+        ).fetchall()
+    ]
+    channels = artifact.dense.channels
+    if entity == "user":
+        for vectors in _stale_vectors(home, truth, artifact, rows, published):
+            name(STALE, vectors)
+        for place, channel in enumerate(channels if len(channels) > 1 else ()):
+            without = length_NC[rows].copy()
+            without[:, place] = 0
+            name(lost(channel), truth.user_vectors(artifact, without, rows))
+    else:
+        name(FRESHER, truth.item_vectors(artifact, rows, latest_text=True))
+    for encoder in encoders:
+        try:
+            if entity == "user":
+                other = truth.user_vectors(artifact, length_NC[rows], rows, encoder_version=encoder)
+            else:
+                other = truth.item_vectors(artifact, rows, encoder_version=encoder)
+        except (BadInput, NotReady):  # of another width, or not complete
+            continue
+        name(WRONG_ENCODER, other)
+    return [str(cause) for cause in named]
+
+
+def _stale_vectors(
+    home: Home, truth: OfflineTruth, artifact: Artifact, rows: Rows, published: Sequence[runs.Run]
+) -> Iterator[Vectors]:
+    """Vectors of the users as they were at earlier publishes, and some time before."""
+    channels = artifact.dense.channels
+    references = [f"user_timeline:length_{channel}" for channel in channels]
+    for run in published[: PUBLISHES + 1]:
+        try:
+            known = truth.values(references, rows, as_of=run.snapshot_read, all_of_it=True)
+            with lake(home, as_of=run.snapshot_read) as then:
+                lengths = lengths_of(known, channels, len(rows))
+                yield truth.user_vectors(artifact, lengths, rows, connection=then)
+        except (BadInput, NotReady):  # that snapshot has been forgotten
+            continue
+    for shift in EARLIER_US:
+        known = truth.values(references, rows, shift_us=shift)
+        yield truth.user_vectors(artifact, lengths_of(known, channels, len(rows)), rows)
+
+
+def _of_other_versions(
+    connection: duckdb.DuckDBPyConnection, entity: str, keys: Sequence[Any], artifact: Artifact, width: int
+) -> list[tuple[str, Vectors]]:
+    """The lake's vectors of these keys under other models, and under this one; NaN where there is none."""
+    connection.register(
+        "audited", pa.table({"key": pa.array(keys), "number": np.arange(len(keys), dtype=np.int64)})
+    )
+    table = f"{entity}_embedding"
+    versions = [
+        row[0] for row in connection.execute(f"SELECT DISTINCT model_version FROM {table}").fetchall()
+    ]
+    answers = []
+    for version in versions:
+        if version == artifact.model_version:
+            continue
+        rows = connection.execute(
+            f"""
+            SELECT number, embedding
+            FROM audited JOIN {table} e ON e.{entity}_id = audited.key
+            WHERE model_version = {sql_literal(version)} AND len(embedding) = {width}
+            """
+        ).to_arrow_table()
+        vectors: Vectors = np.full((len(keys), width), np.nan, dtype=np.float32)
+        if len(rows):
+            vectors[rows["number"].to_numpy()] = vector_matrix(rows["embedding"])
+            answers.append((OTHER_VERSION, vectors))
+    connection.unregister("audited")
+    return answers
+
+
+def _before(moment: datetime, published: Sequence[runs.Run]) -> list[runs.Run]:
+    return [run for run in published if run.finished <= moment][:PUBLISHES]
+
+
+def _numbers(served: Sequence[Any], offline: Sequence[Any]) -> list[tuple[float, float]]:
+    return [
+        (float(a), float(b))
+        for a, b in zip(served, offline, strict=True)
+        if isinstance(a, int | float)
+        and isinstance(b, int | float)
+        and not (math.isnan(a) or math.isnan(b))
+    ]
+
+
+def _none(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def _zero(value: Any) -> bool:
+    return _none(value) or value == 0
