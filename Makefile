@@ -49,6 +49,7 @@ bench: install ## every figure of the README, briefly; a whole one: python -m be
 	$(BIN)/python -m benchmarks.scale --quick
 	$(BIN)/python -m benchmarks.crash --quick
 	$(BIN)/python -m benchmarks.freshness --quick
+	$(BIN)/python -m benchmarks.consistency --quick
 	$(BIN)/python -m benchmarks.neighbour --quick
 
 schema: install ## write the JSON schema of dataset.yaml, for editors

@@ -130,12 +130,14 @@ class Project:
         from materialize.config.dataset import home_dataset
 
         with job("apply"):
-            features = home_dataset(self.home).features
+            dataset = home_dataset(self.home)
+            features = dataset.features
             online = {*features.numeric, *features.categorical}
             for artifact in self.home.models.glob("*/config.json"):  # any of them may be live again
                 with suppress(BadInput):
                     online.update(*further_features(read_config(artifact.parent)).values())
-            registered = apply(self.home, target, online=online)
+            team = None if dataset.feature_repo is None else Path(dataset.feature_repo)
+            registered = apply(self.home, target, online=online, team=team)
             say(f"  registered {registered}")
         return registered
 

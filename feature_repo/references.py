@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from bahe_core.errors import BadInput
 
 if TYPE_CHECKING:
-    from feast import FeatureStore, FeatureView
+    from feast import FeatureStore, FeatureView, OnDemandFeatureView
 
-ENTITY_KEYS = {"user_id": "user", "item_id": "item"}
+_ENTITIES = {("user_id",): "user", ("item_id",): "item", ("item_id", "user_id"): "pair"}
 _TYPES = {
     "numeric": {"Int32", "Int64", "Float32", "Float64", "Bool"},
     "categorical": {"String", "Int32", "Int64", "Bool"},
@@ -23,12 +23,12 @@ _HASHES = {"atom_id"}
 
 @dataclass(frozen=True)
 class FeatureReference:
-    """A feature of a user or an item."""
+    """A feature of a user, an item or a pair of both."""
 
     view: str
     feature: str
     entity: str
-    """`user` or `item`."""
+    """`user`, `item` or `pair`."""
 
     def __str__(self) -> str:
         return f"{self.view}:{self.feature}"
@@ -43,17 +43,17 @@ def feature_references(store: FeatureStore, kind: str, references: Sequence[str]
     """The features that `features.<kind>` of dataset.yaml lists, as `view:feature` or a whole `view`.
 
     `kind` is `numeric` or `categorical`; of a whole view those of a type that can be it. Raises BadInput on
-    a view or feature that is not registered, has another type, or is of neither a user nor an item.
+    a view or feature that is not registered, has another type, or is not of a user, an item or both.
     """
     found: dict[str, FeatureReference] = {}
     for reference in references:
         name, _, feature = reference.partition(":")
         view = _view(store, kind, reference, name)
-        keys = [column.name for column in view.entity_columns]
-        if len(keys) != 1 or keys[0] not in ENTITY_KEYS:
+        keys = _keys(store, kind, reference, view)
+        if keys not in _ENTITIES:
             raise BadInput(
-                f"features.{kind}: {reference} is keyed by {', '.join(keys)}; the model reads features of"
-                " a user_id or an item_id."
+                f"features.{kind}: {reference} is keyed by {', '.join(keys) or 'nothing'}; the model reads"
+                " features of a user_id, an item_id or both."
             )
         types = {field.name: str(field.dtype) for field in view.features if field.name not in _HASHES}
         fitting = [one for one, its in types.items() if its in _TYPES[kind]]
@@ -64,20 +64,52 @@ def feature_references(store: FeatureStore, kind: str, references: Sequence[str]
                 problem = f"is {its}, no {_WHAT[kind]}"
             raise BadInput(f"features.{kind}: {reference} {problem}.")
         for one in [feature] if feature else fitting:
-            made = FeatureReference(view=name, feature=one, entity=ENTITY_KEYS[keys[0]])
+            made = FeatureReference(view=name, feature=one, entity=_ENTITIES[keys])
             other = found.setdefault(one, made)
             if other != made:
                 raise BadInput(f"features.{kind}: {other} and {made} have one name; list one of them.")
     return list(found.values())
 
 
-def _view(store: FeatureStore, kind: str, reference: str, name: str) -> FeatureView:
-    from feast.errors import FeatureViewNotFoundException
+def stored_views(store: FeatureStore, references: Iterable[str]) -> set[str]:
+    """The views whose stored values these references (`view:feature`, or `view`) are made of.
 
-    try:
-        return store.get_feature_view(name)
-    except FeatureViewNotFoundException:
-        views = ", ".join(sorted(view.name for view in store.list_feature_views()))
+    Of a view on demand, those that it computes from.
+    """
+    on_demand = {view.name: view for view in store.list_on_demand_feature_views()}
+    names: set[str] = set()
+    for reference in references:
+        name = view_of(reference)
+        names |= sources_of(on_demand[name]) if name in on_demand else {name}
+    return names
+
+
+def sources_of(view: OnDemandFeatureView) -> set[str]:
+    """The stored views that a view on demand computes from."""
+    return {projection.name for projection in view.source_feature_view_projections.values()}
+
+
+def _view(store: FeatureStore, kind: str, reference: str, name: str) -> FeatureView | OnDemandFeatureView:
+    stored, on_demand = store.list_feature_views(), store.list_on_demand_feature_views()
+    by_name: dict[str, FeatureView | OnDemandFeatureView] = {v.name: v for v in (*stored, *on_demand)}
+    if name not in by_name:
         raise BadInput(
-            f"features.{kind}: {reference} is of no registered view; choose from {views}."
-        ) from None
+            f"features.{kind}: {reference} is of no registered view; choose from"
+            f" {', '.join(sorted(by_name))}."
+        )
+    return by_name[name]
+
+
+def _keys(
+    store: FeatureStore, kind: str, reference: str, view: FeatureView | OnDemandFeatureView
+) -> tuple[str, ...]:
+    from feast import OnDemandFeatureView
+
+    if not isinstance(view, OnDemandFeatureView):
+        return tuple(sorted(column.name for column in view.entity_columns))
+    if view.source_request_sources:
+        raise BadInput(
+            f"features.{kind}: {reference} needs values of the request; give them as impressions.context."
+        )
+    of_sources = (store.get_feature_view(name).entity_columns for name in sources_of(view))
+    return tuple(sorted({column.name for columns in of_sources for column in columns}))

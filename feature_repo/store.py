@@ -21,7 +21,8 @@ from bahe_core.home import Home
 from bahe_lake.catalogue import tables
 from bahe_lake.connection import lake, require_catalogue
 from feast_ducklake.quick_import import import_feast
-from feature_repo.references import view_of
+from feature_repo.references import sources_of, view_of
+from feature_repo.team import team_objects
 
 if TYPE_CHECKING:
     from feast import FeatureStore
@@ -171,16 +172,19 @@ def online_errors(home: Home) -> Iterator[None]:
         ) from None
 
 
-def apply(home: Home, target: str | None = None, *, online: Collection[str] = ()) -> str:
+def apply(
+    home: Home, target: str | None = None, *, online: Collection[str] = (), team: Path | None = None
+) -> str:
     """Register feature_repo's definitions in the home's registry; returns what is registered, in words.
 
-    Views named by `online` (`view` or `view:feature`) can be published, whatever the definitions say.
+    `team` is a folder with definitions of the team's own, which are registered beside ours. Views named by
+    `online` (`view` or `view:feature`) can be published, whatever the definitions say.
     `target`, else BAHE_FEATURE_STORE, says where online values shall lie from now on (see `configuration`);
     else they stay where they are. The home keeps the choice once Feast has registered all with it. Raises
     NotReady before the first ingest, since Feast infers types from the lake.
     """
     require_catalogue(home)
-    from feast import Entity, FeatureService, FeatureStore, FeatureView
+    from feast import Entity, FeatureService, FeatureStore, FeatureView, OnDemandFeatureView
 
     with warnings.catch_warnings():
         # Feast wants entities to name their type; ours is the log's, so Feast infers it.
@@ -199,7 +203,12 @@ def apply(home: Home, target: str | None = None, *, online: Collection[str] = ()
     with lake(home) as connection:
         if "users" not in tables(connection):  # a lake of before; its next ingest makes the table
             objects = [thing for thing in objects if getattr(thing, "name", "") != "user_attributes"]
+    if team is not None:
+        objects += _of_team(team, objects)
     views = {view_of(reference) for reference in online}
+    for view in objects:
+        if isinstance(view, OnDemandFeatureView) and view.name in views:
+            views = views | sources_of(view)
     for view in objects:
         if isinstance(view, FeatureView) and view.name in views:
             view.online = True
@@ -210,8 +219,33 @@ def apply(home: Home, target: str | None = None, *, online: Collection[str] = ()
             candidate.write_text(_text(settings))
             FeatureStore(fs_yaml_file=candidate).apply(objects)
     entities, registered, services = (
-        sum(isinstance(thing, kind) for thing in objects) for kind in (Entity, FeatureView, FeatureService)
+        sum(isinstance(thing, kind) for thing in objects)
+        for kind in (Entity, FeatureView | OnDemandFeatureView, FeatureService)
     )
     moved = before is not None and before != settings["online_store"]
     also = "; the online store is another one now, so run `bahe publish`" if moved else ""
     return f"{entities} entities, {registered} feature views, {services} feature services{also}"
+
+
+def _of_team(folder: Path, ours: list[Any]) -> list[Any]:
+    """What a team's folder defines beside ours. Raises BadInput where it takes one of our names."""
+    names = {(_kind(thing), thing.name): thing for thing in ours}
+    theirs = []
+    for thing in team_objects(folder):
+        same = names.get((_kind(thing), thing.name))
+        if same is None:
+            theirs.append(thing)
+        elif _kind(thing) != "entity" or thing.join_key != same.join_key:
+            raise BadInput(
+                f"feature_repo: {folder} defines the {_kind(thing)} {thing.name}, which bahe has; rename"
+                " it."
+            )
+    return theirs
+
+
+def _kind(thing: Any) -> str:
+    from feast import Entity, FeatureService
+
+    if isinstance(thing, Entity):
+        return "entity"
+    return "service" if isinstance(thing, FeatureService) else "view"

@@ -217,7 +217,7 @@ def _of_requests(home: Home, lookup: OnlineLookup, last: int, sample: float) -> 
         for reference in references["user"]:
             name = _column(reference)
             values[reference] = [requests[i].user.get(name) for i in repeated]
-        for reference in references["item"]:
+        for reference in (*references["item"], *references["pair"]):
             name = _column(reference)
             values[reference] = [
                 value
@@ -271,6 +271,9 @@ def _asked_now(
     for reference in references["item"]:
         of_item = item_values[_column(reference)]
         values[reference] = [of_item[i] for i in item_N]
+    if references["pair"]:
+        of_pairs = lookup.read(references["pair"], pairs.to_pylist())
+        values |= {reference: of_pairs[_column(reference)] for reference in references["pair"]}
     histories = lookup.read([HISTORY], [{"user_id": user} for user in ids])[_column(HISTORY)]
     values[HISTORY] = [histories[i] for i in user_N]
     now = datetime.now(UTC)

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 Identifier = str | int
 VECTOR = "embedding"
+_KEYS = ("user_id", "item_id")
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class _Inputs:
     model_version: str
     channels: tuple[str, ...]
     references: Mapping[str, list[str]]
-    """Features of `user` and of `item`, as `view:feature`."""
+    """Features of `user`, of `item` and of a `pair` of both, as `view:feature`."""
     categories: tuple[str, ...]
     """Columns of those that are categories; the model's other categories come with the request."""
 
@@ -127,7 +128,7 @@ class OnlineLookup:
             return self._artifacts[version]
 
     def references(self, version: str) -> Mapping[str, list[str]]:
-        """What a model reads of `user` and of `item` beside vectors, as `view:feature`."""
+        """What a model reads of `user`, `item` and a `pair` of both beside vectors, as `view:feature`."""
         return self._inputs_of(version).references
 
     def _inputs_of(self, version: str) -> _Inputs:
@@ -146,6 +147,7 @@ class OnlineLookup:
                 entity: [f"{entity}_stats:{c}" for c in needed_columns() if c.startswith(f"{entity}_")]
                 for entity in ("user", "item")
             }
+            of_entity["pair"] = []
             of_entity["user"] += [f"user_timeline:length_{channel}" for channel in channels]
             for one in further:
                 if str(one) not in of_entity[one.entity]:
@@ -229,7 +231,7 @@ class OnlineLookup:
         """
         user = self.user(user_id)
         items = [self._as_stored("item_embedding", "item_id", item) for item in item_ids]
-        vectors, statistics = self.items(items, user.model_version)
+        vectors, statistics = self.items(items, user.model_version, user.user_id)
         missing = [item for item, stored in zip(items, vectors.found_N, strict=True) if not stored]
         if missing:
             more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
@@ -256,7 +258,7 @@ class OnlineLookup:
             raise BadInput(f"k is {k}; it must be at least 1.")
         user = self.user(user_id)
         items = [item for item in self.catalogue() if include_seen or str(item) not in user.seen_items]
-        vectors, statistics = self.items(items, user.model_version)
+        vectors, statistics = self.items(items, user.model_version, user.user_id)
         stored = np.flatnonzero(vectors.found_N).tolist()
         return self._answer(
             user,
@@ -329,15 +331,23 @@ class OnlineLookup:
         scores = [Score(items[i], texts.get(items[i], ""), float(probability[i])) for i in order]
         return Answer(user.user_id, user.model_version, user.cold, scores)
 
-    def items(self, items: Sequence[Identifier], version: str) -> tuple[Vectors, dict[str, list[Any]]]:
-        """Vectors and features of items (in the type that the log has), in one read each."""
+    def items(
+        self, items: Sequence[Identifier], version: str, user_id: Identifier | None = None
+    ) -> tuple[Vectors, dict[str, list[Any]]]:
+        """Vectors and features of items (ids in the type that the log has), by column, in one read each.
+
+        With a user also the features of the pairs.
+        """
         with online_errors(self._home):
             vectors = self._item_vectors.read({"item_id": items, "model_version": [version] * len(items)})
         if not items:
             return vectors, {}
-        references = self._inputs_of(version).references["item"]
-        values = self.read(references, [{"item_id": item} for item in items])
-        return vectors, {column_of(reference): values[column_of(reference)] for reference in references}
+        references = self.references(version)
+        values = self.read(references["item"], [{"item_id": item} for item in items])
+        if user_id is not None and references["pair"]:
+            pairs = [{"user_id": user_id, "item_id": item} for item in items]
+            values |= self.read(references["pair"], pairs)
+        return vectors, {name: column for name, column in values.items() if name not in _KEYS}
 
     @cached_property
     def _item_vectors(self) -> VectorReader:

@@ -44,7 +44,7 @@ EARLIER_US = tuple(-hours * 3_600_000_000 for hours in (1, 24, 48, 168))
 STALE, FRESHER, SHIFTED = "stale", "fresher than training", "shifted by a second"
 OTHER_VERSION, OTHER_DEFAULT = "other version", "other default"
 MISSING, EXTRA, UNKNOWN = "missing online", "extra online", "unknown"
-WRONG_ENCODER = "wrong encoder"
+WRONG_ENCODER, NOT_LOOKED_AT = "wrong encoder", "not looked at"
 
 
 def lost(channel: str) -> str:
@@ -181,7 +181,7 @@ def vector_causes(
     if not len(rows):
         return []
     named = np.full(len(rows), UNKNOWN, dtype=object)
-    named[VECTORS:] = "not looked at"
+    named[VECTORS:] = NOT_LOOKED_AT
     rows = rows[:VECTORS]
     given_NV = served_NV[rows]
     missing = np.isnan(given_NV).any(axis=1)
@@ -203,12 +203,12 @@ def vector_causes(
     ]
     channels = artifact.dense.channels
     if entity == "user":
-        for vectors in _stale_vectors(home, truth, artifact, rows, published):
-            name(STALE, vectors)
         for place, channel in enumerate(channels if len(channels) > 1 else ()):
             without = length_NC[rows].copy()
             without[:, place] = 0
             name(lost(channel), truth.user_vectors(artifact, without, rows))
+        for vectors in _stale_vectors(home, truth, artifact, rows, published):
+            name(STALE, vectors)
     else:
         name(FRESHER, truth.item_vectors(artifact, rows, latest_text=True))
     for encoder in encoders:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 from feast.data_source import DataSource
 from feast.feature_logging import LoggingDestination
+from feast.feature_view import FeatureView
 from feast.infra.offline_stores.file_source import FileSource
 from feast.protos.feast.core.DataSource_pb2 import DataSource as DataSourceProto
 from feast.protos.feast.core.FeatureService_pb2 import LoggingConfig as LoggingConfigProto
@@ -165,6 +167,22 @@ def relation_of(source: DataSource, config: RepoConfig) -> str:
         f"data source {source.name} is a {type(source).__name__}; the lake answers for a DuckLakeSource or"
         " local Parquet files."
     )
+
+
+def readable(view: FeatureView, config: RepoConfig) -> FeatureView:
+    """The view with a source that Feast can name in SQL: Parquet files become a query over them."""
+    source = view.batch_source
+    if not isinstance(source, FileSource):
+        return view
+    view = copy.copy(view)
+    view.batch_source = DuckLakeSource(
+        name=source.name,
+        query=f"SELECT * FROM {relation_of(source, config)}",
+        timestamp_field=source.timestamp_field,
+        created_timestamp_column=source.created_timestamp_column or "",
+        field_mapping=dict(source.field_mapping),
+    )
+    return view
 
 
 def local_path(path: str, config: RepoConfig) -> Path:

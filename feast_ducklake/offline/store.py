@@ -31,6 +31,7 @@ from feast_ducklake.offline.retrieval import DuckLakeRetrievalJob
 from feast_ducklake.offline.source import (
     DuckLakeLoggingDestination,
     DuckLakeSource,
+    readable,
     relation_of,
 )
 from feast_ducklake.offline.views import View, check_key_types, requested_views, source_columns
@@ -150,6 +151,7 @@ class DuckLakeOfflineStore(OfflineStore):
         views got a value, that value included. `filter_by_created_timestamp` leaves out values that were
         computed after a row's moment, and those of which it is not known. Raises BadInput.
         """
+        feature_views = [readable(view, config) for view in feature_views]
         with open_lake(config) as connection:
             connection.execute("BEGIN")  # checks and number are of one snapshot
             number = snapshot(connection)

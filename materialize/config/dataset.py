@@ -185,8 +185,9 @@ class FeaturesConfig(_Section):
     """What the CTR model reads beside vectors, history and the statistics that it always reads."""
 
     numeric: list[Reference] = Field(default_factory=list)
-    """Numbers of a user or an item, as `view:feature` or a whole `view` of the feature store: attributes
-    (`item_attributes:price`), statistics of windows (`user_stats_7d`), behaviors by channel."""
+    """Numbers of a user, an item or a pair of both, as `view:feature` or a whole `view` of the feature
+    store: attributes (`item_attributes:price`), statistics of windows (`user_stats_7d`), behaviors by
+    channel, and views of `feature_repo`."""
     categorical: list[Reference] = Field(default_factory=list)
     """Categories of a user or an item (`item_attributes:genre`), as texts, integers or booleans; hashed."""
 
@@ -211,6 +212,9 @@ class Dataset(_Section):
     hour; or, with `live`, its own instant, as when a service is told of every behavior at once."""
     features: FeaturesConfig = FeaturesConfig()
     """What the model reads from the feature store beside what it always reads."""
+    feature_repo: str | None = None
+    """A folder with Feast definitions of your own (entities, feature views, views on demand, services),
+    relative to dataset.yaml; `bahe apply` registers them beside bahe's, and `features` can list them."""
     backbone: BackboneConfig = BackboneConfig()
     """Which language model; a `path` that exists beside dataset.yaml is a folder or a .gguf file."""
     encoder: EncoderConfig = EncoderConfig()
@@ -257,6 +261,8 @@ def dataset_and_lines(path: Path) -> tuple[Dataset, dict[Place, int]]:
     lake = raw.get("lake")
     if isinstance(lake, dict) and isinstance(lake.get("data"), str) and "://" not in lake["data"]:
         lake["data"] = str((path.parent / Path(lake["data"]).expanduser()).resolve())
+    if isinstance(raw.get("feature_repo"), str):
+        raw["feature_repo"] = str((path.parent / Path(raw["feature_repo"]).expanduser()).resolve())
     backbone = raw.get("backbone")
     if isinstance(backbone, dict) and isinstance(backbone.get("path"), str):
         beside = path.parent / backbone["path"]

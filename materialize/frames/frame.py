@@ -29,6 +29,7 @@ from bahe_lake.sql import AT_ONCE, known_until, old_enough, sql_literal
 from bahe_lake.transactions import commit
 from feature_repo.references import feature_references
 from feature_repo.store import open_store
+from feature_repo.team import team_content
 from materialize.config.dataset import Dataset, Split, context_column, home_dataset
 from materialize.executors import LOCAL, ExecutorConfig, start
 from materialize.gate import gated, require_gates
@@ -116,6 +117,9 @@ def frame(
             identity.append(delay_us)
         if any(listed.values()):
             identity.append(listed)
+        team = team_content(store, [*listed["numeric"], *listed["categorical"]])
+        if team is not None:
+            identity.append(team)
         frame_id = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
         path = home.frames / frame_id / "frame.parquet"
         last = runs.last(connection, JOB)

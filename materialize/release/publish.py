@@ -11,6 +11,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,8 +29,9 @@ from bahe_lake.connection import lake
 from bahe_lake.versions import LATEST_ITEMS
 from bahe_models import require_servable
 from bahe_models.artifact_folder import further_features, read_config
-from feature_repo.references import view_of
+from feature_repo.references import stored_views
 from feature_repo.store import online_errors, open_store
+from feature_repo.team import team_content
 from materialize.gate import require_gates
 from materialize.release import lag, pointer
 from materialize.release.quality import require_quality
@@ -92,7 +94,11 @@ def publish(home: Home) -> Published:
         publications = pointer.recorded(connection)
         ours = bool(publications) and last is not None and pointer.online(store) == publications[0]
         fingerprint = lag.publish_fingerprint(embedded, ingested)
-        unchanged = last is not None and last.fingerprint == fingerprint
+        listed = further_features(read_config(home.models / version))
+        team = team_content(store, chain.from_iterable(listed.values()))
+        unchanged = (
+            last is not None and last.fingerprint == fingerprint and last.facts.get("team_content") == team
+        )
         if ours and unchanged and publications[0].model_version == version:
             return Published(version, skipped=True)
         users = lag.users_behind(connection, version)
@@ -121,7 +127,7 @@ def publish(home: Home) -> Published:
             texts = connection.execute(f"SELECT item_id, text FROM {LATEST_ITEMS} ORDER BY item_id")
             with replace_atomically(home.catalogue_of_items) as part:
                 pq.write_table(texts.to_arrow_table(), part)
-            facts = {"model_version": version, "since": since}
+            facts = {"model_version": version, "since": since, "team_content": team}
             done = run.statement(facts, rows_read=rows, rows_written=rows)
             pointer.flip(store, connection, version, [done])
     return Published(version, skipped=False, rows=rows)
@@ -174,9 +180,7 @@ def _further_views(store: FeatureStore, artifact: Path) -> list[str]:
     Raises NotReady when one of them is not registered to be online.
     """
     listed = further_features(read_config(artifact))
-    views = sorted(
-        {view_of(reference) for of_kind in listed.values() for reference in of_kind} - set(VIEWS)
-    )
+    views = sorted(stored_views(store, chain.from_iterable(listed.values())) - set(VIEWS))
     registered = {view.name for view in store.list_feature_views() if view.online}
     for view in views:
         if view not in registered:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,13 @@ import bahe
 from bahe.cli import app
 from bahe_core.errors import BadInput, NotReady
 from bahe_core.home import Home
-from feature_repo.store import open_store
 from serving.audit import Audit, audit
 from serving.lookup import OnlineLookup
 from serving.request_log import RequestLog, ServedRequest, in_sample, read_requests
 from serving.skew import edit_distance, smape
 from tests.support.home_contents import copy_of
 from tests.support.logs import small_log, write_dataset
+from tests.support.skews import rewrite_online
 
 FEATURES = {
     "numeric": ["item_attributes:price", "user_stats_7d", "item_behaviors_30d", "user_attributes:age"],
@@ -65,25 +64,6 @@ def home(published: Home, tmp_path: Path) -> Home:
 
 def causes(found: Audit) -> dict[str, set[str]]:
     return {one.feature: set(one.causes) for one in found.features if one.differing}
-
-
-def rewrite(home: Home, view: str, change: Callable[[pd.DataFrame], pd.DataFrame]) -> None:
-    """Put other values of a view online, as a faulty job would: newer than what is there."""
-    store = open_store(home)
-    with bahe.open(home.root).lake() as connection:
-        key = "user_id" if view.startswith("user") else "item_id"
-        table = {"user_timeline": "timeline_length", "item_attributes": "items"}.get(view, view)
-        keys = f"{key}, model_version" if view.endswith("embedding") else key
-        rows = connection.execute(
-            f"SELECT * FROM {table} QUALIFY row_number() OVER (PARTITION BY {keys} ORDER BY event_timestamp"
-            " DESC) = 1"
-        ).df()
-    registered = store.get_feature_view(view)
-    wanted = [f.name for f in registered.features] + [c.name for c in registered.entity_columns]
-    rows = change(rows[[*wanted, "event_timestamp"]])
-    rows["event_timestamp"] += pd.Timedelta("1s")
-    rows["created_timestamp"] = pd.Timestamp.now("UTC")
-    store.write_to_online_store(view, rows)
 
 
 def test_everything_that_was_published_is_equal(home: Home) -> None:
@@ -156,8 +136,8 @@ def test_a_request_a_second_late_is_shifted(home: Home) -> None:
 
 
 def test_another_model_another_default_and_a_lost_channel_are_named(home: Home) -> None:
-    rewrite(home, "item_attributes", lambda rows: rows.assign(price=rows["price"].fillna(-1.0)))
-    rewrite(home, "user_timeline", lambda rows: rows.assign(length_liked=0))
+    rewrite_online(home, "item_attributes", lambda rows: rows.assign(price=rows["price"].fillna(-1.0)))
+    rewrite_online(home, "user_timeline", lambda rows: rows.assign(length_liked=0))
     named = causes(audit(home, last=100))
     assert named["item_attributes:price"] == {"other default"}
     assert named["user_timeline:length_liked"] == {"channel liked lost"}
@@ -176,8 +156,8 @@ def test_vectors_of_another_model_and_of_a_lost_channel_are_named(home: Home, tm
     def of_the_other(rows: pd.DataFrame) -> pd.DataFrame:
         return rows[rows["model_version"] == other].assign(model_version=version)
 
-    rewrite(home, "item_embedding", of_the_other)
-    rewrite(home, "user_embedding", of_the_other)
+    rewrite_online(home, "item_embedding", of_the_other)
+    rewrite_online(home, "user_embedding", of_the_other)
     found = audit(home, last=50)
     assert causes(found) == {
         "user_embedding:embedding": {"other version"},
@@ -189,8 +169,10 @@ def test_the_command_says_what_differs_and_exits_with_one(home: Home) -> None:
     run = CliRunner().invoke(app, ["audit", "--home", str(home.root), "--last", "50"])
     assert run.exit_code == 0, run.output
     assert "100.00 %" in run.output
-    rewrite(home, "user_stats", lambda rows: rows.assign(user_clicks=rows["user_clicks"] + 7.0))
-    rewrite(home, "user_stats_7d", lambda rows: rows.assign(user_clicks_7d=rows["user_clicks_7d"] + 7))
+    rewrite_online(home, "user_stats", lambda rows: rows.assign(user_clicks=rows["user_clicks"] + 7.0))
+    rewrite_online(
+        home, "user_stats_7d", lambda rows: rows.assign(user_clicks_7d=rows["user_clicks_7d"] + 7)
+    )
     command = ["audit", "--home", str(home.root), "--last", "50", "--json"]
     run = CliRunner().invoke(app, command)
     assert run.exit_code == 1

@@ -1,0 +1,107 @@
+"""A team's own Feast definitions, from the folder that `feature_repo` of dataset.yaml names."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import sys
+import traceback
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import duckdb
+
+from bahe_core.errors import BadInput, one_line
+from feature_repo.references import stored_views
+
+if TYPE_CHECKING:
+    from feast import FeatureStore
+
+
+def team_objects(folder: Path) -> list[Any]:
+    """Entities, feature views (also on demand) and services of the folder's Python files.
+
+    Files see one another as modules, and may import ours (`from feature_repo.definitions import user,
+    item`). A relative path of a Parquet source is relative to the folder. Raises BadInput when the folder
+    is not there, a file fails, or nothing is defined.
+    """
+    from feast import Entity, FeatureService, FeatureView, FileSource, OnDemandFeatureView
+
+    files = sorted(folder.rglob("*.py")) if folder.is_dir() else []
+    if not files:
+        raise BadInput(
+            f"feature_repo: {folder} is no folder with Python files; correct it in dataset.yaml."
+        )
+    before = set(sys.modules)
+    sys.path.insert(0, str(folder))
+    found: dict[int, Any] = {}
+    try:
+        for path in files:
+            for thing in vars(_module(path)).values():
+                if isinstance(thing, Entity | FeatureView | FeatureService | OnDemandFeatureView):
+                    found[id(thing)] = thing
+    finally:
+        sys.path.remove(str(folder))
+        # Another home's folder may have files of the same names.
+        for name in set(sys.modules) - before:
+            file = getattr(sys.modules[name], "__file__", None)
+            if file is not None and Path(file).is_relative_to(folder):
+                del sys.modules[name]
+    if not found:
+        raise BadInput(f"feature_repo: {folder} defines no entity, view or service of Feast.")
+    for thing in found.values():
+        source = getattr(thing, "batch_source", None)
+        if isinstance(source, FileSource) and "://" not in source.path:
+            source.file_options.uri = str((folder / Path(source.path).expanduser()).resolve())
+    return list(found.values())
+
+
+def team_content(store: FeatureStore, references: Iterable[str]) -> str | None:
+    """A hash of the rows behind those references that are not of bahe's own views; None without any.
+
+    Our own tables change with an ingest; theirs whenever the team writes them. Raises BadInput when a
+    source cannot be read.
+    """
+    from feast_ducklake import open_lake
+    from feast_ducklake.offline.source import relation_of
+    from feature_repo import definitions
+
+    ours = {getattr(thing, "name", None) for thing in vars(definitions).values()}
+    content = []
+    for name in sorted(stored_views(store, references) - ours):
+        relation = relation_of(store.get_feature_view(name).batch_source, store.config)
+        with open_lake(store.config) as connection:
+            try:
+                row = connection.execute(
+                    f"SELECT count(*), sum(hash(t)::HUGEINT) FROM {relation} t"
+                ).fetchone()
+            except duckdb.Error as error:
+                raise BadInput(
+                    f"the source of the feature view {name} cannot be read ({one_line(error)}); correct it"
+                    " in feature_repo, then run `bahe apply`."
+                ) from None
+        content.append([name, str(row)])
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12] if content else None
+
+
+def _module(path: Path) -> Any:
+    """The file's module. Raises BadInput with the line at which it fails."""
+    name = "team_" + hashlib.sha256(str(path).encode()).hexdigest()[:12]
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        if isinstance(error, SyntaxError):
+            line = error.lineno
+        else:
+            frames = traceback.extract_tb(error.__traceback__)
+            line = next((frame.lineno for frame in reversed(frames) if frame.filename == str(path)), 1)
+        raise BadInput(
+            f"feature_repo: {path}, line {line}, fails ({one_line(error)}); correct it."
+        ) from None
+    return module
