@@ -24,9 +24,9 @@ from materialize.release import pointer
 
 JOB = "daily"
 Retrain = Literal["warm", "fresh", "never"]
-STEPS = ("ingest", "encode", "apply", "frame", "train", "quality", "embed", "publish")
+STEPS = ("ingest", "encode", "apply", "frame", "train", "quality", "refit", "embed", "publish")
 """In this order."""
-OF_TRAINING = ("frame", "train", "quality")
+OF_TRAINING = ("frame", "train", "quality", "refit")
 """Left out where the live model is only refreshed."""
 
 
@@ -70,6 +70,12 @@ class Day:
     def trained(self) -> str | None:
         """The model_version that this run trained."""
         return self.steps["train"].versions.get("model_version") if "train" in self.steps else None
+
+    @property
+    def chosen(self) -> str | None:
+        """The model_version to publish: the trained one, refitted where that was asked for, or the live."""
+        refitted = self.steps["refit"].versions.get("model_version") if "refit" in self.steps else None
+        return refitted or self.trained or self.live_before
 
     @property
     def stopped_at(self) -> str | None:
@@ -156,7 +162,7 @@ def _begin(home: Home, when: date, dataset: str | None, retrain: Retrain, known:
         day = Day(date=when.isoformat(), dataset=dataset, retrain=retrain, started=_now(), live_before=live)
     else:
         published = "publish" in day.steps and day.steps["publish"].state == "done"
-        rolled_back = not published and live not in (day.live_before, day.trained)
+        rolled_back = not published and live not in (day.live_before, day.trained, day.chosen)
         if day.dataset != dataset:
             _forget_from("ingest", day)
         elif day.retrain != retrain or rolled_back:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from materialize.ingest.ingest import Ingested
     from materialize.ingest.quarantine import Held
     from materialize.release.publish import Published
+    from materialize.training.refit import Refitted
     from materialize.training.tracking import Tracker
     from materialize.training.train import TrainingOutcome
     from materialize.upkeep.compact import Compacted
@@ -178,6 +179,24 @@ class Project:
                 _say(done, model_version=done.model_version, results=done.results)
         return done
 
+    def refit(
+        self,
+        *,
+        model_version: str | None = None,
+        warm_start: str | None = None,
+        device: str | None = None,
+    ) -> Refitted:
+        """Train a measured model (the last one) once more on every impression, as many epochs as its best.
+
+        Embed and publish the result by its name; the measured model stays beside it.
+        """
+        from materialize.training.refit import refit
+
+        with job("refit"):
+            return _say(
+                refit(self.home, model_version=model_version, warm_start=warm_start, device_name=device)
+            )
+
     def embed(
         self,
         *,
@@ -229,6 +248,7 @@ class Project:
         retrain: Retrain = "warm",
         tolerance: float = 0.005,
         wait: float = 0,
+        refit: bool = True,
         device: str | None = None,
         tracker: Tracker = "mlflow",
     ) -> Day:
@@ -236,8 +256,10 @@ class Project:
 
         `dataset` is the last night's when left out, `date` today in UTC. `retrain`: train on from the live
         model (`warm`), anew (`fresh`), or keep it and refresh its vectors (`never`). `tolerance` is how far
-        the new model's validation AUC may lie below the live one's, `wait` the seconds to wait for another
-        job on this home to end. Killed anywhere, the same call goes on with the step that was not finished.
+        the new model's AUC may lie below the live one's, on impressions that neither was chosen by; `wait`
+        the seconds to wait for another job on this home to end. With `refit` a model that passes is trained
+        once more on every impression before it is published. Killed anywhere, the same call goes on with
+        the step that was not finished.
         """
         from bahe.run import daily
 
@@ -248,6 +270,7 @@ class Project:
             retrain=retrain,
             tolerance=tolerance,
             wait=wait,
+            refit=refit,
             device=device,
             tracker=tracker,
         )

@@ -74,18 +74,28 @@ def daily(
     retrain: Retrain,
     tolerance: float,
     wait: float,
+    refit: bool,
     device: str | None,
     tracker: Tracker,
 ) -> Day:
     """One night: the jobs of `run`, and what is decided about the model on the way."""
 
     def train(day: Day) -> dict[str, str] | None:
-        """Warm from the model that was live when the night began, unless that has seen this very frame."""
+        """Warm from the model that was live when the night began, unless that has seen this very frame.
+
+        From the one that was measured in place of a refitted one, which has seen what the new model is
+        validated on.
+        """
         live = day.live_before if day.retrain == "warm" else None
         if live is not None and trained_on_latest_frame(project.home, live):
             say(f"  {live} has been trained on this frame")
             return {"model_version": live}
-        project.train(device=device, tracker=tracker, warm_start=live)
+        from materialize.training.refit import measured_model
+
+        start = None if live is None else measured_model(project.home, live)
+        if start is not None and not (project.home.models / start).is_dir():
+            start = live
+        project.train(device=device, tracker=tracker, warm_start=start)
         return None
 
     def quality(day: Day) -> None:
@@ -97,10 +107,18 @@ def daily(
             return
         facts = judge(project.home, day.trained, day.live_before, tolerance, device).facts
         say(
-            f"  gate quality: passed, validation AUC {facts['auc']:.4f} against {facts['live_auc']:.4f} of"
-            f" {day.live_before}",
+            f"  gate quality: passed, {facts['split']} AUC {facts['auc']:.4f} against"
+            f" {facts['live_auc']:.4f} of {day.live_before}",
             **facts,
         )
+
+    def train_on_everything(day: Day) -> dict[str, str] | None:
+        """The model that passed, once more on all impressions, unless it was live before."""
+        if not refit or day.trained is None or day.trained == day.live_before:
+            return {"model_version": day.trained or day.live_before or ""}
+        warm = day.live_before if day.retrain == "warm" else None
+        done = project.refit(model_version=day.trained, warm_start=warm, device=device)
+        return {"model_version": done.model_version}
 
     steps: dict[str, Step] = {
         "ingest": lambda day: _only(project.ingest(day.dataset)),
@@ -109,10 +127,9 @@ def daily(
         "frame": lambda day: _only(project.frame()),
         "train": train,
         "quality": quality,
+        "refit": train_on_everything,
         # A refreshed model is the live one, which an aborted night may have trained a successor of.
-        "embed": lambda day: _only(
-            project.embed(model_version=day.trained or day.live_before, device=device)
-        ),
+        "embed": lambda day: _only(project.embed(model_version=day.chosen, device=device)),
         "publish": lambda day: _only(project.publish()),
     }
     named = None if dataset is None else str(dataset.resolve())

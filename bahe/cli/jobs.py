@@ -108,6 +108,22 @@ def train(
 
 
 @app.command()
+def refit(
+    home: HomeOption = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="The measured model_version.", show_default="the last one")
+    ] = None,
+    device: DeviceOption = None,
+) -> None:
+    """Train a measured model once more, on every impression, validation and test included.
+
+    As many epochs as its best was; nothing is left to measure the result by, so the measured model stays
+    beside it. `bahe embed --model VERSION` and `bahe publish` put it online; `bahe daily` does all of it.
+    """
+    bahe.open(home).refit(model_version=model, device=device)
+
+
+@app.command()
 def embed(
     home: HomeOption = None,
     device: DeviceOption = None,

@@ -20,6 +20,9 @@ from bahe.cli.printing import print_answer, print_audit, print_table
 from bahe.cli.program import app
 from bahe_core.progress import say
 
+DIFFERS = 3
+"""Exit code of an audit that found differences."""
+
 
 @app.command()
 def lookup(user: UserOption, home: HomeOption = None, as_json: JsonFlag = False) -> None:
@@ -87,7 +90,7 @@ def audit(
         float, typer.Option(help="Share of users to look at, above 0 and at most 1, by a hash of their id.")
     ] = 1.0,
     tolerance: Annotated[
-        float, typer.Option(help="Share of rows of a feature that may differ before the exit code is 1.")
+        float, typer.Option(help="Share of rows of a feature that may differ before the exit code is 3.")
     ] = 0.0,
     device: DeviceOption = None,
     as_json: JsonFlag = False,
@@ -97,7 +100,7 @@ def audit(
     Without --requests the online store is asked now, about the users and items of the newest impressions.
     With it, the requests that `bahe serve --log-requests SHARE` kept are looked at, each as of its moment.
     Offline values are computed anew: statistics by the point-in-time join, vectors by the model. Exits with
-    1 where they differ.
+    3 where they differ.
     """
     found = bahe.open(home).audit(requests=requests, last=last, sample=sample, device=device)
     if as_json:
@@ -105,7 +108,7 @@ def audit(
     else:
         print_audit(found)
     if any(1 - feature.equal > tolerance for feature in found.features):
-        raise typer.Exit(1)
+        raise typer.Exit(DIFFERS)
 
 
 @app.command()

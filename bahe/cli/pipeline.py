@@ -56,11 +56,17 @@ def daily(
     ] = "warm",
     tolerance: Annotated[
         float,
-        typer.Option(help="How far the new model's validation AUC may be below the live model's."),
+        typer.Option(help="How far the new model's AUC may be below the live model's."),
     ] = 0.005,
     wait: Annotated[
         float, typer.Option(min=0, help="Seconds to wait for another job on this home to end.")
     ] = 0,
+    refit: Annotated[
+        bool,
+        typer.Option(
+            help="Train a model that passes once more, on every impression, and publish that one."
+        ),
+    ] = True,
     device: DeviceOption = None,
     tracker: TrackerOption = "mlflow",
 ) -> None:
@@ -76,6 +82,7 @@ def daily(
         retrain=retrain,
         tolerance=tolerance,
         wait=wait,
+        refit=refit,
         device=device,
         tracker=tracker,
     )

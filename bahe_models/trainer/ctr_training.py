@@ -258,6 +258,7 @@ def train(
     config: TrainingConfig,
     *,
     checkpoint: Checkpoint | None = None,
+    stop_after: int | None = None,
     on_step: Callable[[int, float], None] = lambda impressions, loss: None,
     on_epoch: Callable[[Epoch], None] = lambda epoch: None,
     on_resume: Callable[[int], None] = lambda impressions: None,
@@ -266,8 +267,8 @@ def train(
     """Train the model of `batches` in place and leave it with the weights of its best epoch.
 
     Under torchrun every process calls this with the same arguments; see `bahe_models.trainer.distributed`.
-    `checkpoint`, `on_step`, `on_epoch` and `on_resume` are those of `fit`, `on_pretraining` is
-    `pretrain`'s `on_step`. A run killed during pre-training starts it again. Raises BadInput before any
+    `checkpoint`, `stop_after`, `on_step`, `on_epoch` and `on_resume` are those of `fit`, `on_pretraining`
+    is `pretrain`'s `on_step`. A run killed during pre-training starts it again. Raises BadInput before any
     step when the data cannot be trained on, or the checkpoint belongs to another run.
     """
     model, data = batches.model, batches.data
@@ -315,7 +316,13 @@ def train(
         recompute_activations(model.aggregator.deep, True)
     try:
         return fit(
-            task, config, checkpoint=checkpoint, on_step=on_step, on_epoch=on_epoch, on_resume=on_resume
+            task,
+            config,
+            checkpoint=checkpoint,
+            stop_after=stop_after,
+            on_step=on_step,
+            on_epoch=on_epoch,
+            on_resume=on_resume,
         )
     finally:
         if config.recompute:

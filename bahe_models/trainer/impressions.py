@@ -6,8 +6,8 @@ impressions, C channels, X context columns.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -48,6 +48,22 @@ class Impressions:
             context_NX=None if self.context_NX is None else self.context_NX[rows],
         )
 
+    @classmethod
+    def together(cls, parts: Sequence[Impressions]) -> Impressions:
+        """Splits one after the other."""
+        contexts = [part.context_NX for part in parts if part.context_NX is not None]
+        return cls(
+            user_N=np.concatenate([part.user_N for part in parts]),
+            item_N=np.concatenate([part.item_N for part in parts]),
+            length_NC=np.concatenate([part.length_NC for part in parts]),
+            time_us_N=np.concatenate([part.time_us_N for part in parts]),
+            clicked_N=np.concatenate([part.clicked_N for part in parts]),
+            columns={
+                name: np.concatenate([part.columns[name] for part in parts]) for name in parts[0].columns
+            },
+            context_NX=np.concatenate(contexts) if contexts else None,
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingData:
@@ -78,6 +94,11 @@ class TrainingData:
         lengths_UC = np.zeros_like(self.timelines.lengths())
         np.maximum.at(lengths_UC, train.user_N, train.length_NC)
         return lengths_UC
+
+    def all_to_train_on(self) -> TrainingData:
+        """The same with every impression in the split `train`; there is nothing left to validate on."""
+        parts = [self.splits[name] for name in ("train", "validation", "test")]
+        return replace(self, splits={**self.splits, "train": Impressions.together(parts)})
 
     def check(self) -> None:
         """Raises BadInput before any step is taken when the data cannot be trained on."""

@@ -39,6 +39,7 @@ class Epoch:
     epoch: int
     train_loss: float
     validation_auc: float
+    """NaN where nothing is validated."""
     seconds: float
     """Training alone, without evaluation."""
 
@@ -100,16 +101,20 @@ def fit(
     config: TrainingConfig,
     *,
     checkpoint: Checkpoint | None = None,
+    stop_after: int | None = None,
     on_step: Callable[[int, float], None] = lambda impressions, loss: None,
     on_epoch: Callable[[Epoch], None] = lambda epoch: None,
     on_resume: Callable[[int], None] = lambda impressions: None,
 ) -> Trained:
     """Train the task's model in place and leave it with the weights of its best epoch.
 
-    Every network gets the same optimiser, schedule, clipping and early stopping. With a `checkpoint`
-    the state is saved every `checkpoint_seconds`; when its file exists, the run resumes from it, and
-    `on_epoch` is called for the earlier epochs as well. The file stays when training ends: the caller
-    deletes it when the weights are safe elsewhere. Raises BadInput when it belongs to another run.
+    With `stop_after`, after that epoch and with its weights, whatever they are worth: nothing is validated,
+    and the learning rates are those of a training that may go on to `config.epochs`.
+
+    Every network gets the same optimiser, schedule, clipping and early stopping. With a `checkpoint` the
+    state is saved every `checkpoint_seconds`; when its file exists, the run resumes from it, and `on_epoch`
+    is called for the earlier epochs as well. The file stays when training ends: the caller deletes it when
+    the weights are safe elsewhere. Raises BadInput when it belongs to another run.
 
     `on_step` is called after each update with its number of impressions and the epoch's mean loss so far;
     `on_resume` once, when a run resumes, with the number of impressions already trained on.
@@ -139,7 +144,7 @@ def fit(
             on_epoch(row)
         on_resume(len(progress.history) * impressions_per_epoch(task.clicked_N, config) + progress.seen)
     last_saved = time.monotonic()
-    while progress.epoch <= config.epochs:
+    while progress.epoch <= (stop_after or config.epochs):
         rng_at_start = rng.bit_generator.state
         model.train()
         seconds_before, start = progress.seconds, time.perf_counter()
@@ -170,10 +175,13 @@ def fit(
                     checkpoint.save(state)
                 last_saved = time.monotonic()
             on_step(impressions, progress.losses / progress.seen)
-        row = Epoch(progress.epoch, progress.losses / progress.seen, task.validate(), progress.seconds)
+        measured = task.validate() if stop_after is None else float("nan")
+        row = Epoch(progress.epoch, progress.losses / progress.seen, measured, progress.seconds)
         progress.history.append(row)
         on_epoch(row)
-        if row.validation_auc > progress.best:
+        if stop_after is not None:
+            progress.weights = model.state_dict()
+        elif row.validation_auc > progress.best:
             progress.best, progress.waited = row.validation_auc, 0
             progress.weights = {name: value.clone() for name, value in model.state_dict().items()}
         else:

@@ -17,10 +17,13 @@ from materialize.config.dataset import home_dataset
 from materialize.frames.frame import Frame, latest_frame
 
 if TYPE_CHECKING:
-    from bahe_models import Artifact
+    from bahe_models import Artifact, Impressions, TrainingData
 
 JOB = "gate quality"
-SPLIT = "validation"
+SPLIT = "test"
+"""Neither model chose its epoch by these impressions."""
+LEAST = 100
+"""Fewer impressions than these do not tell one model from another; validation is taken then."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,10 +38,12 @@ class Verdict:
 def judge(
     home: Home, model_version: str, live_version: str, tolerance: float, device_name: str | None = None
 ) -> Verdict:
-    """Compare two models on the validation split of the latest frame, and remember the verdict.
+    """Compare two models on the test split of the latest frame, and remember the verdict.
 
-    A live model that reads other vectors, channels or context than the frame has is compared by the AUC
-    that it was trained with. Raises GateFailed when the new one's AUC is more than the tolerance below.
+    Of it the impressions after those that either was trained on or chose its epoch by; where these are too
+    few, the validation split. A live model that was refitted is stood in for by the measured one. One that
+    reads other vectors, channels or context than the frame has is compared by the AUC that it was
+    trained with. Raises GateFailed when the new one's AUC is more than the tolerance below.
     """
     frame = latest_frame(home)
     fingerprint = f"{model_version} {live_version} {frame.frame_id} {tolerance}"
@@ -76,7 +81,7 @@ def require_quality(connection: duckdb.DuckDBPyConnection, model_version: str) -
 
 def _sentence(facts: dict[str, Any]) -> str:
     return (
-        f"its {SPLIT} AUC is {facts['auc']:.4f}, more than {facts['tolerance']:g} below the"
+        f"its {facts['split']} AUC is {facts['auc']:.4f}, more than {facts['tolerance']:g} below the"
         f" {facts['live_auc']:.4f} of {facts['live_version']}, which is live"
     )
 
@@ -90,12 +95,17 @@ def _compared(
     device_name: str | None,
 ) -> dict[str, Any]:
     from bahe_models import evaluate, load
+    from materialize.training.refit import measured_model
     from materialize.training.training_data import read_training_data
 
-    new, live = load(home.models / model_version), load(home.models / live_version)
+    standing_in = measured_model(home, live_version)
+    if not (home.models / standing_in).is_dir():
+        standing_in = live_version
+    new, live = load(home.models / model_version), load(home.models / standing_in)
     channels = home_dataset(home).channels
     data = read_training_data(connection, frame, new.encoder_version, channels)
-    logits = {"bahe": _logits(new, data, device_name)}
+    name, split = _unseen(data, new, live)
+    logits = {"bahe": _logits(new, data, split, device_name)}
     alike = (
         live.encoder_version == new.encoder_version
         and live.context_columns == new.context_columns
@@ -103,8 +113,8 @@ def _compared(
         and live.dense.numeric == new.dense.numeric
     )
     if alike:
-        logits["live"] = _logits(live, data, device_name)
-    quality = evaluate(data.splits[SPLIT], logits).quality
+        logits["live"] = _logits(live, data, split, device_name)
+    quality = evaluate(split, logits).quality
     auc, interval = quality["bahe"].auc, {}
     if alike:
         compared = quality["live"]
@@ -113,11 +123,13 @@ def _compared(
         interval = {"gain_low": row["bahe_gain_low"], "gain_high": row["bahe_gain_high"]}
     else:
         results = live.facts.get("results", [])
-        live_auc = next((r["auc"] for r in results if (r["model"], r["split"]) == ("bahe", SPLIT)), None)
-    way = "on the same impressions" if alike else "by the AUC that the live model was trained with"
+        live_auc = next((r["auc"] for r in results if (r["model"], r["split"]) == ("bahe", name)), None)
+    way = f"on the same {len(split):,} impressions" if alike else "by the AUC that it was trained with"
     return {
         "model_version": model_version,
         "live_version": live_version,
+        "live_measured": standing_in,
+        "split": name,
         "frame_id": frame.frame_id,
         "auc": auc,
         "live_auc": live_auc,
@@ -127,15 +139,27 @@ def _compared(
     }
 
 
-def _logits(artifact: Artifact, data: Any, device_name: str | None) -> np.ndarray:
-    """Logits [N] of the split's impressions, in one way for every model."""
+def _unseen(data: TrainingData, new: Artifact, live: Artifact) -> tuple[str, Impressions]:
+    """The split to compare on, and its impressions that neither model was chosen by."""
+    until = [model.trained_until for model in (new, live)]
+    test = data.splits[SPLIT]
+    known_us = max((int(one.timestamp() * 1e6) for one in until if one is not None), default=0)
+    later = test.take(np.flatnonzero(test.time_us_N > known_us))
+    if len(later) >= LEAST and len(np.unique(later.clicked_N)) == 2:
+        return SPLIT, later
+    return "validation", data.splits["validation"]
+
+
+def _logits(
+    artifact: Artifact, data: TrainingData, split: Impressions, device_name: str | None
+) -> np.ndarray:
+    """Logits [N] of impressions, in one way for every model."""
     import torch
 
     from bahe_core.machine import device
 
     where = device(device_name)
     artifact.model.to(where)
-    split = data.splits[SPLIT]
     probability = artifact.score_timelines(
         torch.from_numpy(data.atoms_AD).to(where),
         data.atom_ids,

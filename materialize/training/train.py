@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
@@ -157,12 +158,14 @@ def train_models(
                 )
                 log.parameters({k: v for part in vars(settings).values() for k, v in asdict(part).items()})
                 artifact, results, histories, evaluations = do_train(log)
-                artifact.facts = {
+                artifact.facts |= {
                     "dataset": dataset.name,
                     "frame_id": frame.frame_id,
                     "trained_at": datetime.now(UTC).isoformat(timespec="seconds"),
                     "categorical": about.get("categorical", []),
-                    "trained_until": _read_until(connection, dataset, data).isoformat(),
+                    "trained_until": known_until_of(
+                        connection, dataset, data, ["train", "validation"]
+                    ).isoformat(),
                     "results": results,
                 }
                 if not artifact_path.is_dir():
@@ -188,12 +191,14 @@ def _earlier_model(home: Home, version: str) -> Artifact:
     return load(folder)
 
 
-def _read_until(connection: duckdb.DuckDBPyConnection, dataset: Dataset, data: TrainingData) -> datetime:
-    """When the last thing was known that training read: an impression or its click.
+def known_until_of(
+    connection: duckdb.DuckDBPyConnection, dataset: Dataset, data: TrainingData, splits: Sequence[str]
+) -> datetime:
+    """When the last thing was known that training read of these splits: an impression or its click.
 
-    Validation chose the epoch, so it was read as well.
+    Validation chooses the epoch, so it is read as well.
     """
-    read_us = max(int(data.splits[name].time_us_N.max()) for name in ("train", "validation"))
+    read_us = max(int(data.splits[name].time_us_N.max()) for name in splits)
     last = datetime(1970, 1, 1, tzinfo=UTC) + timedelta(microseconds=read_us)
     row = connection.execute(
         f"""

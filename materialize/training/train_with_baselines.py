@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from bahe_core.machine import PeakMemory, device
 from bahe_core.progress import progress
@@ -15,6 +16,7 @@ from bahe_models import (
     Batches,
     Checkpoint,
     Epoch,
+    Int64,
     ModelConfig,
     SplitEvaluation,
     Trained,
@@ -86,7 +88,6 @@ def train_with_baselines(
     Returns the BAHE artifact, the results table, each network's history and each split's evaluation.
     """
     where = device(device_name)
-    split = data.splits["train"]
     dense = fit_dense(data)
     scored: dict[str, _Scored] = {}
     with PeakMemory() as memory:
@@ -103,6 +104,80 @@ def train_with_baselines(
     scores = {name: score(data.splits[name]) for name in EVALUATED}
     scored["id_only"] = _Scored(scores, id_only.seconds, memory.mebibytes)
 
+    fitted = fit_bahe(
+        data,
+        halves,
+        settings,
+        where,
+        encoder,
+        version,
+        log,
+        checkpoint=checkpoint,
+        warm_start=warm_start,
+        shard=shard,
+    )
+    scores = {name: fitted.batches.predict(data.splits[name]) for name in EVALUATED}
+    scored["bahe"] = _Scored(scores, fitted.trained.seconds, fitted.mebibytes)
+    evaluations = {
+        name: evaluate(data.splits[name], {model: s.logits[name] for model, s in scored.items()})
+        for name in EVALUATED
+    }
+    histories = {"id_only": id_only.history, "bahe": fitted.trained.history}
+    return fitted.artifact(), _rows(scored, evaluations), histories, evaluations
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fitted:
+    """A trained BAHE model."""
+
+    batches: Batches
+    trained: Trained
+    mebibytes: float
+    """Peak memory of the training."""
+    halves: Any
+    encoder: str
+    version: str
+    item_row_I: Int64
+    shard: bool
+
+    def artifact(self) -> Artifact:
+        """The model with all that it needs to score, on the CPU; a collective call when it is sharded."""
+        model = self.batches.model
+        return Artifact(
+            model=gathered(model) if self.shard else model.cpu(),
+            model_version=self.version,
+            encoder_version=self.encoder,
+            deep_config=self.halves.deep.config.to_dict(),
+            window=self.batches.window,
+            dense=self.batches.dense,
+            item_ids=table_ids(self.item_row_I, self.batches.data.item_ids),
+            facts={"epochs": best_epoch(self.trained.history)},
+            logit_shift=self.batches.logit_shift,
+        )
+
+
+def best_epoch(history: Sequence[Epoch]) -> int:
+    """The epoch whose weights were kept; the last where nothing was validated."""
+    measured = [row for row in history if not np.isnan(row.validation_auc)]
+    return max(measured, key=lambda row: row.validation_auc).epoch if measured else history[-1].epoch
+
+
+def fit_bahe(
+    data: TrainingData,
+    halves: Any,
+    settings: Settings,
+    where: torch.device,
+    encoder: str,
+    version: str,
+    log: tracking.Log,
+    *,
+    checkpoint: Checkpoint | None = None,
+    warm_start: Artifact | None = None,
+    shard: bool = False,
+    stop_after: int | None = None,
+) -> Fitted:
+    """Train BAHE alone on the split `train`; with `stop_after` so many epochs, without validation."""
+    split, dense = data.splits["train"], fit_dense(data)
     config = settings.training
     seen, also_known = split.item_N, None
     if warm_start is not None:
@@ -126,28 +201,20 @@ def train_with_baselines(
             shard_deep_layers(model, where)
         model.to(where)
         with PeakMemory() as memory:
-            cost = CostEstimate(split, settings.model, settings.window, config, memory)
+            run = config if stop_after is None else replace(config, epochs=stop_after)
+            cost = CostEstimate(split, settings.model, settings.window, run, memory)
             cost.announce()
-            trained = _train_visibly(batches, config, checkpoint, cost, log)
-    scores = {name: batches.predict(data.splits[name]) for name in EVALUATED}
-    scored["bahe"] = _Scored(scores, trained.seconds, memory.mebibytes)
-    evaluations = {
-        name: evaluate(data.splits[name], {model: s.logits[name] for model, s in scored.items()})
-        for name in EVALUATED
-    }
-    artifact = Artifact(
-        model=gathered(model) if shard else model.cpu(),
-        model_version=version,
-        encoder_version=encoder,
-        deep_config=halves.deep.config.to_dict(),
-        window=settings.window,
-        dense=batches.dense,
-        item_ids=table_ids(item_row_I, data.item_ids),
-        facts={},
-        logit_shift=batches.logit_shift,
+            trained = _train_visibly(batches, config, checkpoint, cost, log, stop_after)
+    return Fitted(
+        batches=batches,
+        trained=trained,
+        mebibytes=memory.mebibytes,
+        halves=halves,
+        encoder=encoder,
+        version=version,
+        item_row_I=item_row_I,
+        shard=shard,
     )
-    histories = {"id_only": id_only.history, "bahe": trained.history}
-    return artifact, _rows(scored, evaluations), histories, evaluations
 
 
 def _train_visibly(
@@ -156,6 +223,7 @@ def _train_visibly(
     checkpoint: Checkpoint | None,
     cost: CostEstimate,
     log: tracking.Log,
+    stop_after: int | None,
 ) -> Trained:
     """`train` with a bar, which a resumed run starts where the interrupted one was, and the run's log."""
     note = ""
@@ -167,7 +235,9 @@ def _train_visibly(
 
         def on_epoch(row: Epoch) -> None:
             nonlocal note
-            note = f"epoch {row.epoch}: validation AUC {row.validation_auc:.4f}"
+            validated = stop_after is None
+            measured = f": validation AUC {row.validation_auc:.4f}" if validated else " done"
+            note = f"epoch {row.epoch}{measured}"
             advance(0, note=note)
             log.epoch(row)
 
@@ -179,6 +249,7 @@ def _train_visibly(
             batches,
             config,
             checkpoint=checkpoint,
+            stop_after=stop_after,
             on_step=on_step,
             on_epoch=on_epoch,
             on_resume=on_resume,

@@ -30,6 +30,7 @@ from bahe_models import encoder_version, load_backbone
 from feature_repo.store import open_store
 from materialize.config.backbone import encoder_settings
 from materialize.config.dataset import home_dataset
+from materialize.training.refit import MEASURED
 
 JOB = "prune"
 _VECTORS = {
@@ -151,6 +152,8 @@ def _models(
         oldest = datetime.now(UTC) - timedelta(days=older_than)
     keeping = {version for version in newest_first[:keep] if made[version] >= oldest}
     keeping |= _needed_models(connection)
+    # The next night's model is compared with the one that was measured in place of a refitted one.
+    keeping |= {_config(home, one).get("facts", {}).get(MEASURED, one) for one in keeping} & versions
     kept = tuple(version for version in newest_first if version in keeping)
     return kept, tuple(version for version in newest_first if version not in keeping)
 

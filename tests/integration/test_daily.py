@@ -22,9 +22,13 @@ from bahe.daily import STEPS, _begin, days, today
 from bahe.status import status
 from bahe_core.errors import BadInput, Damaged, GateFailed, NotReady
 from bahe_core.home import Home
+from bahe_lake.catalogue import scalar
 from bahe_lake.connection import lake
 from bahe_lake.runs import history, last
+from bahe_models import load
 from materialize.release.quality import judge
+from materialize.training.refit import measured_model, refit
+from materialize.upkeep.prune import prune
 from materialize.vectors import encode
 from serving.lookup import OnlineLookup
 from tests.support import REPOSITORY
@@ -163,7 +167,7 @@ def test_the_first_night_leaves_everything_up_to_date(first_day: tuple[Home, Pat
     assert day.dataset == str(dataset.resolve())
     assert {name: step.state for name, step in day.steps.items()} == dict.fromkeys(STEPS, "done")
     assert day.steps["frame"].rows_written == 400
-    assert day.steps["train"].versions["model_version"] == day.model_version
+    assert day.steps["refit"].versions["model_version"] == day.model_version
     assert {name for name, step in day.steps.items() if step.gate} == {"ingest", "encode", "frame", "embed"}
     assert next_command(home) is None
     assert stale(home) == []
@@ -209,7 +213,8 @@ def test_a_warm_night_then_nothing_new(second_morning: tuple[Home, Path]) -> Non
         verdict = last(connection, "gate quality")
     assert verdict is not None
     assert verdict.facts["passed"]
-    assert verdict.facts["measured"] == "on the same impressions"
+    assert verdict.facts["measured"] == "on the same 40 impressions"
+    assert verdict.facts["live_measured"] == measured_model(home, cold) != cold
     assert verdict.facts["gain"] == pytest.approx(verdict.facts["auc"] - verdict.facts["live_auc"])
     daily(home, "--date", "2024-04-03")  # the dataset.yaml of the last night; nothing new
     assert OnlineLookup(home).live_version() == warm
@@ -223,8 +228,8 @@ def test_a_warm_night_then_nothing_new(second_morning: tuple[Home, Path]) -> Non
 
 def test_the_same_model_is_as_good_as_itself(first_day: tuple[Home, Path], tmp_path: Path) -> None:
     home = Home(Path(shutil.copytree(first_day[0].root, tmp_path / "home")))
-    live = OnlineLookup(home).live_version()
-    facts = judge(home, live, live, tolerance=0).facts
+    measured = measured_model(home, OnlineLookup(home).live_version())
+    facts = judge(home, measured, measured, tolerance=0).facts
     assert facts["gain"] == facts["gain_low"] == facts["gain_high"] == 0
     with lake(home) as connection:
         trained = last(connection, "train")
@@ -233,6 +238,33 @@ def test_the_same_model_is_as_good_as_itself(first_day: tuple[Home, Path], tmp_p
         r["auc"] for r in trained.facts["results"] if (r["model"], r["split"]) == ("bahe", "validation")
     )
     assert facts["auc"] == pytest.approx(auc, abs=0.02)  # training predicts in another precision
+
+
+def test_what_is_published_has_seen_everything(second_morning: tuple[Home, Path]) -> None:
+    home, dataset = second_morning
+    live = load(home.models / OnlineLookup(home).live_version())
+    measured = load(home.models / measured_model(home, live.model_version))
+    with lake(home) as connection:
+        latest = scalar(connection, "SELECT epoch_us(max(event_timestamp)) FROM impressions")
+    assert measured.trained_until is not None
+    assert live.trained_until is not None
+    assert measured.trained_until < live.trained_until
+    assert live.trained_until.timestamp() * 1e6 == pytest.approx(latest)
+    assert live.facts["results"] == measured.facts["results"]
+    assert live.facts["epochs"] == measured.facts["epochs"]
+    assert set(live.item_ids) >= set(measured.item_ids)
+    # The measured one is kept, for the next night's comparison.
+    assert measured.model_version in call("prune", "--keep", "0", "--dry-run", home=home).stderr
+    assert measured.model_version not in prune(home, keep=0, dry_run=True).models
+    daily(home, dataset, "--date", SECOND, "--tolerance", "1", "--no-refit", "--retrain", "fresh")
+    day = days(home)[0]
+    assert day.model_version == day.trained
+    assert refit(home, model_version=day.trained).model_version != day.trained
+    assert refit(home, model_version=day.trained).skipped
+    with pytest.raises(BadInput, match="refitted already"):
+        refit(home, model_version=live.model_version)
+    with pytest.raises(NotReady, match="trained on another frame"):
+        refit(home, model_version=measured.model_version)
 
 
 def test_a_worse_model_is_not_published(second_morning: tuple[Home, Path]) -> None:
@@ -344,13 +376,14 @@ def test_a_rollback_meanwhile_is_respected(first_day: tuple[Home, Path], tmp_pat
     began = json.loads((home.days / f"{FIRST}.json").read_text())
     began |= {"date": SECOND, "finished": None, "live_before": "bahe-that-was-left"}
     del began["steps"]["publish"]
-    began["steps"]["train"]["versions"]["model_version"] = "bahe-trained-from-it"
+    for step in ("train", "refit"):
+        began["steps"][step]["versions"]["model_version"] = f"bahe-{step}-from-it"
     manifest.write_text(json.dumps(began))
     day = _begin(home, date.fromisoformat(SECOND), None, "warm", days(home))
     assert day.live_before == OnlineLookup(home).live_version()
     assert list(day.steps) == ["ingest", "encode", "apply", "frame"]
     # What the night itself made live before it was killed is no rollback.
-    began["steps"]["train"]["versions"]["model_version"] = day.live_before
+    began["steps"]["refit"]["versions"]["model_version"] = day.live_before
     manifest.write_text(json.dumps(began))
     day = _begin(home, date.fromisoformat(SECOND), None, "warm", days(home))
     assert day.live_before == "bahe-that-was-left"

@@ -165,7 +165,7 @@ def test_vectors_of_another_model_and_of_a_lost_channel_are_named(home: Home, tm
     }
 
 
-def test_the_command_says_what_differs_and_exits_with_one(home: Home) -> None:
+def test_the_command_says_what_differs_and_exits_with_three(home: Home) -> None:
     run = CliRunner().invoke(app, ["audit", "--home", str(home.root), "--last", "50"])
     assert run.exit_code == 0, run.output
     assert "100.00 %" in run.output
@@ -175,7 +175,7 @@ def test_the_command_says_what_differs_and_exits_with_one(home: Home) -> None:
     )
     command = ["audit", "--home", str(home.root), "--last", "50", "--json"]
     run = CliRunner().invoke(app, command)
-    assert run.exit_code == 1
+    assert run.exit_code == 3
     found = json.loads(run.stdout)
     feature = next(f for f in found["features"] if f["feature"] == "user_stats_7d:user_clicks_7d")
     assert (feature["equal"], feature["largest_difference"]) == (0, 7)
