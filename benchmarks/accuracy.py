@@ -44,10 +44,9 @@ def measure(quick: bool, home_path: Path) -> Iterable[Row]:
     for seed in range(1 if quick else 3):
         seeded = replace(settings, training=replace(settings.training, seed=seed))
         halves = load_backbone(backbone)
-        artifact, results, _, evaluations = train_with_baselines(
-            data, halves, seeded, None, encoder, f"seed-{seed}", tracking.Log()
-        )
-        gains.append(evaluations["test"].quality["floor"].row())
+        done = train_with_baselines(data, halves, seeded, None, encoder, f"seed-{seed}", tracking.Log())
+        artifact, results = done.artifact, done.results
+        gains.append(done.evaluations["test"].quality["floor"].row())
         # Not part of `bahe train`: every run would have to wait for them.
         score, _ = train_din(data, artifact.dense, seeded.training, model_config=seeded.model)
         scorers = {"din": score}

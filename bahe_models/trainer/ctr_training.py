@@ -140,6 +140,16 @@ class Batches:
         self, split: Impressions, dense_NF: torch.Tensor, rows: Int64, *, share: bool = True
     ) -> torch.Tensor:
         """The model's uncorrected logits of some impressions, by one pass over their users' timelines."""
+        user_NV, item_NV, interest_NT = self.pair_vectors(split, rows, share=share)
+        dense_NF = dense_NF[torch.from_numpy(rows).to(self.device)]
+        return self.model.score(
+            user_NV, item_NV, dense_NF, context_rows(split, rows, self.device), interest_NT
+        )
+
+    def pair_vectors(
+        self, split: Impressions, rows: Int64, *, share: bool = True
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """What the head reads of some impressions beside features: user and item vectors, `interests`."""
         batch = window_batch(
             self.data.timelines,
             split.user_N[rows],
@@ -160,9 +170,7 @@ class Batches:
         interest_NT = self.model.interests(
             self.atoms_AD, self.data.timelines, split.user_N[rows], split.length_NC[rows], item_NV
         )
-        dense_NF = dense_NF[torch.from_numpy(rows).to(self.device)]
-        context_NX = context_rows(split, rows, self.device)
-        return self.model.score(user_NV.float(), item_NV, dense_NF, context_NX, interest_NT)
+        return user_NV.float(), item_NV, interest_NT
 
     @torch.no_grad()  # in inference mode FSDP would keep tensors that cannot be trained on afterwards
     def predict(self, split: Impressions, impressions_per_step: int = 4000) -> Scores:

@@ -9,9 +9,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from bahe_models import Epoch, SplitEvaluation
+from bahe_models import SplitEvaluation
 from bahe_models.trainer.evaluation import LEVEL, REPLICATES
+from bahe_models.trainer.importance import REPEATS, Importance
 from materialize.training.plots import NAMES, reliability_plot, training_curves
+from materialize.training.train_with_baselines import Outcome
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
@@ -35,6 +37,8 @@ _PAGE = """<!doctype html>
 <ul>{differences}</ul>
 <h2>By length of the user's history, test split</h2>
 {segments}
+<h2>What the features are worth, validation split</h2>
+{importance}
 <h2>Calibration</h2>
 {reliability}
 <h2>Training</h2>
@@ -46,6 +50,8 @@ In brackets: {level:.0%} intervals from {replicates} bootstrap resamples of user
 they hold for one trained model, and do not tell how much training again with another seed would move it.
 n/a: undefined, because only one class or one user is there.
 History: behaviors before the impression, in all channels.
+AUC lost: mean over {repeats} shuffles of the feature's values among the impressions; features that say
+the same stand in for each other. A view's features are shuffled together.
 Floor: logit of the item's click rate plus logit of the user's, both strictly before the impression;
 its probability is the sigmoid of that sum.
 Peak memory is that of the whole process while the model trained. The splits follow each other in time.</p>
@@ -87,11 +93,10 @@ def write_report(
     path: Path,
     dataset: str,
     version: str,
-    results: list[dict[str, Any]],
-    histories: Mapping[str, list[Epoch]],
-    evaluations: Mapping[str, SplitEvaluation],
+    outcome: Outcome,
 ) -> None:
     """Write the page; it needs no other file and no network."""
+    results, evaluations = outcome.results, outcome.evaluations
     floor = next(r["auc"] for r in results if r["model"] == "floor" and r["split"] == "validation")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(
@@ -103,9 +108,11 @@ def write_report(
             differences="".join(f"<li>{_difference(row)}</li>" for row in results if "bahe_gain" in row),
             segments=_segments(evaluations["test"]),
             reliability=reliability_plot(evaluations),
-            curves=training_curves(histories, floor),
+            curves=training_curves(outcome.histories, floor),
+            importance=_importance(outcome.importance),
             level=LEVEL,
             replicates=REPLICATES,
+            repeats=REPEATS,
         ),
         encoding="utf-8",
     )
@@ -142,6 +149,22 @@ def _difference(row: Mapping[str, Any]) -> str:
     if low <= 0 <= high:
         return f"{said}, but {between}: these data do not tell the two apart."
     return f"{said}; {between}, so it is more than chance."
+
+
+def _importance(found: list[Importance]) -> str:
+    """One row a feature, then one row a view."""
+    if not found:
+        return '<p class="quiet">Not measured: several processes trained.</p>'
+    rows = "".join(
+        f"<tr><td>{escape(one.name)}{' (view)' if one.features > 1 else ''}</td>"
+        f"<td>{one.auc_lost:+.4f}</td><td>{'' if one.alone is None else shown(one.alone, 3)}</td>"
+        f"<td>{100 * one.missing:.1f} %</td><td>{escape(one.warning or '')}</td></tr>"
+        for one in found
+    )
+    return (
+        '<table class="segments"><thead><tr><th>Feature</th><th>AUC lost without it</th><th>AUC alone</th>'
+        f"<th>Missing</th><th></th></tr></thead><tbody>{rows}</tbody></table>"
+    )
 
 
 def _segments(evaluation: SplitEvaluation) -> str:

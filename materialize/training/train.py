@@ -147,9 +147,10 @@ def train_models(
             checkpoint=checkpoint,
             warm_start=earlier,
             shard=shard,
+            categorical=about.get("categorical", ()),
         )
         if here.rank:
-            _, results, *_ = do_train(tracking.Log())
+            results = do_train(tracking.Log()).results
             return TrainingOutcome(version, artifact_path, results, report, skipped=False)
         with runs.record(connection, JOB, version) as run:
             with tracking.run(home, tracker, dataset.name, version) as log:
@@ -157,7 +158,8 @@ def train_models(
                     {"encoder_version": encoder, "frame_id": frame.frame_id, "threads": threads()}
                 )
                 log.parameters({k: v for part in vars(settings).values() for k, v in asdict(part).items()})
-                artifact, results, histories, evaluations = do_train(log)
+                done = do_train(log)
+                artifact, results = done.artifact, done.results
                 artifact.facts |= {
                     "dataset": dataset.name,
                     "frame_id": frame.frame_id,
@@ -171,7 +173,10 @@ def train_models(
                 if not artifact_path.is_dir():
                     artifact.save(artifact_path)
                 checkpoint.delete()  # not before: a kill between the two would cost the whole training
-                write_report(report, dataset.name, version, results, histories, evaluations)
+                write_report(report, dataset.name, version, done)
+                for one in done.importance:
+                    if one.warning is not None:
+                        say(f"  feature {one.name} {one.warning}", feature=one.name)
                 log.results(results)
                 log.files([artifact_path, report])
             learned = {"results": results, "encoder_version": encoder, "frame_id": frame.frame_id}

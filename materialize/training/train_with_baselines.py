@@ -33,6 +33,8 @@ from bahe_models import (
     train,
 )
 from bahe_models.trainer.ctr_training import Scores, precision
+from bahe_models.trainer.distributed import Processes
+from bahe_models.trainer.importance import Importance, permutation_importance
 from bahe_models.trainer.sharding import gathered
 from bahe_models.trainer.sharding import shard as shard_deep_layers
 from bahe_models.trainer.warm_start import known_behaviors, known_items, start_from
@@ -61,6 +63,21 @@ class Settings:
         return [asdict(self.model), asdict(self.window), self.training.fields_affecting_weights()]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """A trained model beside its baselines."""
+
+    artifact: Artifact
+    results: list[dict[str, Any]]
+    """Rows of the results table."""
+    histories: dict[str, list[Epoch]]
+    """Of each network."""
+    evaluations: dict[str, SplitEvaluation]
+    """By split."""
+    importance: list[Importance]
+    """What the features are worth on validation; empty where several processes trained."""
+
+
 @dataclass(frozen=True)
 class _Scored:
     """A model's logits by split, and what getting them cost."""
@@ -82,10 +99,11 @@ def train_with_baselines(
     checkpoint: Checkpoint | None = None,
     warm_start: Artifact | None = None,
     shard: bool = False,
-) -> tuple[Artifact, list[dict[str, Any]], dict[str, list[Epoch]], dict[str, SplitEvaluation]]:
+    categorical: Sequence[str] = (),
+) -> Outcome:
     """Fit the floor, the ID-only network and BAHE on one data set, and evaluate them on the same rows.
 
-    Returns the BAHE artifact, the results table, each network's history and each split's evaluation.
+    `categorical` are the features behind the last context columns, as `view:feature`.
     """
     where = device(device_name)
     dense = fit_dense(data)
@@ -123,7 +141,16 @@ def train_with_baselines(
         for name in EVALUATED
     }
     histories = {"id_only": id_only.history, "bahe": fitted.trained.history}
-    return fitted.artifact(), _rows(scored, evaluations), histories, evaluations
+    importance = []
+    if Processes.here().size == 1:  # several would have to take every step together
+        importance = permutation_importance(fitted.batches, data.splits["validation"], categorical)
+    return Outcome(
+        artifact=fitted.artifact(),
+        results=_rows(scored, evaluations),
+        histories=histories,
+        evaluations=evaluations,
+        importance=importance,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

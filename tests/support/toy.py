@@ -122,7 +122,12 @@ def toy_batches(data: TrainingData, backbone: Path, *, known: Int64 | None = Non
     """A fresh small model with batches of the data; `known` items get an ID row beside those trained."""
     split = data.splits["train"]
     dense = DenseFeatures.fit(
-        split.columns, split.length_NC, split.time_us_N, channels=data.timelines.channels, click_rate=0.5
+        split.columns,
+        split.length_NC,
+        split.time_us_N,
+        channels=data.timelines.channels,
+        click_rate=0.5,
+        numeric=data.numeric,
     )
     halves = load_backbone(BackboneConfig(path=str(backbone), shallow_layers=2, deep_layers=2))
     seen = split.item_N if known is None else np.union1d(split.item_N, known)

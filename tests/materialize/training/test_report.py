@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +9,10 @@ import pytest
 from bahe_core.home import Home
 from bahe_models import Epoch, Impressions, evaluate
 from bahe_models.metrics import probability
+from bahe_models.trainer.importance import Importance
 from materialize.training import tracking
 from materialize.training.report import shown, shown_auc, shown_interval, write_report
-from materialize.training.train_with_baselines import EVALUATED, _rows, _Scored
+from materialize.training.train_with_baselines import EVALUATED, Outcome, _rows, _Scored
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +33,17 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> str:
     results = _rows({model: _Scored(logits, 1.0, 100.0) for model in logits}, evaluations)
     path = tmp_path_factory.mktemp("report") / "training.html"
     history = [Epoch(1, 0.69, 0.6, 1.0), Epoch(2, 0.68, 0.7, 1.0)]
-    write_report(path, "a <shop>", "bahe-1", results, {"id_only": history, "bahe": history}, evaluations)
+    worth = Importance(
+        name="shop:price<", features=1, auc_lost=0.0123, alone=0.61, missing=0.25, warning="is constant"
+    )
+    outcome = Outcome(
+        artifact=None,  # type: ignore[arg-type]  # the page does not read it
+        results=results,
+        histories={"id_only": history, "bahe": history},
+        evaluations=evaluations,
+        importance=[worth, replace(worth, name="shop", features=2, alone=None, warning=None)],
+    )
+    write_report(path, "a <shop>", "bahe-1", outcome)
     return path.read_text()
 
 
@@ -49,6 +61,11 @@ def test_the_page_has_its_parts(report: str) -> None:
     assert "<tr><td>0 (cold)</td><td>0</td><td>n/a" in report
     segments = report.split('class="segments"')[1].split("</table>")[0]
     assert segments.count("<tr>") == 1 + 4
+
+
+def test_features_have_their_worth(report: str) -> None:
+    assert "shop:price&lt;</td><td>+0.0123</td><td>0.610</td><td>25.0 %</td><td>is constant" in report
+    assert "<td>shop (view)</td><td>+0.0123</td><td></td>" in report
 
 
 def test_metrics_as_text() -> None:
