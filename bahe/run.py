@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from bahe.daily import Day, Retrain, Step, run_day, today, trained_on_latest_frame
-from bahe_core.errors import NotServable
+from bahe_core.errors import NotReady, NotServable
 from bahe_core.progress import say
 from bahe_core.results import Result
 
@@ -117,7 +117,11 @@ def daily(
         if not refit or day.trained is None or day.trained == day.live_before:
             return {"model_version": day.trained or day.live_before or ""}
         warm = day.live_before if day.retrain == "warm" else None
-        done = project.refit(model_version=day.trained, warm_start=warm, device=device)
+        try:
+            done = project.refit(model_version=day.trained, warm_start=warm, device=device)
+        except NotReady as error:  # the frame or dataset.yaml has changed since the night began
+            say(f"  not refitted, so the measured model is published: {error}")
+            return {"model_version": day.trained}
         return {"model_version": done.model_version}
 
     steps: dict[str, Step] = {

@@ -229,9 +229,14 @@ def apply(
 
 def _of_team(folder: Path, ours: list[Any]) -> list[Any]:
     """What a team's folder defines beside ours. Raises BadInput where it takes one of our names."""
+    from feature_repo import definitions
+
     names = {(_kind(thing), thing.name): thing for thing in ours}
+    imported = {id(thing) for thing in vars(definitions).values()}
     theirs = []
     for thing in team_objects(folder):
+        if id(thing) in imported:
+            continue
         same = names.get((_kind(thing), thing.name))
         if same is None:
             theirs.append(thing)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import linecache
 import sys
 import traceback
 from collections.abc import Iterable
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import duckdb
 
 from bahe_core.errors import BadInput, one_line
-from feature_repo.references import stored_views
+from feature_repo.references import stored_views, view_of
 
 if TYPE_CHECKING:
     from feast import FeatureStore
@@ -29,17 +30,18 @@ def team_objects(folder: Path) -> list[Any]:
     """
     from feast import Entity, FeatureService, FeatureView, FileSource, OnDemandFeatureView
 
-    files = sorted(folder.rglob("*.py")) if folder.is_dir() else []
+    files = sorted(path for path in folder.rglob("*.py") if _is_source(path.relative_to(folder)))
     if not files:
         raise BadInput(
             f"feature_repo: {folder} is no folder with Python files; correct it in dataset.yaml."
         )
+    linecache.clearcache()  # Feast keeps the text of functions, which this process may have read before
     before = set(sys.modules)
     sys.path.insert(0, str(folder))
     found: dict[int, Any] = {}
     try:
         for path in files:
-            for thing in vars(_module(path)).values():
+            for thing in vars(_module(path, folder)).values():
                 if isinstance(thing, Entity | FeatureView | FeatureService | OnDemandFeatureView):
                     found[id(thing)] = thing
     finally:
@@ -59,19 +61,28 @@ def team_objects(folder: Path) -> list[Any]:
 
 
 def team_content(store: FeatureStore, references: Iterable[str]) -> str | None:
-    """A hash of the rows behind those references that are not of bahe's own views; None without any.
+    """A hash of what those references that are not bahe's own stand for; None without any.
 
-    Our own tables change with an ingest; theirs whenever the team writes them. Raises BadInput when a
-    source cannot be read.
+    Of their rows, and of how they are defined: bahe's tables change with an ingest, a team's whenever it
+    writes them, and a definition or a function whenever it is applied. Raises BadInput when a source cannot
+    be read.
     """
     from feast_ducklake import open_lake
     from feast_ducklake.offline.source import relation_of
     from feature_repo import definitions
 
     ours = {getattr(thing, "name", None) for thing in vars(definitions).values()}
-    content = []
+    references = list(references)
+    on_demand = {view.name: view for view in store.list_on_demand_feature_views()}
+    content: list[object] = []
+    for name in sorted({view_of(reference) for reference in references} & on_demand.keys()):
+        view = on_demand[name]
+        definition = view.feature_transformation.udf_string or str(view.to_proto().spec)
+        content.append([name, definition, [str(field) for field in view.features]])
     for name in sorted(stored_views(store, references) - ours):
-        relation = relation_of(store.get_feature_view(name).batch_source, store.config)
+        stored = store.get_feature_view(name)
+        source = stored.batch_source
+        relation = relation_of(source, store.config)
         with open_lake(store.config) as connection:
             try:
                 row = connection.execute(
@@ -82,20 +93,38 @@ def team_content(store: FeatureStore, references: Iterable[str]) -> str | None:
                     f"the source of the feature view {name} cannot be read ({one_line(error)}); correct it"
                     " in feature_repo, then run `bahe apply`."
                 ) from None
-        content.append([name, str(row)])
+        joined_by = [source.timestamp_field, source.created_timestamp_column, dict(source.field_mapping)]
+        fields = [str(field) for field in stored.features]
+        content.append([name, str(row), str(stored.ttl), joined_by, fields])
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12] if content else None
 
 
-def _module(path: Path) -> Any:
-    """The file's module. Raises BadInput with the line at which it fails."""
-    name = "team_" + hashlib.sha256(str(path).encode()).hexdigest()[:12]
+def _is_source(path: Path) -> bool:
+    """Not in a hidden folder, as those of notebooks and virtual environments."""
+    return not any(part.startswith((".", "__")) for part in path.parts[:-1])
+
+
+def _module(path: Path, folder: Path) -> Any:
+    """The file's module, once, under the name by which other files import it.
+
+    Raises BadInput with the line at which it fails.
+    """
+    parts = path.relative_to(folder).with_suffix("").parts
+    name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts) or folder.name
+    loaded = sys.modules.get(name)
+    if loaded is not None and getattr(loaded, "__file__", None) == str(path):
+        return loaded
+    if loaded is not None:  # of something else, which stays what it is
+        name = "team_" + hashlib.sha256(str(path).encode()).hexdigest()[:12]
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
     except Exception as error:
+        sys.modules.pop(name, None)
         if isinstance(error, SyntaxError):
             line = error.lineno
         else:

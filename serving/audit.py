@@ -19,10 +19,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from bahe_core.errors import BadInput, NotReady
+from bahe_core.errors import BadInput, BaheError, NotReady
 from bahe_core.home import Home
 from bahe_core.machine import device
-from bahe_core.progress import progress
+from bahe_core.progress import progress, say
 from bahe_core.results import Result
 from bahe_lake import runs
 from bahe_lake.connection import lake
@@ -32,6 +32,7 @@ from serving.lookup import VECTOR, Identifier, OnlineLookup
 from serving.offline_truth import OfflineTruth, lengths_of
 from serving.request_log import in_sample, read_requests
 from serving.skew import (
+    LOOKED_AT,
     Cause,
     edit_distance,
     equal_values,
@@ -172,23 +173,33 @@ def audit(
         published = [
             run for run in runs.history(connection, "publish") if run.facts.get("model_version") is not None
         ]
-        found: dict[str, list[tuple[FeatureAudit, float]]] = {}
+        found: dict[str, list[FeatureAudit]] = {}
         ages: list[float] = []
         rows = 0
+        left_out: list[str] = []
         for served in source:
+            truth = OfflineTruth(home, open_store(home), connection, served.pairs, dataset.freshness)
+            try:
+                artifact = lookup.artifact(served.model_version)
+                artifact.model.to(device(device_name))
+                compared = list(_compared(home, connection, truth, served, artifact, published))
+            except BaheError as error:  # a model that was dropped, or whose encoder was
+                left_out.append(f"{len(served.pairs):,} pairs of {served.model_version}: {error}")
+                continue
             rows += len(served.pairs)
             ages += [_age(moment, published) for moment in served.served_at]
-            truth = OfflineTruth(home, open_store(home), connection, served.pairs, dataset.freshness)
-            artifact = lookup.artifact(served.model_version)
-            artifact.model.to(device(device_name))
-            for one in _compared(home, connection, truth, served, artifact, published):
-                found.setdefault(one.feature, []).append((one, float(one.rows)))
+            for one in compared:
+                found.setdefault(one.feature, []).append(one)
+    if not found:
+        raise NotReady(f"nothing could be audited; {'; '.join(left_out) or 'no model is left'}")
+    for sentence in left_out:
+        say(f"  left out: {sentence}")
     known = [age for age in ages if not np.isnan(age)] or [float("nan")]
     return Audit(
         source="requests" if requests else "impressions",
         freshness=dataset.freshness,
         rows=rows,
-        features=[_together([one for one, _ in parts]) for parts in found.values()],
+        features=[_together(parts) for parts in found.values()],
         staleness_p50_s=float(np.percentile(known, 50)),
         staleness_p99_s=float(np.percentile(known, 99)),
     )
@@ -212,7 +223,11 @@ def _of_requests(home: Home, lookup: OnlineLookup, last: int, sample: float) -> 
             "item_id": [item for request in requests for item in request.item_ids],
             "moment": pa.array([requests[i].at for i in repeated], pa.timestamp("us", "UTC")),
         }
-        references = lookup.references(version)
+        try:
+            references = lookup.references(version)
+        except BaheError as error:
+            say(f"  left out: {len(repeated):,} pairs of {version}: {error}")
+            continue
         values: dict[str, Sequence[Any]] = {}
         for reference in references["user"]:
             name = _column(reference)
@@ -308,6 +323,7 @@ def _compared(
             for reference, values in offline.items()
         }
         suspects = np.unique(np.concatenate([np.empty(0, dtype=np.int64), *differing.values()]))
+        suspects = suspects[:: max(1, -(-len(suspects) // LOOKED_AT))]
         causes: list[Cause] = []
         if len(suspects):
             wrong = [reference for reference, rows in differing.items() if len(rows)]
@@ -327,7 +343,17 @@ def _compared(
         for entity, given in (("user", served.user_NV), ("item", served.item_NV)):
             rows = np.flatnonzero(~equal_vectors(given, want[entity]))
             named = vector_causes(
-                home, connection, truth, artifact, entity, served.pairs, given, length_NC, rows, published
+                home,
+                connection,
+                truth,
+                artifact,
+                entity,
+                served.pairs,
+                given,
+                length_NC,
+                rows,
+                served.served_at,
+                published,
             )
             yield _vector(served, f"{entity}_embedding:{VECTOR}", given, want[entity], rows, named)
             advance(1)

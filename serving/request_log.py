@@ -24,6 +24,9 @@ import numpy.typing as npt
 
 from bahe_core.errors import BadInput
 from bahe_core.home import Home
+from bahe_core.progress import say
+
+_BLOCK = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +63,7 @@ class RequestLog:
         if not 0 < share <= 1:
             raise BadInput(f"the share of users to log is {share:g}; it must be above 0 and at most 1.")
         self._folder, self._share = home.requests, share
-        self._lock = threading.Lock()
+        self._lock, self._failed = threading.Lock(), False
         self._folder.mkdir(parents=True, exist_ok=True)
 
     def wants(self, user_id: str | int) -> bool:
@@ -71,15 +74,24 @@ class RequestLog:
         """Add a line to the file of today."""
         line = json.dumps(_plain(request)) + "\n"
         path = self._folder / f"{request.served_at:%Y-%m-%d}.{os.getpid()}.jsonl"
-        with self._lock, path.open("a") as file:
-            file.write(line)
+        try:
+            with self._lock, path.open("a") as file:
+                file.write(line)
+        except OSError as error:  # the answer counts more than its log
+            if not self._failed:
+                say(f"  requests are not logged: {error}")
+            self._failed = True
 
 
 def read_requests(home: Home, last: int | None = None) -> Iterator[ServedRequest]:
-    """Logged requests, the newest files first, until `last` pairs of user and item are read."""
+    """Logged requests until `last` pairs of user and item are read.
+
+    The file that was written to last comes first, and of each file its last line.
+    """
     pairs = 0
-    for path in sorted(home.requests.glob("*.jsonl"), reverse=True):
-        for line in reversed(path.read_text().splitlines()):
+    files = sorted(home.requests.glob("*.jsonl"), key=lambda path: path.stat().st_mtime, reverse=True)
+    for path in files:
+        for line in _lines_from_the_end(path):
             if last is not None and pairs >= last:
                 return
             request = _parsed(line)
@@ -88,9 +100,17 @@ def read_requests(home: Home, last: int | None = None) -> Iterator[ServedRequest
                 yield request
 
 
-def log_files(home: Home) -> list[Path]:
-    """Files that have requests."""
-    return sorted(home.requests.glob("*.jsonl"))
+def _lines_from_the_end(path: Path) -> Iterator[bytes]:
+    """A file's lines, the last one first; few are in memory at a time."""
+    with path.open("rb") as file:
+        left, end = b"", file.seek(0, os.SEEK_END)
+        while end:
+            start = max(0, end - _BLOCK)
+            file.seek(start)
+            left, *lines = (file.read(end - start) + left).split(b"\n")
+            yield from reversed(lines)
+            end = start
+        yield left
 
 
 def _plain(request: ServedRequest) -> dict[str, Any]:
@@ -103,7 +123,7 @@ def _plain(request: ServedRequest) -> dict[str, Any]:
     }
 
 
-def _parsed(line: str) -> ServedRequest | None:
+def _parsed(line: bytes) -> ServedRequest | None:
     """None for a line that is not whole."""
     try:
         raw = json.loads(line)

@@ -7,6 +7,7 @@ channel. Where it gives the value that was served, it is the likely cause.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -35,8 +36,12 @@ FLOAT_TOLERANCE = 1e-4
 """Of the numbers of a vector, which depend in their last digits on what is computed beside it."""
 PUBLISHES = 5
 """How many publishes before a request its values may be from to be recognised as stale."""
+MOST_PUBLISHES = 20
+"""Of all requests together, the newest."""
 VECTORS = 200
 """Vectors that differ whose cause is looked for, of each entity."""
+LOOKED_AT = 5_000
+"""Rows with other values that differ whose cause is looked for."""
 SHIFTS_US = (1_000_000, -1_000_000, 1)
 """A second late, a second early, and the instant itself included."""
 EARLIER_US = tuple(-hours * 3_600_000_000 for hours in (1, 24, 48, 168))
@@ -109,19 +114,20 @@ def value_causes(
 ) -> list[Cause]:
     """What would have been served to these rows for each reason that the lake can tell, likeliest first.
 
-    `published` are runs of publish, the newest first.
+    Rows are few (LOOKED_AT), since each reason is a join of its own. `published` are runs of publish, the
+    newest first.
     """
     everyone = np.ones(len(rows), dtype=np.bool_)
     causes = [
         Cause(SHIFTED, truth.values(references, rows, shift_us=shift), everyone) for shift in SHIFTS_US
     ]
     moments = [served_at[i] for i in rows]
-    earlier = {run.snapshot_read: run for moment in moments for run in _before(moment, published)}
-    for snapshot, run in sorted(earlier.items(), reverse=True):
+    for run in _before(moments, published):
         applies = np.array([run.finished <= moment for moment in moments])
         try:
-            causes.append(Cause(STALE, truth.values(references, rows, as_of=snapshot), applies))
-            whole = truth.values(references, rows, as_of=snapshot, all_of_it=True)
+            then = truth.values(references, rows, as_of=run.snapshot_read)
+            causes.append(Cause(STALE, then, applies))
+            whole = truth.values(references, rows, as_of=run.snapshot_read, all_of_it=True)
         except (BadInput, NotReady):  # that snapshot has been forgotten
             continue
         causes.append(Cause(FRESHER, whole, applies))
@@ -142,27 +148,32 @@ def likely_causes(
     place = {row: position for position, row in enumerate(suspects.tolist())}
     view, _, feature = reference.partition(":")
     channel = feature.removeprefix("length_") if view == "user_timeline" else None
-    # One value wherever training has none, or none wherever training has one, is a default.
-    defaults = {served[i] for i in rows.tolist() if _none(offline[i]) and not _none(served[i])}
-    if any(isinstance(served[i], list) for i in rows.tolist()):
-        defaults = set()
-    zeros = {_zero(served[i]) for i in rows.tolist()}
+    # One value wherever training has none is a default.
+    extra = [served[i] for i in rows.tolist() if _none(offline[i]) and not isinstance(served[i], list)]
+    one_default = len(extra) > 1 and len(set(extra)) == 1
+    # A channel is lost where nobody, of rows that are equal either, has any behavior of it.
+    gone = channel is not None and not any(served) and any(value == 0 for value in served)
     named = []
     for row in rows.tolist():
-        said, position = served[row], place[row]
-        if channel is not None and zeros == {True} and len(rows) > 1:
-            named.append(lost(channel))
-            continue
-        for cause in causes:
-            if cause.applies[position] and equal_values(said, cause.values[reference][position]):
-                named.append(cause.name)
-                break
+        said, position = served[row], place.get(row)
+        if position is None:
+            named.append(NOT_LOOKED_AT)
+        elif gone and not _none(said):
+            named.append(lost(str(channel)))
         else:
-            if _none(offline[row]):
-                named.append(OTHER_DEFAULT if len(defaults) == 1 and len(rows) > 1 else EXTRA)
-            else:
-                named.append(MISSING if _none(said) else UNKNOWN)
+            fitting = (
+                cause.name
+                for cause in causes
+                if cause.applies[position] and equal_values(said, cause.values[reference][position])
+            )
+            named.append(next(fitting, "") or _without_cause(said, offline[row], one_default))
     return named
+
+
+def _without_cause(served: Any, offline: Any, one_default: bool) -> str:
+    if _none(offline):
+        return OTHER_DEFAULT if one_default else EXTRA
+    return MISSING if _none(served) else UNKNOWN
 
 
 def vector_causes(
@@ -175,6 +186,7 @@ def vector_causes(
     served_NV: Vectors,
     length_NC: npt.NDArray[np.int64],
     rows: Rows,
+    served_at: Sequence[datetime],
     published: Sequence[runs.Run],
 ) -> list[str]:
     """The likely cause for each of the rows in which vectors differ; of the first VECTORS of them."""
@@ -207,8 +219,9 @@ def vector_causes(
             without = length_NC[rows].copy()
             without[:, place] = 0
             name(lost(channel), truth.user_vectors(artifact, without, rows))
-        for vectors in _stale_vectors(home, truth, artifact, rows, published):
-            name(STALE, vectors)
+        moments = [served_at[i] for i in rows]
+        for cause, vectors in _earlier_vectors(home, truth, artifact, rows, _before(moments, published)):
+            name(cause, vectors)
     else:
         name(FRESHER, truth.item_vectors(artifact, rows, latest_text=True))
     for encoder in encoders:
@@ -223,23 +236,24 @@ def vector_causes(
     return [str(cause) for cause in named]
 
 
-def _stale_vectors(
+def _earlier_vectors(
     home: Home, truth: OfflineTruth, artifact: Artifact, rows: Rows, published: Sequence[runs.Run]
-) -> Iterator[Vectors]:
-    """Vectors of the users as they were at earlier publishes, and some time before."""
+) -> Iterator[tuple[str, Vectors]]:
+    """Vectors of the users as they were at publishes, and some time before, each with its cause."""
     channels = artifact.dense.channels
     references = [f"user_timeline:length_{channel}" for channel in channels]
-    for run in published[: PUBLISHES + 1]:
+    for run in published:
         try:
-            known = truth.values(references, rows, as_of=run.snapshot_read, all_of_it=True)
-            with lake(home, as_of=run.snapshot_read) as then:
-                lengths = lengths_of(known, channels, len(rows))
-                yield truth.user_vectors(artifact, lengths, rows, connection=then)
+            for cause, whole in ((STALE, False), (FRESHER, True)):
+                known = truth.values(references, rows, as_of=run.snapshot_read, all_of_it=whole)
+                with lake(home, as_of=run.snapshot_read) as then:
+                    lengths = lengths_of(known, channels, len(rows))
+                    yield cause, truth.user_vectors(artifact, lengths, rows, connection=then)
         except (BadInput, NotReady):  # that snapshot has been forgotten
             continue
     for shift in EARLIER_US:
         known = truth.values(references, rows, shift_us=shift)
-        yield truth.user_vectors(artifact, lengths_of(known, channels, len(rows)), rows)
+        yield STALE, truth.user_vectors(artifact, lengths_of(known, channels, len(rows)), rows)
 
 
 def _of_other_versions(
@@ -272,8 +286,13 @@ def _of_other_versions(
     return answers
 
 
-def _before(moment: datetime, published: Sequence[runs.Run]) -> list[runs.Run]:
-    return [run for run in published if run.finished <= moment][:PUBLISHES]
+def _before(moments: Sequence[datetime], published: Sequence[runs.Run]) -> list[runs.Run]:
+    """The last PUBLISHES before each moment; of all together the MOST_PUBLISHES newest, newest first."""
+    finished = [run.finished for run in published][::-1]
+    counts = {bisect_right(finished, moment) for moment in moments}
+    wanted = {count - back for count in counts for back in range(PUBLISHES)}
+    newest_first = sorted((count for count in wanted if count > 0), reverse=True)
+    return [published[len(published) - count] for count in newest_first[:MOST_PUBLISHES]]
 
 
 def _numbers(served: Sequence[Any], offline: Sequence[Any]) -> list[tuple[float, float]]:
@@ -288,7 +307,3 @@ def _numbers(served: Sequence[Any], offline: Sequence[Any]) -> list[tuple[float,
 
 def _none(value: Any) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
-
-
-def _zero(value: Any) -> bool:
-    return _none(value) or value == 0

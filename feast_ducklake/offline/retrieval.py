@@ -37,6 +37,16 @@ BATCH_ROWS = 122_880
 """Rows of a batch in a stream: one of DuckDB's own row groups."""
 
 
+_ARROW_TYPES = {
+    "String": pa.string(),
+    "Int32": pa.int32(),
+    "Int64": pa.int64(),
+    "Float32": pa.float32(),
+    "Float64": pa.float64(),
+    "Bool": pa.bool_(),
+}
+
+
 class DuckLakeRetrievalJob(RetrievalJob):
     """A query over one snapshot of the lake; each call runs it on a connection of its own.
 
@@ -118,9 +128,24 @@ class DuckLakeRetrievalJob(RetrievalJob):
         for batch in batches:
             if self._on_demand_feature_views:
                 table = _TableJob(pa.Table.from_batches([batch]), self).to_arrow()
-                yield from table.combine_chunks().to_batches()
+                yield from self._as_declared(table).combine_chunks().to_batches()
             else:
                 yield batch
+
+    def _as_declared(self, table: pa.Table) -> pa.Table:
+        """A batch without any value in a column on demand has it in the type of the other batches."""
+        declared = {
+            name: field.dtype
+            for view in self._on_demand_feature_views
+            for field in view.features
+            for name in (field.name, f"{view.projection.name_to_use()}__{field.name}")
+        }
+        for place, column in enumerate(table.column_names):
+            if column in declared and pa.types.is_null(table.schema.field(column).type):
+                kind = _ARROW_TYPES.get(str(declared[column]))
+                if kind is not None:
+                    table = table.set_column(place, column, table[column].cast(kind))
+        return table
 
     def _reader(self, batches: Iterator[pa.RecordBatch]) -> pa.RecordBatchReader:
         first = next(batches, None)

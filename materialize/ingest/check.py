@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -64,6 +65,8 @@ def check(path: Path) -> Checked:
             problems.append(Problem(line=line_of(place, lines), sentence=sentence))
             return None
 
+    if dataset.feature_repo is not None:
+        attempt(("feature_repo",), partial(_definitions, Path(dataset.feature_repo)))
     with (
         tempfile.TemporaryDirectory(prefix="bahe-check-") as temporary,
         duckdb.connect(config={"threads": threads(), "temp_directory": temporary}) as connection,
@@ -92,6 +95,13 @@ def check(path: Path) -> Checked:
         files={table: len(source.files) for table, source in sources.items()},
         rows=rows,
     )
+
+
+def _definitions(folder: Path) -> None:
+    """The team's definitions can be read. Feast is imported only where there are some."""
+    from feature_repo.team import team_objects
+
+    team_objects(folder)
 
 
 def _open(

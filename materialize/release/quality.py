@@ -139,12 +139,17 @@ def _compared(
     }
 
 
+def _read_until_us(model: Artifact) -> int:
+    """When the last impression was shown that the model was trained on, or chosen by."""
+    until = model.trained_until  # older artifacts know only when its click was known
+    known = 0 if until is None else int(until.timestamp() * 1e6)
+    return int(model.facts.get("read_until_us", known))
+
+
 def _unseen(data: TrainingData, new: Artifact, live: Artifact) -> tuple[str, Impressions]:
     """The split to compare on, and its impressions that neither model was chosen by."""
-    until = [model.trained_until for model in (new, live)]
     test = data.splits[SPLIT]
-    known_us = max((int(one.timestamp() * 1e6) for one in until if one is not None), default=0)
-    later = test.take(np.flatnonzero(test.time_us_N > known_us))
+    later = test.take(np.flatnonzero(test.time_us_N > max(_read_until_us(new), _read_until_us(live))))
     if len(later) >= LEAST and len(np.unique(later.clicked_N)) == 2:
         return SPLIT, later
     return "validation", data.splits["validation"]

@@ -94,6 +94,7 @@ def refit(
     version = "bahe-" + hashlib.sha256(identity.encode()).hexdigest()[:12]
     with home.exclusive(), lake(home) as connection:
         if (home.models / version).is_dir():
+            home.checkpoint(version).unlink(missing_ok=True)  # killed after the artifact was whole
             return Refitted(version, model_version, epochs, skipped=True)
         measured, dataset = load(home.models / model_version), home_dataset(home)
         encoder = measured.encoder_version
@@ -106,7 +107,8 @@ def refit(
         checkpoint = Checkpoint(home.checkpoint(version), version)
         checkpoint.check()
         settings = Settings.of(dataset)
-        if measured.model.config != settings.model or measured.window != settings.window:
+        described = [*settings.fields_affecting_weights(), backbone.deep_layers]
+        if facts.get("settings") != json.loads(json.dumps(described)):
             raise NotReady(f"dataset.yaml describes another model than {model_version}; run `bahe train`.")
         with runs.record(connection, JOB, version) as run:
             fitted = fit_bahe(
@@ -125,6 +127,7 @@ def refit(
             artifact.facts = facts | {
                 MEASURED: model_version,
                 "trained_at": datetime.now(UTC).isoformat(timespec="seconds"),
+                "read_until_us": int(data.splits["train"].time_us_N.max()),
                 "trained_until": known_until_of(connection, dataset, data, ["train"]).isoformat(),
             }
             artifact.save(home.models / version)

@@ -164,7 +164,11 @@ def train_models(
                     "dataset": dataset.name,
                     "frame_id": frame.frame_id,
                     "trained_at": datetime.now(UTC).isoformat(timespec="seconds"),
+                    "settings": [*settings.fields_affecting_weights(), backbone.deep_layers],
                     "categorical": about.get("categorical", []),
+                    "read_until_us": max(
+                        int(data.splits[name].time_us_N.max()) for name in ("train", "validation")
+                    ),
                     "trained_until": known_until_of(
                         connection, dataset, data, ["train", "validation"]
                     ).isoformat(),

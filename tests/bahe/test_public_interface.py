@@ -52,6 +52,7 @@ PUBLIC = [
 METHODS = [
     "apply",
     "atoms",
+    "audit",
     "compact",
     "daily",
     "embed",
@@ -66,6 +67,7 @@ METHODS = [
     "publish",
     "quarantine",
     "recommend",
+    "refit",
     "rollback",
     "run",
     "runs",

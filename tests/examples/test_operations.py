@@ -101,6 +101,7 @@ def test_dagster_knows_a_job_and_a_schedule(module: ModuleType) -> None:
     assert schedule.cron_schedule == "30 1 * * *"
 
 
+@pytest.mark.slow
 def test_cron_runs_a_night(night: tuple[Home, Path, dg.ExecuteInProcessResult], tmp_path: Path) -> None:
     """A date that is done is quiet; a refusal is told, once, with its exit code."""
     home, dataset, _ = night

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -154,6 +155,46 @@ def test_changed_values_are_a_new_frame_and_are_published(project: bahe.Project)
         assert not project.frame().skipped
     finally:
         before.to_parquet(path)
+
+
+def test_check_names_its_line(tmp_path: Path) -> None:
+    dataset = write_dataset(tmp_path, small_log(rows=40), feature_repo="nowhere")
+    line = next(n for n, text in enumerate(dataset.read_text().splitlines(), 1) if "feature_repo" in text)
+    with pytest.raises(BadInput, match=rf"line {line}.*nowhere is no folder with Python files"):
+        bahe.check(dataset)
+
+
+def test_files_import_one_another_and_ours(tmp_path: Path) -> None:
+    """Each file runs once, whoever imports it, and what it imports of bahe is not registered twice."""
+    (tmp_path / "views.py").write_text(
+        DEFINITIONS.replace("from scale import SCALE", "SCALE = 1.0")
+        + "from feature_repo.definitions import user_stats\n"
+    )
+    (tmp_path / "a_service.py").write_text(
+        "from feast import FeatureService\nfrom views import credit, user_stats\n"
+        "both = FeatureService(name='both', features=[credit, user_stats])\n"
+    )
+    hidden = tmp_path / ".ipynb_checkpoints"
+    hidden.mkdir()
+    (hidden / "views.py").write_text("1 / 0")
+    names = sorted(type(thing).__name__ + " " + thing.name for thing in team_objects(tmp_path))
+    assert names.count("FeatureView credit") == 1
+    assert "FeatureService both" in names
+    assert "views" not in sys.modules
+
+
+def test_a_changed_function_is_a_new_frame(project: bahe.Project) -> None:
+    path = project.home.root / "dataset.yaml"
+    folder = Path(yaml.safe_load(path.read_text())["feature_repo"])
+    before = (folder / "definitions.py").read_text()
+    project.frame()
+    try:
+        (folder / "definitions.py").write_text(before.replace("/ 1000", "/ 100"))
+        project.apply()
+        assert not project.frame().skipped
+    finally:
+        (folder / "definitions.py").write_text(before)
+        project.apply()
 
 
 @pytest.mark.parametrize(

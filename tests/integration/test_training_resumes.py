@@ -88,7 +88,7 @@ def counted_training(home: Home, *more: str) -> int:
     return len(written)
 
 
-@pytest.mark.parametrize("nth", [2, 9])
+@pytest.mark.parametrize("nth", [pytest.param(2, marks=pytest.mark.slow), 9])
 def test_a_killed_training_goes_on_where_it_stopped(
     nth: int, ready: Home, undisturbed: tuple[Home, int], tmp_path: Path
 ) -> None:

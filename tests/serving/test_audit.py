@@ -20,7 +20,7 @@ from bahe_core.home import Home
 from serving.audit import Audit, audit
 from serving.lookup import OnlineLookup
 from serving.request_log import RequestLog, ServedRequest, in_sample, read_requests
-from serving.skew import edit_distance, smape
+from serving.skew import edit_distance, likely_causes, smape
 from tests.support.home_contents import copy_of
 from tests.support.logs import small_log, write_dataset
 from tests.support.skews import rewrite_online
@@ -214,6 +214,40 @@ def test_a_log_keeps_every_number_and_the_same_users(tmp_path: Path) -> None:
     share = np.mean([in_sample(user, 0.3) for user in range(4000)])
     assert share == pytest.approx(0.3, abs=0.03)
     assert [in_sample("u", 1.0), in_sample("u", 0.0)] == [True, False]
+
+
+def test_one_user_without_history_offline_is_extra_and_no_channel_is_lost() -> None:
+    """A list where training has none is no default; a channel is lost only where nobody has any of it."""
+    rows = np.array([0, 1])
+    history = "user_recent_atoms:recent_atoms"
+    found = likely_causes(history, [[1], [2]], [None, None], rows, rows, [])
+    assert found == ["extra online"] * 2
+    liked = "user_timeline:length_liked"
+    assert likely_causes(liked, [0, 0, 4], [2, 3, 4], rows, rows, []) == ["unknown"] * 2
+    assert likely_causes(liked, [0, 0, 0], [2, 3, 0], rows, rows, []) == ["channel liked lost"] * 2
+    assert likely_causes(liked, [None, None], [2, 3], rows, rows, []) == ["missing online"] * 2
+
+
+def test_requests_of_a_model_that_is_gone_are_left_out(
+    home: Home, capfd: pytest.CaptureFixture[str]
+) -> None:
+    lookup = OnlineLookup(home, RequestLog(home))
+    lookup.score("u1", [1, 2])
+    (path,) = home.requests.glob("*.jsonl")
+    line = path.read_text()
+    path.write_text(line.replace(lookup.live_version(), "bahe-gone") + line)
+    found = audit(home, requests=True)
+    assert (found.rows, found.consistent) == (2, True)
+    assert "left out: 2 pairs of bahe-gone" in capfd.readouterr().err
+    path.write_text(line.replace(lookup.live_version(), "bahe-gone"))
+    with pytest.raises(NotReady, match="nothing could be audited"):
+        audit(home, requests=True)
+
+
+def test_a_log_that_cannot_be_written_does_not_cost_the_answer(home: Home) -> None:
+    lookup = OnlineLookup(home, RequestLog(home))
+    shutil.rmtree(home.requests)
+    assert len(lookup.score("u1", [1, 2]).scores) == 2
 
 
 def test_measures_of_difference() -> None:

@@ -102,6 +102,7 @@ def test_what_is_kept_answers_as_before(filled: Home, monkeypatch: pytest.Monkey
     assert compact(filled, keep_days=0).files_removed == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [2, 4])
 def test_killed_in_the_middle_it_is_finished_by_the_next(
     step: int, filled: Home, monkeypatch: pytest.MonkeyPatch
