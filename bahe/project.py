@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from materialize.vectors.embed import Embedded
     from materialize.vectors.encode import Encoded
     from materialize.vectors.stored_atoms import Atoms
-    from serving.audit import Audit
+    from serving.audit_result import Audit
     from serving.lookup import Answer, Identifier, OnlineLookup, UserFeatures
 
 Done = TypeVar("Done", bound=Result)

@@ -31,7 +31,8 @@ from bahe_lake.connection import lake
 from benchmarks.harness import Row, main
 from feature_repo.store import open_store
 from materialize.config.dataset import home_dataset
-from serving.audit import Audit, audit
+from serving.audit import audit
+from serving.audit_result import Audit
 from serving.lookup import OnlineLookup
 from serving.offline_truth import OfflineTruth, Vectors, lengths_of
 from serving.request_log import RequestLog, ServedRequest

@@ -12,7 +12,7 @@ from bahe_core.progress import progress
 from bahe_lake.catalogue import columns, scalar, tables
 from bahe_lake.sql import sql_identifier, sql_literal
 from materialize.config.dataset import CLICKED_AT
-from materialize.ingest import derive, quarantine, sources
+from materialize.ingest import derive, quarantine, rewind, sources
 from materialize.ingest.conflicts import ROW_KEY, own_columns
 from materialize.ingest.reading import Read
 
@@ -208,7 +208,7 @@ def _create_others(connection: duckdb.DuckDBPyConnection) -> None:
 
 def _add_behaviors(connection: duckdb.DuckDBPyConnection, item_type: str) -> bool:
     """Part by part of the users, in the order of time within each, so that memory is bounded."""
-    parts = derive.ranges(connection, "raw_behaviors", "user_id")
+    parts = rewind.ranges(connection, "raw_behaviors", "user_id")
     key = ", ".join(ROW_KEY["behaviors"])
     changed = 0
     with progress("adding behaviors", len(parts)) as advance:

@@ -20,7 +20,6 @@ together in the tables' files.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import datetime
 
 import duckdb
 
@@ -29,23 +28,15 @@ from bahe_lake.catalogue import columns, scalar, tables
 from bahe_lake.sql import AT_ONCE, sql_identifier, sql_literal
 from materialize.config.dataset import CLICKED_AT
 from materialize.ingest import channel_windows
+from materialize.ingest.rewind import ALWAYS, moment, ranges, replace_changed
+from materialize.ingest.statistics import WINDOW_DAYS, derive_statistics
 
 VERSION = 4
 """Raise when a derived table changes its meaning, so that existing lakes are derived again."""
 
-PRIOR_STRENGTH = 10
-"""How many average impressions a smoothed click rate starts with."""
-
-WINDOW_DAYS = (7, 30)
-"""Lengths of the windows that statistics are also kept over."""
 
 RECENT_ATOMS = 20
 """How many of the latest atoms `timeline_length` carries inline, for services that want them."""
-
-PART_ROWS = 2_000_000
-"""Events that are derived from at once, about; 2 million take about 1 GB."""
-
-_ALWAYS = "TIMESTAMPTZ '-infinity'"
 
 
 def prepare(connection: duckdb.DuckDBPyConnection) -> None:
@@ -77,19 +68,19 @@ def derive(
         _create(connection, channels)
         prepare(connection)
         connection.execute(
-            f"INSERT INTO changed_users SELECT user_id, {_ALWAYS} FROM behaviors GROUP BY user_id"
+            f"INSERT INTO changed_users SELECT user_id, {ALWAYS} FROM behaviors GROUP BY user_id"
         )
-        connection.execute(f"INSERT INTO changed_impressions SELECT {_ALWAYS} FROM impressions LIMIT 1")
+        connection.execute(f"INSERT INTO changed_impressions SELECT {ALWAYS} FROM impressions LIMIT 1")
     if scalar(connection, "SELECT count(*) FROM changed_users"):
         _timelines(connection, channels)
     if scalar(connection, "SELECT count(*) FROM changed_impressions"):
-        _all_statistics(connection, label_time, end)
+        derive_statistics(connection, label_time, end)
 
 
 def log_end(connection: duckdb.DuckDBPyConnection, label_time: str) -> str:
     """SQL of the log's last instant, up to which anything is known."""
     clicks = f"UNION ALL SELECT {CLICKED_AT} FROM impressions" if CLICKED_AT in label_time else ""
-    return _moment(
+    return moment(
         connection,
         f"""
         SELECT max(event_timestamp)
@@ -126,36 +117,6 @@ def forget_clicks(connection: duckdb.DuckDBPyConnection, clicks: str) -> None:
                 """
             )
     connection.execute("DROP TABLE temp.forgotten")
-
-
-def ranges(connection: duckdb.DuckDBPyConnection, relation: str, key: str) -> list[str]:
-    """Predicates that split the relation by ranges of the key into parts of about PART_ROWS rows."""
-    count = scalar(connection, f"SELECT count(*) FROM {relation}")
-    parts = -(-count // PART_ROWS)
-    bounds: list[object] = []
-    if parts > 1:
-        shares = ", ".join(str(i / parts) for i in range(1, parts))
-        for sample in (f"hash({key}) % 64 = 0", "true"):  # a sample of the keys, unless that leaves none
-            found = connection.execute(
-                f"""
-                SELECT DISTINCT unnest(quantile_disc({key}, [{shares}])) AS bound
-                FROM {relation}
-                WHERE {sample}
-                ORDER BY bound
-                """
-            ).fetchall()
-            bounds = [bound for (bound,) in found if bound is not None]
-            if bounds:
-                break
-    shown = [sql_literal(bound if isinstance(bound, int) else str(bound)) for bound in bounds]
-    predicates = []
-    for low, high in zip([None, *shown], [*shown, None], strict=True):
-        sides = [
-            f"{key} >= {low}" if low is not None else "",
-            f"{key} < {high}" if high is not None else "",
-        ]
-        predicates.append(" AND ".join(side for side in sides if side) or "true")
-    return predicates
 
 
 def _create(connection: duckdb.DuckDBPyConnection, channels: Sequence[str]) -> None:
@@ -196,50 +157,9 @@ def _create(connection: duckdb.DuckDBPyConnection, channels: Sequence[str]) -> N
         connection.execute(view)
 
 
-def _replace(
-    connection: duckdb.DuckDBPyConnection, table: str, fresh: str, key: Sequence[str], since: str
-) -> None:
-    """Make the table's rows of the fresh rows' keys, none of them before `since`, equal to these."""
-    keys = [sql_identifier(c) for c in key]
-    values = [sql_identifier(c) for c in columns(connection, fresh) if c not in key]
-    listed_key = ", ".join(keys)
-    old = f"SELECT * FROM {table} WHERE event_timestamp >= {since}"
-    added = fresh
-    if scalar(connection, f"SELECT count(*) FROM ({old} LIMIT 1)"):
-        same_key = " AND ".join(f"t.{name} = f.{name}" for name in keys)
-        differ = " OR ".join(f"t.{name} IS DISTINCT FROM f.{name}" for name in values)
-        different = scalar(
-            connection,
-            f"""
-            SELECT count(*)
-            FROM ({old}) t
-            JOIN {fresh} f ON {same_key}
-            WHERE {differ}
-            """,
-        )
-        if different:
-            connection.execute(
-                f"""
-                DELETE FROM {table} AS t
-                USING {fresh} AS f
-                WHERE t.event_timestamp >= {since} AND {same_key} AND ({differ})
-                """
-            )
-        added = f"{fresh} ANTI JOIN ({old}) USING ({listed_key})"
-    created = ", now() AS created_timestamp" if "created_timestamp" in columns(connection, table) else ""
-    connection.execute(
-        f"""
-        INSERT INTO {table} BY NAME
-        SELECT *{created}
-        FROM {added}
-        ORDER BY {listed_key}
-        """
-    )
-
-
 def _timelines(connection: duckdb.DuckDBPyConnection, channels: Sequence[str]) -> None:
     """`user_timeline` and `timeline_length` from each changed user's oldest new behavior on."""
-    oldest = _moment(connection, "SELECT min(since) FROM changed_users")
+    oldest = moment(connection, "SELECT min(since) FROM changed_users")
     events = f"""
         SELECT b.*
         FROM behaviors b
@@ -312,7 +232,7 @@ def _part_of_timelines(
         """
     )
     length_then = " ".join(f"WHEN {sql_literal(c)} THEN {length}" for c, length in lengths.items())
-    _replace(
+    replace_changed(
         connection,
         "user_timeline",
         f"""(
@@ -327,7 +247,7 @@ def _part_of_timelines(
         ("user_id", "channel", "position"),
         oldest,
     )
-    _replace(
+    replace_changed(
         connection,
         "timeline_length",
         f"""(
@@ -338,181 +258,3 @@ def _part_of_timelines(
         ("user_id", "event_timestamp"),
         oldest,
     )
-
-
-def _all_statistics(connection: duckdb.DuckDBPyConnection, label_time: str, end: str | None) -> None:
-    """Every statistic from the oldest new impression on."""
-    since = _moment(connection, "SELECT min(since) FROM changed_impressions")
-    connection.execute(f"CREATE OR REPLACE TEMP VIEW events AS {_events(label_time, end)}")
-    before = connection.execute(
-        f"""
-        SELECT coalesce(sum(shown), 0), coalesce(sum(clicks), 0)
-        FROM events
-        WHERE event_timestamp < {since}
-        """
-    ).fetchone()
-    assert before is not None
-    impressions, clicks = before
-    # Beside each event the log's own click rate so far: what a smoothed rate starts from, itself
-    # point-in-time.
-    connection.execute(
-        f"""
-        CREATE OR REPLACE TEMP TABLE shown AS
-        SELECT
-            *,
-            ({clicks} + sum(clicks) OVER past + 1) / ({impressions} + sum(shown) OVER past + 2) AS rate
-        FROM events
-        WHERE event_timestamp >= {since}
-        WINDOW past AS (ORDER BY event_timestamp)
-        """
-    )
-    for entity in ("user", "item"):
-        parts = ranges(connection, "shown", f"{entity}_id")
-        with progress(f"statistics of {entity}s", len(parts)) as advance:
-            for part in parts:
-                _statistics(connection, entity, part, since)
-                for days in WINDOW_DAYS:
-                    _window_statistics(connection, entity, part, since, days)
-                advance()
-    connection.execute("DROP TABLE temp.shown")
-    connection.execute("DROP VIEW temp.events")
-    connection.execute("DROP TABLE IF EXISTS temp.instants")
-
-
-def _events(label_time: str, end: str | None) -> str:
-    """SQL of what statistics count: impressions as they are shown, clicks as they are known.
-
-    What is known only after the log's end waits for the ingest that brings later events.
-    """
-    if label_time == AT_ONCE:
-        return """
-            SELECT user_id, item_id, event_timestamp, 1 AS shown, clicked AS clicks
-            FROM impressions"""
-    return f"""
-        SELECT user_id, item_id, event_timestamp, 1 AS shown, 0 AS clicks FROM impressions
-        UNION ALL
-        SELECT user_id, item_id, {label_time} AS event_timestamp, 0 AS shown, 1 AS clicks
-        FROM impressions
-        WHERE clicked = 1 AND {label_time} <= {end}"""
-
-
-def _statistics(connection: duckdb.DuckDBPyConnection, entity: str, part: str, since: str) -> None:
-    key, table = f"{entity}_id", f"{entity}_stats"
-    connection.execute(
-        f"""
-        CREATE OR REPLACE TEMP TABLE instants AS
-        SELECT
-            {key},
-            event_timestamp,
-            sum(shown)::BIGINT AS shown,
-            sum(clicks)::BIGINT AS clicks,
-            any_value(rate) AS rate
-        FROM shown
-        WHERE {part}
-        GROUP BY {key}, event_timestamp
-        """
-    )
-    connection.execute(
-        f"""
-        CREATE OR REPLACE TEMP TABLE fresh AS
-        WITH before AS (
-            SELECT
-                {key},
-                max({entity}_impressions) AS shown,
-                max({entity}_clicks) AS clicks,
-                max({entity}_last_impression_us) AS shown_us
-            FROM {table}
-            WHERE event_timestamp < {since} AND {part}
-            GROUP BY {key}
-        )
-        SELECT
-            {key},
-            event_timestamp,
-            impressions AS {entity}_impressions,
-            clicks AS {entity}_clicks,
-            (clicks + {PRIOR_STRENGTH} * rate) / (impressions + {PRIOR_STRENGTH}) AS {entity}_click_rate,
-            shown_us AS {entity}_last_impression_us
-        FROM (
-            SELECT
-                i.{key},
-                event_timestamp,
-                rate,
-                greatest(
-                    b.shown_us,
-                    max(epoch_us(event_timestamp)) FILTER (WHERE i.shown > 0) OVER past
-                ) AS shown_us,
-                (coalesce(b.shown, 0) + sum(i.shown) OVER past)::BIGINT AS impressions,
-                (coalesce(b.clicks, 0) + sum(i.clicks) OVER past)::BIGINT AS clicks
-            FROM instants i
-            LEFT JOIN before b ON i.{key} = b.{key}
-            WINDOW past AS (PARTITION BY i.{key} ORDER BY event_timestamp)
-        )
-        """
-    )
-    _replace(connection, table, "fresh", (key, "event_timestamp"), since)
-
-
-def _window_statistics(
-    connection: duckdb.DuckDBPyConnection, entity: str, part: str, since: str, days: int
-) -> None:
-    """Impressions, clicks and click rate of the days before a moment, the moment itself left out.
-
-    A count changes when an impression comes and, so many days later, when it leaves; each has its row, so
-    that the row before a moment is right for that moment. The rate starts from the log's click rate at the
-    latest impression, so that a row depends on nothing that comes between.
-    """
-    key = f"{entity}_id"
-    length = f"INTERVAL '{days} days'"
-    came_before = ""
-    if since != _ALWAYS:
-        came_before = f"""
-            UNION ALL
-            SELECT {key}, event_timestamp, sum(shown), sum(clicks), NULL
-            FROM events SEMI JOIN instants USING ({key})
-            WHERE event_timestamp < {since} AND {part} AND event_timestamp >= {since} - {length}
-            GROUP BY ALL"""
-    # Without a rate there was no impression since then, and the row is what it was.
-    connection.execute(
-        f"""
-        CREATE OR REPLACE TEMP TABLE fresh AS
-        WITH came AS (
-            SELECT {key}, event_timestamp, shown, clicks, rate FROM instants{came_before}
-        )
-        SELECT
-            {key},
-            event_timestamp,
-            impressions AS {entity}_impressions_{days}d,
-            clicks AS {entity}_clicks_{days}d,
-            (clicks + {PRIOR_STRENGTH} * rate) / (impressions + {PRIOR_STRENGTH})
-                AS {entity}_click_rate_{days}d
-        FROM (
-            SELECT
-                {key},
-                event_timestamp,
-                (sum(sum(shown)) OVER past)::BIGINT AS impressions,
-                (sum(sum(clicks)) OVER past)::BIGINT AS clicks,
-                last_value(max(rate) IGNORE NULLS) OVER past AS rate
-            FROM (
-                SELECT * FROM came
-                UNION ALL
-                SELECT {key}, event_timestamp + {length}, -shown, -clicks, NULL FROM came
-            )
-            GROUP BY {key}, event_timestamp
-            WINDOW past AS (
-                PARTITION BY {key} ORDER BY event_timestamp ROWS UNBOUNDED PRECEDING
-            )
-        )
-        WHERE event_timestamp >= {since} AND rate IS NOT NULL
-        """
-    )
-    _replace(connection, f"{entity}_stats_{days}d", "fresh", (key, "event_timestamp"), since)
-
-
-def _moment(connection: duckdb.DuckDBPyConnection, query: str) -> str:
-    """SQL of the moment that a query returns."""
-    row = connection.execute(f"SELECT x, isinf(x) FROM ({query}) q(x)").fetchone()
-    assert row is not None
-    if row[1]:
-        return _ALWAYS
-    assert isinstance(row[0], datetime)
-    return sql_literal(row[0])

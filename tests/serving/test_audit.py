@@ -17,7 +17,8 @@ import bahe
 from bahe.cli import app
 from bahe_core.errors import BadInput, NotReady
 from bahe_core.home import Home
-from serving.audit import Audit, audit
+from serving.audit import audit
+from serving.audit_result import Audit
 from serving.lookup import OnlineLookup
 from serving.request_log import RequestLog, ServedRequest, in_sample, read_requests
 from serving.skew import edit_distance, likely_causes, smape

@@ -18,9 +18,9 @@ from bahe_core.home import Home
 from bahe_lake.connection import lake
 from feature_repo.store import apply, open_store
 from materialize.frames.frame import frame
-from materialize.ingest.derive import PRIOR_STRENGTH
 from materialize.ingest.ingest import ingest
 from materialize.ingest.quarantine import quarantined
+from materialize.ingest.statistics import PRIOR_STRENGTH
 from tests.support.logs import small_log, write_dataset
 
 START = pd.Timestamp("2024-01-01", tz="UTC")

@@ -20,8 +20,8 @@ from bahe_core.home import Home
 from feature_repo.store import apply, open_store
 from materialize.frames.frame import Frame, frame, latest_frame
 from materialize.gate import gate
-from materialize.ingest.derive import PRIOR_STRENGTH
 from materialize.ingest.ingest import ingest
+from materialize.ingest.statistics import PRIOR_STRENGTH
 from tests.support.logs import small_log, write_dataset
 
 START = pd.Timestamp("2024-01-01", tz="UTC")

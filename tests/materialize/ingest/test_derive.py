@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from materialize.ingest import derive
+from materialize.ingest import derive, rewind
 
 CHANNELS = ["seen", "bought"]
 START = datetime(2024, 1, 1, tzinfo=UTC)
@@ -97,7 +97,7 @@ def contents(connection: duckdb.DuckDBPyConnection) -> dict[str, Rows]:
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(derive, "PART_ROWS", 15)
+    monkeypatch.setattr(rewind, "PART_ROWS", 15)
 
 
 @settings(max_examples=14, deadline=None, suppress_health_check=list(HealthCheck))

@@ -18,7 +18,7 @@ from bahe_lake import runs
 from bahe_lake.catalogue import columns, scalar
 from bahe_lake.connection import lake
 from materialize.config.dataset import load_dataset
-from materialize.ingest import derive
+from materialize.ingest import rewind
 from materialize.ingest.ingest import ingest
 from materialize.ingest.quarantine import quarantined, released
 from materialize.ingest.sources import find_sources
@@ -87,7 +87,7 @@ def test_days_in_any_order_make_the_same_lake(
     late = {t: pd.concat([days[0][t].tail(40), days[1][t]]) for t in ("behaviors", "impressions")}
     days = [days[0], days[2], days[3], days[1] | late]
     with monkeypatch.context() as patch:
-        patch.setattr(derive, "PART_ROWS", 100)  # several parts, each of which may delete and add
+        patch.setattr(rewind, "PART_ROWS", 100)  # several parts, each of which may delete and add
         for night in range(4):
             done = ingest(home, write_days(tmp_path / "log", days[: night + 1]))
     assert done.added == {
