@@ -93,8 +93,6 @@ def daily(
         from materialize.training.refit import measured_model
 
         start = None if live is None else measured_model(project.home, live)
-        if start is not None and not (project.home.models / start).is_dir():
-            start = live
         project.train(device=device, tracker=tracker, warm_start=start)
         return None
 

@@ -28,6 +28,7 @@ import bahe
 from bahe_core.errors import UnknownEntity
 from bahe_core.home import Home
 from bahe_lake.connection import lake
+from bahe_models import column_of
 from benchmarks.harness import Row, main
 from feature_repo.store import open_store
 from materialize.config.dataset import home_dataset
@@ -238,7 +239,7 @@ def served_as_training_sees(home: Home, requests: int = 1_000) -> Iterator[Itera
     version = lookup.live_version()
     artifact, references = lookup.artifact(version), lookup.references(version)
     channels = artifact.dense.channels
-    names = {entity: [r.partition(":")[2] for r in listed] for entity, listed in references.items()}
+    names = {entity: [column_of(r) for r in listed] for entity, listed in references.items()}
     listed = [*references["user"], *references["item"]]
     with lake(home) as connection:
         copy_atoms_and_vectors(connection, version)
@@ -263,7 +264,7 @@ def served_as_training_sees(home: Home, requests: int = 1_000) -> Iterator[Itera
             users: Vectors = users,
             items: Vectors = items,
         ) -> list[ServedRequest]:
-            by_name = {reference.partition(":")[2]: column for reference, column in values.items()}
+            by_name = {column_of(reference): column for reference, column in values.items()}
             return [
                 ServedRequest(
                     served_at=datetime.now(UTC),

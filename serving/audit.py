@@ -8,7 +8,7 @@ request's moment and the `freshness` of dataset.yaml.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import groupby
@@ -25,6 +25,7 @@ from bahe_core.machine import device
 from bahe_core.progress import progress, say
 from bahe_lake import runs
 from bahe_lake.connection import lake
+from bahe_models import column_of
 from feature_repo.store import online_errors, open_store
 from materialize.config.dataset import home_dataset
 from serving.audit_result import EXAMPLES, Audit, Difference, FeatureAudit, together
@@ -33,13 +34,18 @@ from serving.offline_truth import OfflineTruth, lengths_of
 from serving.request_log import in_sample, read_requests
 from serving.skew import (
     LOOKED_AT,
+    NOT_LOOKED_AT,
+    VECTORS,
     Cause,
     edit_distance,
     equal_values,
     equal_vectors,
+    item_vectors_if,
     largest_difference,
     likely_causes,
+    published_before,
     smape,
+    user_vectors_if,
     value_causes,
     vector_causes,
 )
@@ -94,8 +100,9 @@ def audit(
         ages: list[float] = []
         rows = 0
         left_out: list[str] = []
+        store = open_store(home)
         for served in source:
-            truth = OfflineTruth(home, open_store(home), connection, served.pairs, dataset.freshness)
+            truth = OfflineTruth(home, store, connection, served.pairs, dataset.freshness)
             try:
                 artifact = lookup.artifact(served.model_version)
                 artifact.model.to(device(device_name))
@@ -147,10 +154,10 @@ def _of_requests(home: Home, lookup: OnlineLookup, last: int, sample: float) -> 
             continue
         values: dict[str, Sequence[Any]] = {}
         for reference in references["user"]:
-            name = _column(reference)
+            name = column_of(reference)
             values[reference] = [requests[i].user.get(name) for i in repeated]
         for reference in (*references["item"], *references["pair"]):
-            name = _column(reference)
+            name = column_of(reference)
             values[reference] = [
                 value
                 for request in requests
@@ -198,15 +205,15 @@ def _asked_now(
     references = lookup.references(version)
     values: dict[str, Sequence[Any]] = {}
     for reference in references["user"]:
-        of_user = [None if user is None else user.statistics[_column(reference)] for user in found]
+        of_user = [None if user is None else user.statistics[column_of(reference)] for user in found]
         values[reference] = [of_user[i] for i in user_N]
     for reference in references["item"]:
-        of_item = item_values[_column(reference)]
+        of_item = item_values[column_of(reference)]
         values[reference] = [of_item[i] for i in item_N]
     if references["pair"]:
         of_pairs = lookup.read(references["pair"], pairs.to_pylist())
-        values |= {reference: of_pairs[_column(reference)] for reference in references["pair"]}
-    histories = lookup.read([HISTORY], [{"user_id": user} for user in ids])[_column(HISTORY)]
+        values |= {reference: of_pairs[column_of(reference)] for reference in references["pair"]}
+    histories = lookup.read([HISTORY], [{"user_id": user} for user in ids])[column_of(HISTORY)]
     values[HISTORY] = [histories[i] for i in user_N]
     now = datetime.now(UTC)
     moments = pa.array([now] * len(pairs), pa.timestamp("us", "UTC"))
@@ -253,27 +260,18 @@ def _compared(
         channels = artifact.dense.channels
         everyone = np.arange(len(served.pairs))
         length_NC = lengths_of(offline, channels, len(everyone))
-        want = {
-            "user": truth.user_vectors(artifact, length_NC, everyone),
-            "item": truth.item_vectors(artifact, everyone),
-        }
-        for entity, given in (("user", served.user_NV), ("item", served.item_NV)):
-            rows = np.flatnonzero(~equal_vectors(given, want[entity]))
-            named = vector_causes(
-                home,
-                connection,
-                truth,
-                artifact,
-                entity,
-                served.pairs,
-                given,
-                length_NC,
-                rows,
-                served.served_at,
-                published,
-            )
-            yield _vector(served, f"{entity}_embedding:{VECTOR}", given, want[entity], rows, named)
-            advance(1)
+        want_NV = truth.user_vectors(artifact, length_NC, everyone)
+        rows = np.flatnonzero(~equal_vectors(served.user_NV, want_NV))
+        first = rows[:VECTORS]
+        answered = published_before([served.served_at[i] for i in first], published)
+        would_be = user_vectors_if(home, connection, truth, artifact, length_NC[first], first, answered)
+        yield _vector(served, "user", served.user_NV, want_NV, rows, would_be)
+        advance(1)
+        want_NV = truth.item_vectors(artifact, everyone)
+        rows = np.flatnonzero(~equal_vectors(served.item_NV, want_NV))
+        would_be = item_vectors_if(connection, truth, artifact, rows[:VECTORS])
+        yield _vector(served, "item", served.item_NV, want_NV, rows, would_be)
+        advance(1)
 
 
 def _feature(
@@ -306,17 +304,20 @@ def _feature(
 
 def _vector(
     served: _Served,
-    reference: str,
+    entity: str,
     given_NV: npt.NDArray[np.float32],
     want_NV: npt.NDArray[np.float32],
     rows: npt.NDArray[np.int64],
-    causes: Sequence[str],
+    would_be: Iterable[tuple[str, npt.NDArray[np.float32]]],
 ) -> FeatureAudit:
+    """Of the rows that differ, the cause of the first VECTORS is looked for."""
+    causes = vector_causes(given_NV[rows[:VECTORS]], would_be) if len(rows) else []
+    causes += [NOT_LOOKED_AT] * (len(rows) - len(causes))
     gap_N = np.abs(given_NV - want_NV).max(axis=1)
     no_given, no_want = (np.asarray(np.isnan(v).any(axis=1)) for v in (given_NV, want_NV))
     known = gap_N[~np.isnan(gap_N)]
     return FeatureAudit(
-        feature=reference,
+        feature=f"{entity}_embedding:{VECTOR}",
         rows=len(given_NV),
         differing=len(rows),
         missing=int((no_given & ~no_want).sum()),
@@ -360,7 +361,3 @@ def _age(moment: datetime, published: Sequence[runs.Run]) -> float:
     """Seconds since the publish that answered; NaN before the first that is known."""
     answered = next((run for run in published if run.finished <= moment), None)
     return float("nan") if answered is None else (moment - answered.finished).total_seconds()
-
-
-def _column(reference: str) -> str:
-    return reference.partition(":")[2]

@@ -9,7 +9,6 @@ Shape letters: N pairs of a user and an item, C channels, V width of a vector.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import duckdb
@@ -20,9 +19,10 @@ import torch
 
 from bahe_core.home import Home
 from bahe_lake.sql import known_until
+from bahe_models import column_of
 from materialize.frames.item_texts import item_texts_shown
-from materialize.vectors.stored_atoms import Atoms, stored_atoms
 from materialize.vectors.timelines import read_timelines
+from materialize.vectors.user_embedder import NO_ITEMS, atoms_needed, device_of
 
 if TYPE_CHECKING:
     from feast import FeatureStore
@@ -49,6 +49,10 @@ class OfflineTruth:
         self._home, self._store, self._connection = home, store, connection
         self._freshness = freshness
         self._pairs = pairs.append_column("number", pa.array(np.arange(len(pairs), dtype=np.int64)))
+
+    def keys(self, entity: str, rows: npt.NDArray[np.int64]) -> pa.ChunkedArray:
+        """Ids of the `user`s or `item`s of some pairs."""
+        return self._pairs[f"{entity}_id"].take(pa.array(rows))
 
     def values(
         self,
@@ -82,7 +86,7 @@ class OfflineTruth:
             table = job.to_arrow()
         finally:
             offline.as_of = before
-        return {reference: table[reference.partition(":")[2]].to_pylist() for reference in references}
+        return {reference: table[column_of(reference)].to_pylist() for reference in references}
 
     def user_vectors(
         self,
@@ -102,20 +106,18 @@ class OfflineTruth:
         pairs = self._pairs.take(rows)
         coded = pairs["user_id"].combine_chunks().dictionary_encode()
         users, user_N = coded.dictionary, coded.indices.to_numpy().astype(np.int64)
-        connection.register("audited", pa.table({"user_id": users}))
-        connection.execute(
-            """
-            CREATE OR REPLACE TEMP TABLE audited_atoms AS
-            SELECT DISTINCT atom_id FROM user_timeline SEMI JOIN audited USING (user_id)
-            """
-        )
-        connection.unregister("audited")
         # Many pairs are of one user at one length.
         keys, first, inverse = np.unique(
             np.column_stack([user_N, length_NC]), axis=0, return_index=True, return_inverse=True
         )
-        with ExitStack() as stack:
-            atoms = self._atoms(connection, stack, artifact, encoder_version)
+        with atoms_needed(
+            connection,
+            self._home,
+            artifact,
+            pa.table({"user_id": users}),
+            NO_ITEMS,
+            encoder_version=encoder_version,
+        ) as atoms:
             timelines = read_timelines(connection, atoms, users, list(artifact.dense.channels))
             longest = timelines.lengths()[keys[:, 0]]
             vectors = artifact.user_vectors(
@@ -153,35 +155,18 @@ class OfflineTruth:
         if not known.any():
             return answer
         found = shown.filter(pa.array(known))
-        self._connection.register("audited", found)
-        self._connection.execute(
-            "CREATE OR REPLACE TEMP TABLE audited_atoms AS SELECT DISTINCT atom_id FROM audited"
-        )
-        self._connection.unregister("audited")
-        with ExitStack() as stack:
-            atoms = self._atoms(self._connection, stack, artifact, encoder_version)
+        nobody = self._pairs.select(["user_id"])[:0]
+        with atoms_needed(
+            self._connection, self._home, artifact, nobody, found, encoder_version=encoder_version
+        ) as atoms:
             answer[known] = artifact.item_vectors(
                 _tensor(artifact, atoms.vectors[atoms.rows(found["atom_id"])]), found["item_id"].to_pylist()
             )
         return answer
 
-    def _atoms(
-        self,
-        connection: duckdb.DuckDBPyConnection,
-        stack: ExitStack,
-        artifact: Artifact,
-        encoder_version: str | None,
-    ) -> Atoms:
-        version = encoder_version or artifact.encoder_version
-        width = artifact.model.aggregator.start_D.numel()
-        return stack.enter_context(
-            stored_atoms(connection, version, "audited_atoms", self._home.spill, width)
-        )
-
 
 def _tensor(artifact: Artifact, vectors: Vectors) -> torch.Tensor:
-    where = artifact.model.aggregator.start_D.device
-    return torch.from_numpy(np.array(vectors)).to(where)
+    return torch.from_numpy(np.array(vectors)).to(device_of(artifact))
 
 
 def lengths_of(values: dict[str, list[Any]], channels: Sequence[str], count: int) -> npt.NDArray[np.int64]:

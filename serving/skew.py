@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,6 @@ from bahe_core.errors import BadInput, NotReady
 from bahe_core.home import Home
 from bahe_lake import runs
 from bahe_lake.connection import lake
-from bahe_lake.sql import sql_literal
 from materialize.vectors.vector_columns import vector_matrix
 from serving.offline_truth import OfflineTruth, lengths_of
 
@@ -122,7 +122,7 @@ def value_causes(
         Cause(SHIFTED, truth.values(references, rows, shift_us=shift), everyone) for shift in SHIFTS_US
     ]
     moments = [served_at[i] for i in rows]
-    for run in _before(moments, published):
+    for run in published_before(moments, published):
         applies = np.array([run.finished <= moment for moment in moments])
         try:
             then = truth.values(references, rows, as_of=run.snapshot_read)
@@ -176,71 +176,38 @@ def _without_cause(served: Any, offline: Any, one_default: bool) -> str:
     return MISSING if _none(served) else UNKNOWN
 
 
-def vector_causes(
+def vector_causes(served_NV: Vectors, would_be: Iterable[tuple[str, Vectors]]) -> list[str]:
+    """The likely cause for each of some vectors [N, V] that differ, the first that gives what was served.
+
+    `would_be` has the causes with the vectors that they would give; it is read as far as it is needed.
+    """
+    named = np.where(np.isnan(served_NV).any(axis=1), MISSING, UNKNOWN).astype(object)
+    for cause, vectors_NV in would_be:
+        named[equal_vectors(served_NV, vectors_NV) & (named == UNKNOWN)] = cause
+        if not (named == UNKNOWN).any():
+            break
+    return [str(cause) for cause in named]
+
+
+def user_vectors_if(
     home: Home,
     connection: duckdb.DuckDBPyConnection,
     truth: OfflineTruth,
     artifact: Artifact,
-    entity: str,
-    pairs: pa.Table,
-    served_NV: Vectors,
     length_NC: npt.NDArray[np.int64],
     rows: Rows,
-    served_at: Sequence[datetime],
     published: Sequence[runs.Run],
-) -> list[str]:
-    """The likely cause for each of the rows in which vectors differ; of the first VECTORS of them."""
-    if not len(rows):
-        return []
-    named = np.full(len(rows), UNKNOWN, dtype=object)
-    named[VECTORS:] = NOT_LOOKED_AT
-    rows = rows[:VECTORS]
-    given_NV = served_NV[rows]
-    missing = np.isnan(given_NV).any(axis=1)
-
-    def name(cause: str, would_be_NV: Vectors) -> None:
-        fits = equal_vectors(given_NV, would_be_NV) & ~missing & (named[: len(rows)] == UNKNOWN)
-        named[: len(rows)][fits] = cause
-
-    named[: len(rows)][missing] = MISSING
-    keys = pairs[f"{entity}_id"].take(rows).to_pylist()
-    for version, vectors in _of_other_versions(connection, entity, keys, artifact, given_NV.shape[1]):
-        name(version, vectors)
-    encoders = [
-        row[0]
-        for row in connection.execute(
-            "SELECT DISTINCT encoder_version FROM atomic_behavior_embedding WHERE encoder_version <> ?",
-            [artifact.encoder_version],
-        ).fetchall()
-    ]
-    channels = artifact.dense.channels
-    if entity == "user":
-        for place, channel in enumerate(channels if len(channels) > 1 else ()):
-            without = length_NC[rows].copy()
-            without[:, place] = 0
-            name(lost(channel), truth.user_vectors(artifact, without, rows))
-        moments = [served_at[i] for i in rows]
-        for cause, vectors in _earlier_vectors(home, truth, artifact, rows, _before(moments, published)):
-            name(cause, vectors)
-    else:
-        name(FRESHER, truth.item_vectors(artifact, rows, latest_text=True))
-    for encoder in encoders:
-        try:
-            if entity == "user":
-                other = truth.user_vectors(artifact, length_NC[rows], rows, encoder_version=encoder)
-            else:
-                other = truth.item_vectors(artifact, rows, encoder_version=encoder)
-        except (BadInput, NotReady):  # of another width, or not complete
-            continue
-        name(WRONG_ENCODER, other)
-    return [str(cause) for cause in named]
-
-
-def _earlier_vectors(
-    home: Home, truth: OfflineTruth, artifact: Artifact, rows: Rows, published: Sequence[runs.Run]
 ) -> Iterator[tuple[str, Vectors]]:
-    """Vectors of the users as they were at publishes, and some time before, each with its cause."""
+    """Vectors of the users of these rows for each cause, the likeliest first.
+
+    `length_NC` are the lengths that training sees, of these rows; `published` the publishes before them.
+    """
     channels = artifact.dense.channels
+    yield from _of_other_versions(connection, truth, artifact, "user", rows)
+    for place, channel in enumerate(channels if len(channels) > 1 else ()):
+        without = length_NC.copy()
+        without[:, place] = 0
+        yield lost(channel), truth.user_vectors(artifact, without, rows)
     references = [f"user_timeline:length_{channel}" for channel in channels]
     for run in published:
         try:
@@ -254,39 +221,65 @@ def _earlier_vectors(
     for shift in EARLIER_US:
         known = truth.values(references, rows, shift_us=shift)
         yield STALE, truth.user_vectors(artifact, lengths_of(known, channels, len(rows)), rows)
+    for encoder in _other_encoders(connection, artifact):
+        with suppress(BadInput, NotReady):  # of another width, or not complete
+            yield (
+                WRONG_ENCODER,
+                truth.user_vectors(artifact, length_NC, rows, encoder_version=encoder),
+            )
+
+
+def item_vectors_if(
+    connection: duckdb.DuckDBPyConnection, truth: OfflineTruth, artifact: Artifact, rows: Rows
+) -> Iterator[tuple[str, Vectors]]:
+    """Vectors of the items of these rows for each cause, the likeliest first."""
+    yield from _of_other_versions(connection, truth, artifact, "item", rows)
+    yield FRESHER, truth.item_vectors(artifact, rows, latest_text=True)
+    for encoder in _other_encoders(connection, artifact):
+        with suppress(BadInput, NotReady):
+            yield WRONG_ENCODER, truth.item_vectors(artifact, rows, encoder_version=encoder)
+
+
+def _other_encoders(connection: duckdb.DuckDBPyConnection, artifact: Artifact) -> list[str]:
+    rows = connection.execute(
+        "SELECT DISTINCT encoder_version FROM atomic_behavior_embedding WHERE encoder_version <> ?",
+        [artifact.encoder_version],
+    ).fetchall()
+    return [row[0] for row in rows]
 
 
 def _of_other_versions(
-    connection: duckdb.DuckDBPyConnection, entity: str, keys: Sequence[Any], artifact: Artifact, width: int
-) -> list[tuple[str, Vectors]]:
-    """The lake's vectors of these keys under other models, and under this one; NaN where there is none."""
-    connection.register(
-        "audited", pa.table({"key": pa.array(keys), "number": np.arange(len(keys), dtype=np.int64)})
-    )
+    connection: duckdb.DuckDBPyConnection,
+    truth: OfflineTruth,
+    artifact: Artifact,
+    entity: str,
+    rows: Rows,
+) -> Iterator[tuple[str, Vectors]]:
+    """The lake's vectors of these rows' users or items under each other model; NaN where there is none."""
+    width = artifact.vector_width
     table = f"{entity}_embedding"
-    versions = [
-        row[0] for row in connection.execute(f"SELECT DISTINCT model_version FROM {table}").fetchall()
-    ]
-    answers = []
-    for version in versions:
-        if version == artifact.model_version:
-            continue
-        rows = connection.execute(
+    versions = connection.execute(
+        f"SELECT DISTINCT model_version FROM {table} WHERE model_version <> ?", [artifact.model_version]
+    ).fetchall()
+    keys = pa.table({"key": truth.keys(entity, rows), "number": np.arange(len(rows), dtype=np.int64)})
+    for (version,) in versions:
+        connection.register("audited", keys)
+        found = connection.execute(
             f"""
             SELECT number, embedding
             FROM audited JOIN {table} e ON e.{entity}_id = audited.key
-            WHERE model_version = {sql_literal(version)} AND len(embedding) = {width}
-            """
+            WHERE model_version = ? AND len(embedding) = {width}
+            """,
+            [version],
         ).to_arrow_table()
-        vectors: Vectors = np.full((len(keys), width), np.nan, dtype=np.float32)
-        if len(rows):
-            vectors[rows["number"].to_numpy()] = vector_matrix(rows["embedding"])
-            answers.append((OTHER_VERSION, vectors))
-    connection.unregister("audited")
-    return answers
+        connection.unregister("audited")
+        if len(found):
+            vectors: Vectors = np.full((len(rows), width), np.nan, dtype=np.float32)
+            vectors[found["number"].to_numpy()] = vector_matrix(found["embedding"])
+            yield OTHER_VERSION, vectors
 
 
-def _before(moments: Sequence[datetime], published: Sequence[runs.Run]) -> list[runs.Run]:
+def published_before(moments: Sequence[datetime], published: Sequence[runs.Run]) -> list[runs.Run]:
     """The last PUBLISHES before each moment; of all together the MOST_PUBLISHES newest, newest first."""
     finished = [run.finished for run in published][::-1]
     counts = {bisect_right(finished, moment) for moment in moments}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from feast.errors import SavedDatasetLocationAlreadyExists
 from feast.infra.offline_stores.file_source import SavedDatasetFileStorage
 from feast.infra.offline_stores.offline_store import RetrievalJob, RetrievalMetadata
+from feast.types import from_feast_to_pyarrow_type
 
 from bahe_core.errors import BadInput
 from bahe_core.files import replace_atomically
@@ -35,16 +36,6 @@ if TYPE_CHECKING:
 
 BATCH_ROWS = 122_880
 """Rows of a batch in a stream: one of DuckDB's own row groups."""
-
-
-_ARROW_TYPES = {
-    "String": pa.string(),
-    "Int32": pa.int32(),
-    "Int64": pa.int64(),
-    "Float32": pa.float32(),
-    "Float64": pa.float64(),
-    "Bool": pa.bool_(),
-}
 
 
 class DuckLakeRetrievalJob(RetrievalJob):
@@ -142,8 +133,8 @@ class DuckLakeRetrievalJob(RetrievalJob):
         }
         for place, column in enumerate(table.column_names):
             if column in declared and pa.types.is_null(table.schema.field(column).type):
-                kind = _ARROW_TYPES.get(str(declared[column]))
-                if kind is not None:
+                with suppress(ValueError):  # a type that Feast has no Arrow type for
+                    kind = from_feast_to_pyarrow_type(declared[column])
                     table = table.set_column(place, column, table[column].cast(kind))
         return table
 

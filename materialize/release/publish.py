@@ -94,8 +94,8 @@ def publish(home: Home) -> Published:
         publications = pointer.recorded(connection)
         ours = bool(publications) and last is not None and pointer.online(store) == publications[0]
         fingerprint = lag.publish_fingerprint(embedded, ingested)
-        listed = further_features(read_config(home.models / version))
-        team = team_content(store, chain.from_iterable(listed.values()))
+        listed = _listed(home.models / version)
+        team = team_content(store, listed)
         unchanged = (
             last is not None and last.fingerprint == fingerprint and last.facts.get("team_content") == team
         )
@@ -110,7 +110,7 @@ def publish(home: Home) -> Published:
             )
         with runs.record(connection, JOB, fingerprint) as run:
             since = last.snapshot_read if ours and last else None
-            further = _further_views(store, home.models / version)
+            further = _further_views(store, version, listed)
             rows = _materialize(store, connection, since)
             # Whole: a window also changes when nothing happens.
             rows += _materialize(store, connection, None, further) if further else 0
@@ -166,7 +166,7 @@ def rollback(home: Home, to: str | None = None) -> Published:
                     f"vectors of {version} are no longer in the online store; the live model was left as it"
                     " is."
                 )
-            further = _further_views(store, home.models / version)
+            further = _further_views(store, version, _listed(home.models / version))
             if further:  # as they are now: they were written when this version was published last
                 _materialize(store, connection, None, further)
             facts = {"model_version": version, "left_version": live}
@@ -174,19 +174,22 @@ def rollback(home: Home, to: str | None = None) -> Published:
     return Published(version, skipped=False)
 
 
-def _further_views(store: FeatureStore, artifact: Path) -> list[str]:
+def _listed(artifact: Path) -> list[str]:
+    """The further features that a model reads, as `view:feature`."""
+    return list(chain.from_iterable(further_features(read_config(artifact)).values()))
+
+
+def _further_views(store: FeatureStore, version: str, listed: Sequence[str]) -> list[str]:
     """The views that the model's further features are of, beside those that are always online.
 
     Raises NotReady when one of them is not registered to be online.
     """
-    listed = further_features(read_config(artifact))
-    views = sorted(stored_views(store, chain.from_iterable(listed.values())) - set(VIEWS))
+    views = sorted(stored_views(store, listed) - set(VIEWS))
     registered = {view.name for view in store.list_feature_views() if view.online}
     for view in views:
         if view not in registered:
             raise NotReady(
-                f"{artifact.name} reads {view}, which is not registered to be online; run `bahe apply`"
-                " first."
+                f"{version} reads {view}, which is not registered to be online; run `bahe apply` first."
             )
     return views
 

@@ -99,8 +99,6 @@ def _compared(
     from materialize.training.training_data import read_training_data
 
     standing_in = measured_model(home, live_version)
-    if not (home.models / standing_in).is_dir():
-        standing_in = live_version
     new, live = load(home.models / model_version), load(home.models / standing_in)
     channels = home_dataset(home).channels
     data = read_training_data(connection, frame, new.encoder_version, channels)

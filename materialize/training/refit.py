@@ -6,7 +6,6 @@ worth, and it is what the next night's model is compared with.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -24,7 +23,7 @@ from materialize.config.backbone import encoder_settings
 from materialize.config.dataset import home_dataset
 from materialize.frames.frame import latest_frame
 from materialize.training import tracking
-from materialize.training.train import known_until_of
+from materialize.training.train import known_until_of, read_until_us, version_of
 from materialize.training.train_with_baselines import Settings, fit_bahe
 from materialize.training.training_data import read_training_data
 from materialize.vectors.encoder_versions import recorded_settings
@@ -55,10 +54,10 @@ class Refitted(Result):
 def measured_model(home: Home, model_version: str) -> str:
     """The model that was measured in place of a refitted one; any other model is its own.
 
-    Raises BadInput when the model is not in the home.
+    So is a refitted one whose measured model is gone. Raises BadInput when the model is not in the home.
     """
-    facts = read_config(home.models / model_version)["facts"]
-    return str(facts.get(MEASURED, model_version))
+    measured = str(read_config(home.models / model_version)["facts"].get(MEASURED, model_version))
+    return measured if (home.models / measured).is_dir() else model_version
 
 
 def refit(
@@ -90,8 +89,7 @@ def refit(
             f"{model_version} was trained on another frame, or by an earlier version of bahe; run `bahe"
             " train` first."
         )
-    identity = json.dumps(["refit", model_version, warm_start])
-    version = "bahe-" + hashlib.sha256(identity.encode()).hexdigest()[:12]
+    version = version_of(["refit", model_version, warm_start])
     with home.exclusive(), lake(home) as connection:
         if (home.models / version).is_dir():
             home.checkpoint(version).unlink(missing_ok=True)  # killed after the artifact was whole
@@ -127,7 +125,7 @@ def refit(
             artifact.facts = facts | {
                 MEASURED: model_version,
                 "trained_at": datetime.now(UTC).isoformat(timespec="seconds"),
-                "read_until_us": int(data.splits["train"].time_us_N.max()),
+                "read_until_us": read_until_us(data, ["train"]),
                 "trained_until": known_until_of(connection, dataset, data, ["train"]).isoformat(),
             }
             artifact.save(home.models / version)

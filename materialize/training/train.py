@@ -41,6 +41,8 @@ from materialize.vectors.encoder_versions import recorded_settings, versions
 from materialize.vectors.stored_atoms import current_encoder
 
 JOB = "train"
+READ = ("train", "validation")
+"""The splits that a training reads: validation chooses the epoch."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ def train_models(
         encoder = current_encoder(connection, home)
         require_gates(connection, "embed")
         backbone, encoder_config = encoder_settings(dataset)
-        identity = json.dumps(
+        version = version_of(
             [
                 FORMAT,
                 frame.frame_id,
@@ -103,7 +105,6 @@ def train_models(
                 warm_start,
             ]
         )
-        version = "bahe-" + hashlib.sha256(identity.encode()).hexdigest()[:12]
         artifact_path = home.models / version
         report = home.reports / "training.html"
         last = runs.last(connection, JOB)
@@ -166,12 +167,8 @@ def train_models(
                     "trained_at": datetime.now(UTC).isoformat(timespec="seconds"),
                     "settings": [*settings.fields_affecting_weights(), backbone.deep_layers],
                     "categorical": about.get("categorical", []),
-                    "read_until_us": max(
-                        int(data.splits[name].time_us_N.max()) for name in ("train", "validation")
-                    ),
-                    "trained_until": known_until_of(
-                        connection, dataset, data, ["train", "validation"]
-                    ).isoformat(),
+                    "read_until_us": read_until_us(data, READ),
+                    "trained_until": known_until_of(connection, dataset, data, READ).isoformat(),
                     "results": results,
                 }
                 if not artifact_path.is_dir():
@@ -200,15 +197,21 @@ def _earlier_model(home: Home, version: str) -> Artifact:
     return load(folder)
 
 
+def version_of(identity: list[object]) -> str:
+    """The model_version of what a model's weights depend on."""
+    return "bahe-" + hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
+
+
+def read_until_us(data: TrainingData, splits: Sequence[str]) -> int:
+    """When the last impression of these splits was shown, in microseconds."""
+    return max(int(data.splits[name].time_us_N.max()) for name in splits)
+
+
 def known_until_of(
     connection: duckdb.DuckDBPyConnection, dataset: Dataset, data: TrainingData, splits: Sequence[str]
 ) -> datetime:
-    """When the last thing was known that training read of these splits: an impression or its click.
-
-    Validation chooses the epoch, so it is read as well.
-    """
-    read_us = max(int(data.splits[name].time_us_N.max()) for name in splits)
-    last = datetime(1970, 1, 1, tzinfo=UTC) + timedelta(microseconds=read_us)
+    """When the last thing was known that training read of these splits: an impression or its click."""
+    last = datetime(1970, 1, 1, tzinfo=UTC) + timedelta(microseconds=read_until_us(data, splits))
     row = connection.execute(
         f"""
         SELECT max({dataset.impressions.label_time})

@@ -22,7 +22,7 @@ SEEN_ITEMS = 1000
 """How many of the latest items a user acted on are stored with the vector."""
 
 
-_NO_ITEMS = pa.table({"atom_id": pa.array([], pa.int64())})
+NO_ITEMS = pa.table({"atom_id": pa.array([], pa.int64())})
 
 
 class UserEmbedder:
@@ -62,14 +62,23 @@ def user_embedder(
     artifact.model.to(device(device_name))
     connection = connect(home)
     held = ExitStack()  # for as long as the worker is there
-    atoms = held.enter_context(atoms_needed(connection, home, artifact, users, _NO_ITEMS))
+    atoms = held.enter_context(atoms_needed(connection, home, artifact, users, NO_ITEMS))
     return UserEmbedder(connection, artifact, atoms, channels, held)
 
 
 def atoms_needed(
-    connection: duckdb.DuckDBPyConnection, home: Home, artifact: Artifact, users: pa.Table, items: pa.Table
+    connection: duckdb.DuckDBPyConnection,
+    home: Home,
+    artifact: Artifact,
+    users: pa.Table,
+    items: pa.Table,
+    *,
+    encoder_version: str | None = None,
 ) -> Any:
-    """The vectors that these users and items need, on disk (a context manager)."""
+    """The vectors that these users and items need, on disk (a context manager).
+
+    Those of the model's encoder, or of the one named.
+    """
     connection.register("users_to_embed", users)
     connection.register("items_to_embed", items)
     connection.execute(
@@ -83,7 +92,8 @@ def atoms_needed(
     connection.unregister("users_to_embed")
     connection.unregister("items_to_embed")
     width = artifact.model.aggregator.start_D.numel()
-    return stored_atoms(connection, artifact.encoder_version, "needed_atoms", home.spill, width)
+    version = encoder_version or artifact.encoder_version
+    return stored_atoms(connection, version, "needed_atoms", home.spill, width)
 
 
 def _only_used_atoms(
