@@ -20,9 +20,11 @@ from bahe_core.errors import BadInput
 from bahe_core.files import new_folder
 from bahe_models.artifact_folder import FORMAT, no_artifact, read_config, require_vectors_suffice
 from bahe_models.backbone import deep_from_config
+from bahe_models.calibration import AS_IT_IS, Calibration
 from bahe_models.config import ModelConfig, WindowConfig
 from bahe_models.context import hash_context
 from bahe_models.features import Columns, DenseFeatures
+from bahe_models.metrics import probability
 from bahe_models.model import BaheModel
 from bahe_models.timelines import Int64, Timelines, plan_steps, window_batch
 
@@ -44,6 +46,8 @@ class Artifact:
     """Provenance and quality: frame, dataset, configuration, metrics."""
     logit_shift: float = 0.0
     """Added to the model's logits: the correction for sampling and weights in training."""
+    calibration: Calibration = AS_IT_IS
+    """Of those logits, on impressions that training did not learn from."""
 
     @property
     def vector_width(self) -> int:
@@ -75,6 +79,7 @@ class Artifact:
             "dense": asdict(self.dense),
             "context": list(self.context_columns),
             "logit_shift": self.logit_shift,
+            "calibration": asdict(self.calibration),
             "facts": self.facts,
         }
         state = {k: v.detach().cpu().contiguous() for k, v in self.model.state_dict().items()}
@@ -203,9 +208,8 @@ class Artifact:
             )
 
     def _probabilities(self, logits_N: torch.Tensor) -> npt.NDArray[np.float64]:
-        corrected_N = logits_N.double() + self.logit_shift
-        probabilities: npt.NDArray[np.float64] = torch.sigmoid(corrected_N).cpu().numpy()
-        return probabilities
+        corrected_N = self.calibration.apply((logits_N.double() + self.logit_shift).cpu().numpy())
+        return probability(corrected_N)
 
     def _hashed(self, context: Mapping[str, Sequence[object]] | Int64 | None, count: int) -> Int64:
         columns = self.context_columns
@@ -254,4 +258,5 @@ def load(folder: Path | str) -> Artifact:
         item_ids=item_ids,
         facts=config["facts"],
         logit_shift=config.get("logit_shift", 0.0),  # older artifacts have no shift
+        calibration=Calibration(**config.get("calibration", {})),  # nor a calibration
     )

@@ -94,7 +94,9 @@ def _compared(
     live_version: str,
     device_name: str | None,
 ) -> dict[str, Any]:
+    from bahe_core.machine import device
     from bahe_models import evaluate, load
+    from bahe_models.trainer.evaluation import logits_of
     from materialize.training.refit import measured_model
     from materialize.training.training_data import read_training_data
 
@@ -103,7 +105,7 @@ def _compared(
     channels = home_dataset(home).channels
     data = read_training_data(connection, frame, new.encoder_version, channels)
     name, split = _unseen(data, new, live)
-    logits = {"bahe": _logits(new, data, split, device_name)}
+    logits = {"bahe": logits_of(new, data, split, device(device_name))}
     alike = (
         live.encoder_version == new.encoder_version
         and live.context_columns == new.context_columns
@@ -111,7 +113,7 @@ def _compared(
         and live.dense.numeric == new.dense.numeric
     )
     if alike:
-        logits["live"] = _logits(live, data, split, device_name)
+        logits["live"] = logits_of(live, data, split, device(device_name))
     quality = evaluate(split, logits).quality
     auc, interval = quality["bahe"].auc, {}
     if alike:
@@ -151,29 +153,3 @@ def _unseen(data: TrainingData, new: Artifact, live: Artifact) -> tuple[str, Imp
     if len(later) >= LEAST and len(np.unique(later.clicked_N)) == 2:
         return SPLIT, later
     return "validation", data.splits["validation"]
-
-
-def _logits(
-    artifact: Artifact, data: TrainingData, split: Impressions, device_name: str | None
-) -> np.ndarray:
-    """Logits [N] of impressions, in one way for every model."""
-    import torch
-
-    from bahe_core.machine import device
-
-    where = device(device_name)
-    artifact.model.to(where)
-    probability = artifact.score_timelines(
-        torch.from_numpy(data.atoms_AD).to(where),
-        data.atom_ids,
-        data.timelines,
-        split.user_N,
-        split.length_NC,
-        data.item_atom_I[split.item_N],
-        [data.item_ids[i] for i in split.item_N.tolist()],
-        split.columns,
-        split.time_us_N,
-        split.context_NX,
-    )
-    clipped = np.clip(probability, 1e-12, 1 - 1e-12)
-    return np.asarray(np.log(clipped) - np.log1p(-clipped))

@@ -10,6 +10,9 @@ import json
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
+import numpy as np
+import torch
+
 from bahe_core.errors import BadInput, NotReady
 from bahe_core.home import Home
 from bahe_core.machine import device
@@ -17,8 +20,10 @@ from bahe_core.results import Result
 from bahe_lake import runs
 from bahe_lake.connection import lake
 from bahe_lake.transactions import commit
-from bahe_models import Checkpoint, load, load_backbone
+from bahe_models import Artifact, Checkpoint, Impressions, TrainingData, load, load_backbone
 from bahe_models.artifact_folder import read_config
+from bahe_models.calibration import AS_IT_IS, Calibration, fit_calibration
+from bahe_models.trainer.evaluation import logits_of
 from materialize.config.backbone import encoder_settings
 from materialize.config.dataset import home_dataset
 from materialize.frames.frame import latest_frame
@@ -29,6 +34,8 @@ from materialize.training.training_data import read_training_data
 from materialize.vectors.encoder_versions import recorded_settings
 
 JOB = "refit"
+CALIBRATED_ON = 10_000
+"""The newest impressions that a refitted model is calibrated on, at most."""
 MEASURED = "measured"
 """The fact of a refitted artifact that names the model that was measured."""
 
@@ -97,6 +104,7 @@ def refit(
         measured, dataset = load(home.models / model_version), home_dataset(home)
         encoder = measured.encoder_version
         data = read_training_data(connection, frame, encoder, list(measured.dense.channels))
+        calibration = _newest_calibration(measured, data, device(device_name))
         data = data.all_to_train_on()
         recorded = recorded_settings(connection, encoder)
         backbone, _ = encoder_settings(dataset)
@@ -121,7 +129,7 @@ def refit(
                 warm_start=None if warm_start is None else load(home.models / warm_start),
                 stop_after=epochs,
             )
-            artifact = fitted.artifact()
+            artifact = replace(fitted.artifact(), calibration=calibration)
             artifact.facts = facts | {
                 MEASURED: model_version,
                 "trained_at": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -133,3 +141,15 @@ def refit(
             done = {"measured": model_version, "encoder_version": encoder, "model_version": version}
             commit(connection, [run.statement(done, rows_read=len(data.splits["train"]))])
     return Refitted(version, model_version, epochs, skipped=False)
+
+
+def _newest_calibration(measured: Artifact, data: TrainingData, where: torch.device) -> Calibration:
+    """The measured model's, on the newest impressions that it did not learn from.
+
+    The refitted one has learned from all there are, so nothing is left to calibrate it on; it is as sure of
+    itself as the model that it repeats.
+    """
+    held_out = Impressions.together([data.splits["validation"], data.splits["test"]])
+    newest = held_out.take(np.arange(max(0, len(held_out) - CALIBRATED_ON), len(held_out)))
+    uncalibrated = replace(measured, calibration=AS_IT_IS)
+    return fit_calibration(newest.clicked_N, logits_of(uncalibrated, data, newest, where))

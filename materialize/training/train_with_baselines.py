@@ -32,6 +32,7 @@ from bahe_models import (
     table_ids,
     train,
 )
+from bahe_models.calibration import Calibration, fit_calibration
 from bahe_models.trainer.ctr_training import Scores, precision
 from bahe_models.trainer.distributed import Processes
 from bahe_models.trainer.importance import Importance, permutation_importance
@@ -43,6 +44,8 @@ from materialize.training import tracking
 from materialize.training.cost import CostEstimate
 
 EVALUATED = ("validation", "test")
+CALIBRATED_ON = "validation"
+"""It chose the epoch, but no weight was learned from it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,9 +111,18 @@ def train_with_baselines(
     where = device(device_name)
     dense = fit_dense(data)
     scored: dict[str, _Scored] = {}
+    calibrations: dict[str, Calibration] = {}
+
+    def keep(model: str, scores: dict[str, Scores], seconds: float, memory: PeakMemory) -> None:
+        """A model's logits, calibrated, each as every other, on what it has not learned from."""
+        fitted = fit_calibration(data.splits[CALIBRATED_ON].clicked_N, scores[CALIBRATED_ON])
+        calibrations[model] = fitted
+        calibrated = {name: fitted.apply(logit_N) for name, logit_N in scores.items()}
+        scored[model] = _Scored(calibrated, seconds, memory.mebibytes)
+
     with PeakMemory() as memory:
         scores = {name: baselines.floor_scores(dense, data.splits[name]) for name in EVALUATED}
-    scored["floor"] = _Scored(scores, 0.0, memory.mebibytes)
+    keep("floor", scores, 0.0, memory)
 
     with progress("training ID-only", 20) as advance, PeakMemory() as memory:
         score, id_only = baselines.train_id_only(
@@ -119,8 +131,7 @@ def train_with_baselines(
             model_config=settings.model,
             on_epoch=lambda e: advance(1, note=f"validation AUC {e.validation_auc:.4f}"),
         )
-    scores = {name: score(data.splits[name]) for name in EVALUATED}
-    scored["id_only"] = _Scored(scores, id_only.seconds, memory.mebibytes)
+    keep("id_only", {name: score(data.splits[name]) for name in EVALUATED}, id_only.seconds, memory)
 
     fitted = fit_bahe(
         data,
@@ -135,7 +146,7 @@ def train_with_baselines(
         shard=shard,
     )
     scores = {name: fitted.batches.predict(data.splits[name]) for name in EVALUATED}
-    scored["bahe"] = _Scored(scores, fitted.trained.seconds, fitted.mebibytes)
+    keep("bahe", scores, fitted.trained.seconds, fitted.memory)
     evaluations = {
         name: evaluate(data.splits[name], {model: s.logits[name] for model, s in scored.items()})
         for name in EVALUATED
@@ -145,7 +156,7 @@ def train_with_baselines(
     if Processes.here().size == 1:  # several would have to take every step together
         importance = permutation_importance(fitted.batches, data.splits["validation"], categorical)
     return Outcome(
-        artifact=fitted.artifact(),
+        artifact=replace(fitted.artifact(), calibration=calibrations["bahe"]),
         results=_rows(scored, evaluations),
         histories=histories,
         evaluations=evaluations,
@@ -159,8 +170,8 @@ class Fitted:
 
     batches: Batches
     trained: Trained
-    mebibytes: float
-    """Peak memory of the training."""
+    memory: PeakMemory
+    """Of the training."""
     halves: Any
     encoder: str
     version: str
@@ -235,7 +246,7 @@ def fit_bahe(
     return Fitted(
         batches=batches,
         trained=trained,
-        mebibytes=memory.mebibytes,
+        memory=memory,
         halves=halves,
         encoder=encoder,
         version=version,
