@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +32,7 @@ from feature_repo.store import open_store
 from feature_repo.team import team_content
 from materialize.config.dataset import Dataset, Split, context_column, home_dataset
 from materialize.executors import LOCAL, ExecutorConfig, start
+from materialize.frames.rewritten import rewritten
 from materialize.gate import gated, require_gates
 
 if TYPE_CHECKING:
@@ -41,6 +42,9 @@ JOB = "frame"
 SPLITS = ("train", "validation", "test")
 ROW_GROUP = 16_384
 """Rows that a reader of the file gets at a time; few, so that many readers can share them."""
+
+REWRITTEN = "rewritten"
+"""The fact of a run that names columns that change after the fact, each with the share of impressions."""
 
 KEYS = ("impression_id", "user_id", "item_id", "event_timestamp", "clicked")
 
@@ -150,9 +154,34 @@ def frame(
                 reader = job.to_arrow_reader() if alone else job.to_sharded_reader(executor, "user_id")
                 count = sum(rows.values())
                 _write(reader, path, about, count)
-            facts = {"rows": rows, "service": service, "freshness": dataset.freshness}
+            facts: dict[str, Any] = {"rows": rows, "service": service, "freshness": dataset.freshness}
+            facts[REWRITTEN] = _rewritten(connection, home, last, path, facts)
             commit(connection, [run.statement(facts, rows_read=count, rows_written=count)])
     return Frame(path, frame_id, rows, skipped=False)
+
+
+def _rewritten(
+    connection: duckdb.DuckDBPyConnection,
+    home: Home,
+    last: runs.Run | None,
+    path: Path,
+    facts: Mapping[str, Any],
+) -> dict[str, float]:
+    """Features of which the last frame, made in the same way, said something else; each is said aloud."""
+    if last is None or any(last.facts.get(name) != facts[name] for name in ("service", "freshness")):
+        return {}
+    before = home.frames / last.fingerprint / "frame.parquet"
+    if not before.is_file() or before == path:
+        return {}
+    features = [name for name in pq.read_schema(path).names if name not in (*KEYS, "split")]
+    found = rewritten(connection, before, path, features)
+    for name, share in found.items():
+        say(
+            f"  {name} has another value than in the last frame for {share:.0%} of the same impressions: it"
+            " changes after the fact, or much of the log came late",
+            feature=name,
+        )
+    return found
 
 
 def latest_frame(home: Home) -> Frame:

@@ -23,19 +23,29 @@ from bahe_lake import runs
 from bahe_lake.connection import lake
 from bahe_lake.sql import sql_literal
 from bahe_lake.transactions import commit
-from bahe_models import Artifact, Checkpoint, TrainingData, encoder_version, load, load_backbone
+from bahe_models import (
+    Artifact,
+    Checkpoint,
+    TrainingData,
+    column_of,
+    encoder_version,
+    load,
+    load_backbone,
+)
 from bahe_models.artifact_folder import FORMAT
 from bahe_models.trainer.ctr_training import require_fit
 from bahe_models.trainer.distributed import own_device, processes
+from bahe_models.trainer.importance import Importance
 from bahe_models.trainer.sharding import require_processes
 from bahe_models.trainer.warm_start import require_fit as warm_start_fits
 from materialize.config.backbone import encoder_settings
 from materialize.config.dataset import Dataset, home_dataset
-from materialize.frames.frame import latest_frame
+from materialize.frames.frame import JOB as FRAME
+from materialize.frames.frame import REWRITTEN, latest_frame
 from materialize.gate import require_gates
 from materialize.training import tracking
 from materialize.training.report import results_table, write_report
-from materialize.training.train_with_baselines import Settings, train_with_baselines
+from materialize.training.train_with_baselines import Outcome, Settings, train_with_baselines
 from materialize.training.training_data import context_of, read_training_data
 from materialize.vectors.encoder_versions import recorded_settings, versions
 from materialize.vectors.stored_atoms import current_encoder
@@ -174,6 +184,7 @@ def train_models(
                 if not artifact_path.is_dir():
                     artifact.save(artifact_path)
                 checkpoint.delete()  # not before: a kill between the two would cost the whole training
+                done = _with_rewritten(done, runs.last(connection, FRAME))
                 write_report(report, dataset.name, version, done)
                 for one in done.importance:
                     if one.warning is not None:
@@ -183,6 +194,20 @@ def train_models(
             learned = {"results": results, "encoder_version": encoder, "frame_id": frame.frame_id}
             commit(connection, [run.statement(learned, rows_read=sum(frame.rows.values()))])
     return TrainingOutcome(version, artifact_path, results, report, skipped=False)
+
+
+def _with_rewritten(done: Outcome, framed: runs.Run | None) -> Outcome:
+    """The outcome with a warning of features that changed after the fact, as the frame's run tells."""
+    changed = framed.facts.get(REWRITTEN, {}) if framed is not None else {}
+
+    def warned(one: Importance) -> Importance:
+        share = changed.get(column_of(one.name))
+        if share is None or one.warning is not None:
+            return one
+        said = f"had another value in the frame before for {share:.0%} of the same impressions"
+        return replace(one, warning=said)
+
+    return replace(done, importance=list(map(warned, done.importance)))
 
 
 def _earlier_model(home: Home, version: str) -> Artifact:

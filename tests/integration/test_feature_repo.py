@@ -13,6 +13,8 @@ import yaml
 
 import bahe
 from bahe_core.errors import BadInput
+from bahe_lake import runs
+from bahe_lake.connection import lake
 from feature_repo.team import team_objects
 from materialize.frames.frame import latest_frame
 from serving.audit import audit
@@ -153,8 +155,24 @@ def test_changed_values_are_a_new_frame_and_are_published(project: bahe.Project)
         assert not project.publish().skipped
         assert audit(project.home, last=50).consistent
         assert not project.frame().skipped
+        assert _rewritten(project) == {}  # there is only a later value
+        # The past is written over: training would read what no request was ever answered with.
+        before.assign(limit=before["limit"] + 1).to_parquet(path)
+        assert not project.frame().skipped
+        assert set(_rewritten(project)) == {"limit", "limit_scaled"}
+        assert min(_rewritten(project).values()) > 0.5
+        project.train(tracker="none")
+        report = (project.home.reports / "training.html").read_text()
+        assert "had another value in the frame before for" in report
     finally:
         before.to_parquet(path)
+
+
+def _rewritten(project: bahe.Project) -> dict[str, float]:
+    with lake(project.home) as connection:
+        last = runs.last(connection, "frame")
+    assert last is not None
+    return last.facts["rewritten"]
 
 
 def test_check_names_its_line(tmp_path: Path) -> None:
