@@ -42,8 +42,11 @@ def old_enough(label_delay_us: int, impressions: str = "impressions") -> str:
 def known_until(freshness: str, time: str) -> str:
     """SQL of the instant whose past is known to an impression at `time` (a SQL expression).
 
-    `freshness` says how often what serving reads is renewed: live, hourly or nightly; frames of version 0.1
-    say event and daily.
+    `freshness` says how often what serving reads is renewed: live, hourly, nightly, or nightly at a time of
+    day (UTC) as `nightly 02:30`; frames of version 0.1 say event and daily.
     """
-    unit = {"live": None, "event": None, "hourly": "hour", "nightly": "day", "daily": "day"}[freshness]
-    return time if unit is None else f"date_trunc('{unit}', {time})"
+    how_often, _, at = freshness.partition(" ")
+    unit = {"live": None, "event": None, "hourly": "hour", "nightly": "day", "daily": "day"}[how_often]
+    if not at:
+        return time if unit is None else f"date_trunc('{unit}', {time})"
+    return f"date_trunc('day', {time} - INTERVAL '{at}') + INTERVAL '{at}'"

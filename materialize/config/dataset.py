@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import re
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Literal
@@ -41,12 +42,21 @@ class ClickRule(_Section):
 
 NamedType = Literal["text", "integer", "number", "boolean", "time"]
 
-Freshness = Literal["nightly", "hourly", "live"]
+FRESHNESS = r"nightly( ([01]\d|2[0-3]):[0-5]\d)?|hourly|live"
 
 
-def _freshness_of_0_1(value: object) -> object:
-    """Version 0.1 said daily and event."""
-    return {"daily": "nightly", "event": "live"}.get(value, value) if isinstance(value, str) else value
+def _freshness(value: object) -> object:
+    """Version 0.1 said daily and event. Raises ValueError when it is none."""
+    if not isinstance(value, str):
+        return value
+    value = {"daily": "nightly", "event": "live"}.get(value, value)
+    value = "nightly" if value == "nightly 00:00" else value
+    if not re.fullmatch(FRESHNESS, value):
+        raise ValueError(
+            f"{value} is none; write nightly, nightly with the time of the publish in UTC (nightly 02:30),"
+            " hourly or live"
+        )
+    return value
 
 
 def _text_encoding(name: str) -> str:
@@ -206,10 +216,13 @@ class Dataset(_Section):
     split: Split = Split()
     lake: LakeConfig = LakeConfig()
     """Where the lake lies, when not in the home."""
-    freshness: Annotated[Freshness, BeforeValidator(_freshness_of_0_1)] = "nightly"
+    freshness: Annotated[
+        str, BeforeValidator(_freshness), Field(json_schema_extra={"pattern": f"^({FRESHNESS})$"})
+    ] = "nightly"
     """How fresh the features are that serving reads. An impression of a training frame sees what was known
-    strictly before the start of its day (UTC), as when `bahe daily` publishes every night; the start of its
-    hour; or, with `live`, its own instant, as when a service is told of every behavior at once."""
+    strictly before the start of its day (UTC), as when `bahe daily` publishes every night, or the last
+    02:30 (`nightly 02:30`); before the start of its hour; or, with `live`, before its own instant, as when
+    a service is told of every behavior at once."""
     features: FeaturesConfig = FeaturesConfig()
     """What the model reads from the feature store beside what it always reads."""
     feature_repo: str | None = None

@@ -33,10 +33,12 @@ def test_freshness_cuts_time_where_serving_was_last_renewed() -> None:
     time = "TIMESTAMP '2026-01-02 03:04:05'"
     known = [
         duckdb.sql(f"SELECT {known_until(freshness, time)}").fetchone()
-        for freshness in ("live", "hourly", "nightly")
+        for freshness in ("live", "hourly", "nightly", "nightly 03:04", "nightly 03:05")
     ]
     assert known == [
         (datetime(2026, 1, 2, 3, 4, 5),),
         (datetime(2026, 1, 2, 3),),
         (datetime(2026, 1, 2),),
+        (datetime(2026, 1, 2, 3, 4),),
+        (datetime(2026, 1, 1, 3, 5),),
     ]

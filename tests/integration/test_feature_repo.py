@@ -147,7 +147,7 @@ def test_changed_values_are_a_new_frame_and_are_published(project: bahe.Project)
     folder = Path(yaml.safe_load((project.home.root / "dataset.yaml").read_text())["feature_repo"])
     path = folder / "credit.parquet"
     before = pd.read_parquet(path)
-    last = before.tail(13).assign(limit=5.0)
+    last = before.tail(13).assign(limit=np.arange(13) + 5.0)
     last["event_timestamp"] += pd.Timedelta("1d")
     try:
         pd.concat([before, last]).to_parquet(path)

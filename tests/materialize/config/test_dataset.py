@@ -106,6 +106,14 @@ def test_what_is_no_mapping_is_refused(content: str, words: str, tmp_path: Path)
         load_dataset(tmp_path)
 
 
+@pytest.mark.parametrize("freshness", ["nightly 24:00", "nightly 2:30", "hourly 02:30", "weekly"])
+def test_a_freshness_that_is_none_is_refused(freshness: str, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=rf"line \d+: `freshness`.*{freshness} is none; write nightly"):
+        load_dataset(edited(tmp_path, freshness=freshness))
+    assert load_dataset(edited(tmp_path, freshness="nightly 02:30")).freshness == "nightly 02:30"
+    assert load_dataset(edited(tmp_path, freshness="nightly 00:00")).freshness == "nightly"
+
+
 def test_a_dataset_comes_back_as_it_was_saved(tmp_path: Path) -> None:
     path = edited(
         tmp_path,

@@ -226,9 +226,12 @@ def test_the_order_and_the_rows_of_the_entity_frame_are_kept() -> None:
     assert "user_timeline__length_liked" in full.columns
 
 
-@pytest.mark.parametrize(("freshness", "unit"), [("hourly", "h"), ("nightly", "D")])
+@pytest.mark.parametrize(
+    ("freshness", "unit", "after"),
+    [("hourly", "h", "0h"), ("nightly", "D", "0h"), ("nightly 02:30", "D", "2h30min")],
+)
 def test_a_frame_knows_nothing_from_after_serving_was_refreshed(
-    freshness: str, unit: str, tmp_path: Path
+    freshness: str, unit: str, after: str, tmp_path: Path
 ) -> None:
     log = small_log(rows=400, users=8)
     for table in ("impressions", "behaviors"):  # within two days, so that an hour holds several of a user
@@ -246,7 +249,7 @@ def test_a_frame_knows_nothing_from_after_serving_was_refreshed(
     assert found["event_timestamp"].sort_index().tolist() == shown["event_timestamp"].tolist()
     fewer = 0
     for _, row in shown.sample(60, random_state=0).iterrows():
-        moment = row["event_timestamp"].floor(unit)
+        moment = (row["event_timestamp"] - pd.Timedelta(after)).floor(unit) + pd.Timedelta(after)
         before = shown[(shown["user_id"] == row["user_id"]) & (shown["event_timestamp"] < moment)]
         past = done[(done["user_id"] == row["user_id"]) & (done["event_timestamp"] < moment)]
         got = found.loc[row["impression_id"]].fillna(0)
