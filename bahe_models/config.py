@@ -142,8 +142,8 @@ class ModelConfig:
 _NO_EFFECT_ON_WEIGHTS = ("checkpoint_seconds", "recompute")
 
 POSITIONS_PER_PASS = 8192
-"""By default; a step of MovieLens-100k reads some 1,000. With two layers of SmolLM2-135M in bfloat16 on a CPU
-a pass of so many takes 0.5 to 0.8 GiB in training."""
+"""By default; a step of MovieLens-100k reads some 1,000. With two layers of SmolLM2-135M in bfloat16 on a
+CPU a pass of so many takes 0.5 to 0.8 GiB in training."""
 
 
 @dataclass(frozen=True, kw_only=True)
