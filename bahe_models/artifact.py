@@ -6,7 +6,7 @@ The deep layers' weights are in it, so that loading needs neither the backbone's
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -21,12 +21,16 @@ from bahe_core.files import new_folder
 from bahe_models.artifact_folder import FORMAT, no_artifact, read_config, require_vectors_suffice
 from bahe_models.backbone import deep_from_config
 from bahe_models.calibration import AS_IT_IS, Calibration
-from bahe_models.config import ModelConfig, WindowConfig
+from bahe_models.config import POSITIONS_PER_PASS, ModelConfig, WindowConfig
 from bahe_models.context import hash_context
 from bahe_models.features import Columns, DenseFeatures
 from bahe_models.metrics import probability
 from bahe_models.model import BaheModel
-from bahe_models.timelines import Int64, Timelines, plan_steps, window_batch
+from bahe_models.passes import plan_passes
+from bahe_models.timelines import Int64, Timelines, window_batch
+
+IMPRESSIONS_PER_PASS = 256
+"""At most; and at most `POSITIONS_PER_PASS` positions."""
 
 
 @dataclass
@@ -107,7 +111,7 @@ class Artifact:
         id_row_A = self.model.behavior_rows(torch.tensor(atom_ids_A, device=atoms_AD.device))
         vectors = np.empty((len(user_N), self.vector_width), dtype=np.float32)
         merged = self.model.config.merged
-        for rows in plan_steps(user_N, length_NC, impressions_per_step=256, rng=None, merged=merged):
+        for rows in self._passes(user_N, length_NC):
             batch = window_batch(timelines, user_N[rows], length_NC[rows], self.window, merged=merged)
             vectors[rows] = self.model.user_vectors(atoms_AD, batch, id_row_A).cpu().numpy()
         return vectors
@@ -188,7 +192,7 @@ class Artifact:
         item_row_N = self.id_table_rows(item_ids).to(device)
         logits_N = torch.empty(len(user_N), device=device)
         merged = self.model.config.merged
-        for rows in plan_steps(user_N, length_NC, impressions_per_step=256, rng=None, merged=merged):
+        for rows in self._passes(user_N, length_NC):
             index = torch.from_numpy(rows).to(device)
             batch = window_batch(timelines, user_N[rows], length_NC[rows], self.window, merged=merged)
             user_NV = self.model.user_vectors(atoms_AD, batch, id_row_A)
@@ -198,6 +202,16 @@ class Artifact:
                 user_NV, item_NV, dense_NF[index], hashed_NX[index], interest_NT
             )
         return self._probabilities(logits_N)
+
+    def _passes(self, user_N: Int64, length_NC: Int64) -> Iterator[Int64]:
+        return plan_passes(
+            user_N,
+            length_NC,
+            self.window,
+            impressions=IMPRESSIONS_PER_PASS,
+            positions=POSITIONS_PER_PASS,
+            merged=self.model.config.merged,
+        )
 
     def _check_width(self, atoms_AD: torch.Tensor) -> None:
         width = self.model.aggregator.start_D.numel()

@@ -13,11 +13,12 @@ from torch import nn
 
 from bahe_core.errors import BadInput
 from bahe_models.backbone import longest_input, recompute_activations
-from bahe_models.config import ModelConfig, TrainingConfig, WindowConfig
+from bahe_models.config import POSITIONS_PER_PASS, ModelConfig, TrainingConfig, WindowConfig
 from bahe_models.encoder import hardware_has_bfloat16
 from bahe_models.features import DenseFeatures
 from bahe_models.metrics import auc
 from bahe_models.model import BaheModel
+from bahe_models.passes import bounded_passes, plan_passes
 from bahe_models.sampling import sampled_rows
 from bahe_models.timelines import Int64, plan_steps, window_batch
 from bahe_models.trainer.checkpoint import Checkpoint
@@ -28,6 +29,9 @@ from bahe_models.trainer.sharding import is_sharded
 from bahe_models.trainer.training_loop import Epoch, Task, Trained, fit
 
 Scores = npt.NDArray[np.float64]
+
+IMPRESSIONS_PER_PASS = 4000
+"""At most, where nothing is trained; `Batches.positions_per_pass` bounds them too."""
 
 
 def id_rows(seen: Int64, count: int) -> Int64:
@@ -126,6 +130,8 @@ class Batches:
         self.device, self.bfloat16 = device, bfloat16
         self.logit_shift = 0.0
         """Corrects the model's logits for sampling and weights; `train` sets it."""
+        self.positions_per_pass = POSITIONS_PER_PASS
+        """Most positions that the deep layers read at once; `train` sets it."""
         self.atoms_AD = torch.from_numpy(data.atoms_AD).to(device)
         self.item_row_I = torch.from_numpy(item_row_I).to(device)
         self.item_atom_I = torch.from_numpy(data.item_atom_I).to(device)
@@ -135,6 +141,28 @@ class Batches:
         """Dense features [N, F] of a whole split."""
         values = self.dense.transform(split.columns, split.length_NC, split.time_us_N)
         return torch.from_numpy(values).to(self.device)
+
+    def passes(self, split: Impressions, rows: Int64) -> list[Int64]:
+        """The rows of a step in passes of at most `positions_per_pass` positions; see `bounded_passes`."""
+        parts = bounded_passes(
+            split.user_N[rows],
+            split.length_NC[rows],
+            self.window,
+            positions=self.positions_per_pass,
+            merged=self.model.config.merged,
+        )
+        return [rows[part] for part in parts]
+
+    def plan(self, split: Impressions) -> Iterator[Int64]:
+        """The rows of each pass over a whole split, where nothing is trained."""
+        return plan_passes(
+            split.user_N,
+            split.length_NC,
+            self.window,
+            impressions=IMPRESSIONS_PER_PASS,
+            positions=self.positions_per_pass,
+            merged=self.model.config.merged,
+        )
 
     def logits(
         self, split: Impressions, dense_NF: torch.Tensor, rows: Int64, *, share: bool = True
@@ -173,28 +201,20 @@ class Batches:
         return user_NV.float(), item_NV, interest_NT
 
     @torch.no_grad()  # in inference mode FSDP would keep tensors that cannot be trained on afterwards
-    def predict(self, split: Impressions, impressions_per_step: int = 4000) -> Scores:
+    def predict(self, split: Impressions) -> Scores:
         """Click logits [N] of a split, in its order, corrected for sampling and weights.
 
-        With several processes each computes some of the steps, and all get every score. With a sharded
-        model all take equally many steps, some without rows.
+        With several processes each computes some of the passes, and all get every score. With a sharded
+        model all take equally many passes, some without rows.
         """
         self.model.eval()
         processes = Processes.here()
         dense_NF = self.dense_features(split)
         scores = np.zeros(len(split), dtype=np.float64)
-        steps = list(
-            plan_steps(
-                split.user_N,
-                split.length_NC,
-                impressions_per_step=impressions_per_step,
-                rng=None,
-                merged=self.model.config.merged,
-            )
-        )
+        passes = list(self.plan(split))
         if is_sharded(self.model):
-            steps += [np.empty(0, dtype=np.int64)] * (-len(steps) % processes.size)
-        for rows in steps[processes.rank :: processes.size]:
+            passes += [np.empty(0, dtype=np.int64)] * (-len(passes) % processes.size)
+        for rows in passes[processes.rank :: processes.size]:
             scores[rows] = self.logits(split, dense_NF, rows).cpu().numpy()
         if processes.size > 1:
             scores = processes.sum(torch.from_numpy(scores).to(self.device)).cpu().numpy()
@@ -288,6 +308,7 @@ def train(
         )
     if config.pretraining_epochs and (checkpoint is None or not checkpoint.path.is_file()):
         pretrain(model, data, batches.window, config, bfloat16=batches.bfloat16, on_step=on_pretraining)
+    batches.positions_per_pass = config.positions_per_pass
     split = data.splits["train"]
     dense_NF = batches.dense_features(split)
     with torch.no_grad():
@@ -313,6 +334,7 @@ def train(
         model=model,
         groups=[(deep, config.deep_learning_rate), (rest, config.learning_rate)],
         plan=plan,
+        passes=lambda rows: batches.passes(split, rows),
         logits=lambda rows: batches.logits(split, dense_NF, rows),
         user_N=split.user_N,
         clicked_N=torch.from_numpy(split.clicked_N).to(batches.device),

@@ -14,7 +14,7 @@ import torch
 
 from bahe_models.features import column_of, needed_columns
 from bahe_models.metrics import auc
-from bahe_models.timelines import Int64, plan_steps
+from bahe_models.timelines import Int64
 from bahe_models.trainer.ctr_training import Batches
 from bahe_models.trainer.impressions import Impressions
 
@@ -94,13 +94,7 @@ class _Parts:
         found: list[tuple[Int64, torch.Tensor, torch.Tensor, torch.Tensor | None]] = []
         batches.model.eval()
         with torch.no_grad():
-            for rows in plan_steps(
-                split.user_N,
-                split.length_NC,
-                impressions_per_step=4000,
-                rng=None,
-                merged=batches.model.config.merged,
-            ):
+            for rows in batches.plan(split):
                 found.append((rows, *batches.pair_vectors(split, rows)))
         order = np.argsort(np.concatenate([rows for rows, *_ in found]))
         place = torch.from_numpy(order).to(batches.device)

@@ -64,6 +64,8 @@ class Task:
     """Rows of each step of one epoch; a function of the generator's state, so that it can be replayed."""
     logits: Callable[[Int64], torch.Tensor]
     """Click logits of some rows."""
+    passes: Callable[[Int64], list[Int64]] = lambda rows: [rows]
+    """Cuts the rows of a step into passes that fit in memory; their gradients add up."""
     user_N: Int64
     clicked_N: torch.Tensor
     validate: Callable[[], float]
@@ -224,23 +226,27 @@ def _backward(
     task: Task, config: TrainingConfig, steps: list[Int64], processes: Processes
 ) -> list[tuple[torch.Tensor, int]]:
     """Add this process's part of an update's gradient; returns its mean losses with their rows."""
-    device = task.clicked_N.device
+    device, sharded = task.clicked_N.device, is_sharded(task.model)
     weight = None if config.positive_weight == 1 else torch.tensor(config.positive_weight, device=device)
     impressions = sum(map(len, steps))
     parts = []
     for step in steps:
-        rows = processes.share(step, task.user_N)
-        if not len(rows):
-            if is_sharded(task.model):  # the others wait for this process in every layer
-                task.logits(rows).sum().backward()  # type: ignore[no-untyped-call]
-            continue
-        target_N = task.clicked_N[torch.from_numpy(rows).to(device)]
-        loss = nn.functional.binary_cross_entropy_with_logits(
-            task.logits(rows), target_N, pos_weight=weight
-        )
-        # Weighted by rows: the sum over steps and processes is the mean over the whole update.
-        (loss * (len(rows) / impressions)).backward()  # type: ignore[no-untyped-call]
-        parts.append((loss.detach(), len(rows)))
+        passes = task.passes(processes.share(step, task.user_N))
+        if sharded:  # the others wait for this process in every layer
+            most = max(processes.gather(len(passes)))
+            passes += [step[:0]] * (most - len(passes))
+        for rows in passes:
+            if not len(rows):
+                if sharded:
+                    task.logits(rows).sum().backward()  # type: ignore[no-untyped-call]
+                continue
+            target_N = task.clicked_N[torch.from_numpy(rows).to(device)]
+            loss = nn.functional.binary_cross_entropy_with_logits(
+                task.logits(rows), target_N, pos_weight=weight
+            )
+            # Weighted by rows: the sum over passes and processes is the mean over the whole update.
+            (loss * (len(rows) / impressions)).backward()  # type: ignore[no-untyped-call]
+            parts.append((loss.detach(), len(rows)))
     return parts
 
 

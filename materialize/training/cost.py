@@ -5,13 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-import numpy as np
 import torch
 
 from bahe_core.machine import PeakMemory, is_first_process
 from bahe_core.progress import say
 from bahe_models import Impressions, ModelConfig, TrainingConfig, WindowConfig
-from bahe_models.timelines import sequence_lengths, window_start
+from bahe_models.passes import positions_read
 from bahe_models.trainer.training_loop import impressions_per_epoch
 
 WARM_UP_STEPS, MEASURED_STEPS = 2, 8
@@ -21,17 +20,10 @@ WARM_UP_STEPS, MEASURED_STEPS = 2, 8
 def positions_per_epoch(split: Impressions, window: WindowConfig, *, merged: bool) -> int:
     """About how many positions the deep layers read in an epoch: each window of a user once.
 
-    A user whose impressions fill more than a step is read once for each of them; that is left out.
+    A user whose impressions fill more than a step, or whose windows more than a pass, is read once for each
+    of them; that is left out.
     """
-    positions = 0
-    for length_N in sequence_lengths(split.length_NC, merged).T:
-        start_N = window_start(length_N, window)
-        order_N = np.lexsort((length_N, start_N, split.user_N))
-        user_N, start_N, length_N = split.user_N[order_N], start_N[order_N], length_N[order_N]
-        # The last row of each user and window is the longest prefix, which holds the others.
-        last_N = np.append((np.diff(user_N) != 0) | (np.diff(start_N) != 0), True)[: len(user_N)]
-        positions += int((length_N - start_N + 1)[last_N].sum())
-    return positions
+    return int(positions_read(split.user_N, split.length_NC, window, merged=merged).sum())
 
 
 class CostEstimate:

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from bahe_core.errors import BadInput
+from bahe_models.config import POSITIONS_PER_PASS
 from bahe_models.trainer.distributed import Processes
 from bahe_models.trainer.sharding import shard
 from tests.support import REPOSITORY
@@ -29,6 +30,7 @@ from bahe_models.trainer.sharding import gathered, shard
 from tests.support.toy import CPU, toy_batches, toy_config, toy_data
 
 backbone, out, stop, mode = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+positions = int(sys.argv[5])
 updates = 0
 def on_step(impressions, loss):
     global updates
@@ -38,7 +40,13 @@ def on_step(impressions, loss):
 
 with processes(CPU) as here, seeded(0):
     # Some steps hold one user alone, so that a process gets no rows.
-    config = toy_config(epochs=2, impressions_per_step=40, accumulate=2, negative_rate=0.8)
+    config = toy_config(
+        epochs=2,
+        impressions_per_step=40,
+        accumulate=2,
+        negative_rate=0.8,
+        positions_per_pass=positions,
+    )
     batches = toy_batches(toy_data(), backbone, dropout=0.0, item_id_dropout=0.0)
     model, left = batches.model, {}
     if mode == "shard":
@@ -61,14 +69,26 @@ with processes(CPU) as here, seeded(0):
 
 
 def launch(
-    folder: Path, backbone: Path, processes: int, stop: int = 0, mode: str = "whole"
+    folder: Path,
+    backbone: Path,
+    processes: int,
+    stop: int = 0,
+    mode: str = "whole",
+    positions: int = POSITIONS_PER_PASS,
 ) -> list[dict[str, object]]:
     folder.mkdir(exist_ok=True)
     child = folder / "child.py"
     child.write_text(CHILD)
     start = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     done = subprocess.run(
-        [sys.executable, *(start if processes > 1 else []), child, backbone, folder, str(stop), mode],
+        [
+            sys.executable,
+            *(start if processes > 1 else []),
+            child,
+            backbone,
+            folder,
+            *map(str, (stop, mode, positions)),
+        ],
         cwd=REPOSITORY,
         env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -127,6 +147,17 @@ def test_two_processes_that_share_a_backbone_end_as_one(
     torch.testing.assert_close(resumed[0]["weights"], first["weights"], rtol=0, atol=0)
     assert resumed[0]["history"] == first["history"]
     assert_same(launch(tmp_path / "whole", tiny_backbone, 2)[0], alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["whole", "shard"])
+def test_two_processes_whose_shares_take_unlike_numbers_of_passes_end_as_one(
+    mode: str, alone: dict[str, object], tiny_backbone: Path, tmp_path: Path
+) -> None:
+    # A user reads up to 26 positions, so that most passes hold a user or a part of one.
+    together = launch(tmp_path / "two", tiny_backbone, 2, mode=mode, positions=20)
+    for other in together:
+        assert_same(other, alone)
 
 
 def test_one_process_cannot_share_a_backbone(tiny_backbone: Path) -> None:

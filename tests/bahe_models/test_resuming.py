@@ -55,6 +55,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {},
     "sampled": {"negative_rate": 0.6, "positive_weight": 1.5},
     "accumulated": {"accumulate": 3},
+    "in passes": {"accumulate": 2, "positions_per_pass": 30},
     "impatient": {"epochs": 8, "learning_rate": 0.05, "patience": 2},
 }
 
