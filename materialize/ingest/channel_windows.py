@@ -79,57 +79,54 @@ def pair_counts(channels: Sequence[str]) -> dict[str, str | None]:
 
 def _so_far(counted: _Counted, channels: Sequence[str]) -> str:
     columns = [
-        f"(sum(count(*){only}) OVER past)::BIGINT AS {sql_identifier(counted.prefix + ending)}"
-        for ending, only in _counts(counted, channels)
+        f"(sum({_of_instant(where)}) OVER past)::BIGINT AS {sql_identifier(counted.prefix + ending)}"
+        for ending, where in _counts(counted, channels).items()
     ]
     if counted.total:  # the row of an instant is of its own behaviors too
         columns += [
             f"min(epoch_us(event_timestamp)) OVER past AS {PAIR_FIRST}",
             f"epoch_us(event_timestamp) AS {PAIR_LAST}",
         ]
-    keys = ", ".join(counted.keys)
-    return f"""
-        CREATE OR REPLACE VIEW {counted.view} AS
-        SELECT {keys}, event_timestamp, {", ".join(columns)}
-        FROM ({counted.events})
-        GROUP BY {keys}, event_timestamp
-        WINDOW past AS (PARTITION BY {keys} ORDER BY event_timestamp)
-    """
+    return _view(counted, counted.view, columns, f"SELECT *, 1 AS change FROM ({counted.events})")
 
 
 def _window(counted: _Counted, channels: Sequence[str], days: int) -> str:
     """A count changes when a behavior comes and, so many days later, when it leaves; each has its row, so
     that the row before a moment is right for that moment: it counts from exactly so many days before the
     moment, up to but without it."""
-    length = f"INTERVAL '{days} days'"
-    names = {f"{counted.prefix}{end}_{days}d": only for end, only in _counts(counted, channels, "came")}
-    columns = ", ".join(
-        f"(sum(count(*){only}) OVER recent)::BIGINT AS {sql_identifier(name)}"
-        for name, only in names.items()
-    )
+    columns = [
+        f"(sum({_of_instant(where)}) OVER past)::BIGINT"
+        f" AS {sql_identifier(f'{counted.prefix}{ending}_{days}d')}"
+        for ending, where in _counts(counted, channels).items()
+    ]
+    left = f"event_timestamp + INTERVAL '{days} days' AS event_timestamp"
+    changes = f"""
+            SELECT *, 1 AS change FROM ({counted.events})
+            UNION ALL
+            SELECT * REPLACE ({left}), -1 FROM ({counted.events})"""
+    return _view(counted, f"{counted.view}_{days}d", columns, changes)
+
+
+def _view(counted: _Counted, name: str, columns: Sequence[str], changes: str) -> str:
+    """Of the keys, event_timestamp and columns after each instant at which something changes."""
     keys = ", ".join(counted.keys)
     return f"""
-        CREATE OR REPLACE VIEW {counted.view}_{days}d AS
-        SELECT {keys}, event_timestamp, {columns}
-        FROM (
-            SELECT *, true AS came FROM ({counted.events})
-            UNION ALL
-            SELECT * REPLACE (event_timestamp + {length} AS event_timestamp), false FROM ({counted.events})
-        )
+        CREATE OR REPLACE VIEW {name} AS
+        SELECT {keys}, event_timestamp, {", ".join(columns)}
+        FROM ({changes})
         GROUP BY {keys}, event_timestamp
-        WINDOW recent AS (
-            PARTITION BY {keys}
-            ORDER BY event_timestamp
-            RANGE BETWEEN {length} - INTERVAL 1 MICROSECOND PRECEDING AND CURRENT ROW
-        )
+        WINDOW past AS (PARTITION BY {keys} ORDER BY event_timestamp)
     """
 
 
-def _counts(counted: _Counted, channels: Sequence[str], only: str | None = None) -> list[tuple[str, str]]:
-    """Endings of the columns' names, and the filter of each."""
-    by_channel = [(f"_{channel}", f"channel = {sql_literal(channel)}") for channel in channels]
-    counts = [("", "")] if counted.total else []
-    if not counted.total or len(channels) > 1:
-        counts += by_channel
-    filters = [(ending, [part for part in (only, where) if part]) for ending, where in counts]
-    return [(ending, f" FILTER ({' AND '.join(parts)})" if parts else "") for ending, parts in filters]
+def _of_instant(where: str | None) -> str:
+    """SQL of how much one instant changes a count."""
+    return "sum(change)" if where is None else f"coalesce(sum(change) FILTER ({where}), 0)"
+
+
+def _counts(counted: _Counted, channels: Sequence[str]) -> dict[str, str | None]:
+    """Endings of the columns' names, each with what it counts; None: everything."""
+    by_channel = {f"_{channel}": f"channel = {sql_literal(channel)}" for channel in channels}
+    if not counted.total:
+        return {**by_channel}
+    return {"": None, **(by_channel if len(channels) > 1 else {})}

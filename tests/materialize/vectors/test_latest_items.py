@@ -22,8 +22,8 @@ def test_they_are_the_latest_ones() -> None:
         connection.register("done", table)
         # Some of it is known from behaviors, some from clicks; what was shown and not clicked was not seen.
         connection.execute(
-            "CREATE TABLE behaviors AS"
-            " SELECT user_id, item_id, to_timestamp(second) AS event_timestamp FROM done WHERE second % 3 > 0"
+            "CREATE TABLE behaviors AS SELECT user_id, item_id, to_timestamp(second) AS event_timestamp"
+            " FROM done WHERE second % 3 > 0"
         )
         connection.execute(
             "CREATE TABLE impressions AS"
