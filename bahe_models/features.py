@@ -18,6 +18,8 @@ Columns = Mapping[str, Float]
 
 ENTITIES = ("user", "item")
 RATE_BOUND = 1e-3
+MOMENT = "_us"
+"""The name of a feature that is a moment ends so: microseconds since 1970. A model reads the time since."""
 LARGEST = 4.0
 """Features are clipped to this many standard deviations: a request long after the log's end must not
 carry the network into a range it never saw."""
@@ -52,6 +54,11 @@ class DenseFeatures:
     deviation: tuple[float, ...]
     numeric: tuple[str, ...] = ()
     """Further features, as `view:feature` (`features.numeric` of dataset.yaml)."""
+    moments: tuple[str, ...] = ()
+    """Those of them that are moments; the network reads how long ago."""
+    gaps: tuple[str, ...] = ()
+    """Those of them that some training rows have and others lack. Having one is a feature of its own: what
+    a user never did has no count and no age."""
 
     @classmethod
     def fit(
@@ -65,7 +72,10 @@ class DenseFeatures:
         numeric: Sequence[str] = (),
     ) -> DenseFeatures:
         """Learn the standardisation from the training rows."""
-        raw = _raw(columns, lengths_NC, now_us, click_rate, numeric)
+        moments = tuple(one for one in numeric if column_of(one).endswith(MOMENT))
+        unknown = {one: np.isnan(np.asarray(columns[column_of(one)], dtype=np.float64)) for one in numeric}
+        gaps = tuple(one for one in numeric if 0 < unknown[one].sum() < len(unknown[one]))
+        raw = _raw(columns, lengths_NC, now_us, click_rate, numeric, moments, gaps)
         with warnings.catch_warnings():
             # A column without values in the training rows has neither; 0 and 1 take their place below.
             warnings.simplefilter("ignore", RuntimeWarning)
@@ -76,6 +86,8 @@ class DenseFeatures:
             mean=tuple(np.nan_to_num(mean).tolist()),
             deviation=tuple(np.where(deviation > 1e-6, deviation, 1.0).tolist()),
             numeric=tuple(numeric),
+            moments=moments,
+            gaps=gaps,
         )
 
     @property
@@ -91,7 +103,14 @@ class DenseFeatures:
             *(f"{e}_{k}" for e in ENTITIES for k in ("rate_logit", "log_impressions", "log_age")),
             *(f"log_length_{channel}" for channel in self.channels),
             *(f"log_{column_of(reference)}" for reference in self.numeric),
+            *(f"has_{column_of(reference)}" for reference in self.gaps),
         ]
+
+    @property
+    def further(self) -> slice:
+        """Where in `names` the features stand that the dataset listed, with those of their gaps."""
+        count = len(self.names)
+        return slice(count - len(self.numeric) - len(self.gaps), count)
 
     def floor(self, columns: Columns) -> Float:
         """The floor's logits [N]: user log-odds plus item log-odds minus the log's own."""
@@ -104,7 +123,7 @@ class DenseFeatures:
         now_us: npt.NDArray[np.int64],
     ) -> npt.NDArray[np.float32]:
         """Standardised features [N, F]; unknown values are 0, the training mean."""
-        raw = _raw(columns, lengths_NC, now_us, self.click_rate, self.numeric)
+        raw = _raw(columns, lengths_NC, now_us, self.click_rate, self.numeric, self.moments, self.gaps)
         scaled = (raw - np.array(self.mean)) / np.array(self.deviation)
         features: npt.NDArray[np.float32] = np.clip(np.nan_to_num(scaled), -LARGEST, LARGEST).astype(
             np.float32
@@ -129,16 +148,28 @@ def _raw(
     now_us: npt.NDArray[np.int64],
     click_rate: float,
     numeric: Sequence[str],
+    moments: Sequence[str],
+    gaps: Sequence[str],
 ) -> Float:
     features = [_floor(columns, click_rate)]
     for entity in ENTITIES:
         features.append(logit(_rate(columns, entity, click_rate)))
         features.append(np.log1p(np.nan_to_num(columns[f"{entity}_impressions"])))
-        # Ages stay unknown (NaN) without an earlier impression; clocks may run back a little.
-        age = (now_us - columns[f"{entity}_last_impression_us"]) / 1e6
-        features.append(np.log1p(np.maximum(age, 0.0)))
+        features.append(_log_age(columns[f"{entity}_last_impression_us"], now_us))
     features.extend(np.log1p(lengths_NC).T)
     for reference in numeric:  # prices and counts alike span orders of magnitude; unknown stays NaN
         values = np.asarray(columns[column_of(reference)], dtype=np.float64)
-        features.append(np.sign(values) * np.log1p(np.abs(values)))
+        if reference in moments:
+            features.append(_log_age(values, now_us))
+        else:
+            features.append(np.sign(values) * np.log1p(np.abs(values)))
+    for reference in gaps:
+        values = np.asarray(columns[column_of(reference)], dtype=np.float64)
+        features.append((~np.isnan(values)).astype(np.float64))
     return np.stack(features, axis=1)
+
+
+def _log_age(moment_us: Float, now_us: npt.NDArray[np.int64]) -> Float:
+    """Of the seconds since; NaN where there is no moment. Clocks may run back a little."""
+    age: Float = np.log1p(np.maximum((now_us - moment_us) / 1e6, 0.0))
+    return age

@@ -126,17 +126,24 @@ def _window(entity: Entity, days: int) -> FeatureView:
     )
 
 
-def _by_channel(entity: Entity, window: str) -> FeatureView:
-    view = f"{entity.name}_behaviors" + (f"_{window}" if window else "")
-    span = f"last {window}" if window else "so far"
+def _behaviors(entities: list[Entity], window: str, description: str) -> FeatureView:
+    view = "_".join([*(entity.name for entity in entities), "behaviors"]) + (f"_{window}" if window else "")
     return FeatureView(
         name=view,
-        entities=[entity],
+        entities=entities,
         ttl=FOREVER,
         source=_source(view, created=""),
         online=False,
-        description=f"Behaviors of the {entity.name} by channel, {span}.",
+        description=f"{description}, {f'last {window}' if window else 'so far'}.",
     )
+
+
+def _by_channel(entity: Entity, window: str) -> FeatureView:
+    return _behaviors([entity], window, f"Behaviors of the {entity.name} by channel")
+
+
+def _of_pair(window: str) -> FeatureView:
+    return _behaviors([user, item], window, "Behaviors of the user with the item")
 
 
 user_stats_7d = _window(user, 7)
@@ -149,6 +156,10 @@ user_behaviors_30d = _by_channel(user, "30d")
 item_behaviors = _by_channel(item, "")
 item_behaviors_7d = _by_channel(item, "7d")
 item_behaviors_30d = _by_channel(item, "30d")
+user_item_behaviors = _of_pair("")
+user_item_behaviors_7d = _of_pair("7d")
+user_item_behaviors_30d = _of_pair("30d")
+user_item_behaviors_90d = _of_pair("90d")
 item_attributes = FeatureView(
     name="item_attributes",
     entities=[item],

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import duckdb
 import numpy as np
@@ -22,9 +24,11 @@ from bahe_core.errors import BadInput, NotReady
 from bahe_core.home import Home
 from bahe_lake.connection import lake
 from bahe_models import Artifact, AtomicEncoder, UserState, encoder_version, load_backbone
+from feast_ducklake.online.rows import Vectors
 from materialize.config.backbone import encoder_settings
 from materialize.config.dataset import home_dataset
 from materialize.ingest.atoms import ATOM_ID, NORMAL_TEXT
+from materialize.ingest.channel_windows import PAIR_FIRST, PAIR_LAST, pair_counts
 from materialize.vectors.encoder_versions import recorded_settings
 from materialize.vectors.timelines import read_user
 from serving.lookup import Identifier, OnlineLookup, UserFeatures
@@ -45,7 +49,18 @@ class _Fresh:
     """Behaviors in the stored vector when the state was built."""
     lengths: tuple[int, ...]
     vector: np.ndarray
-    seen_items: frozenset[str]
+    acts: tuple[_Act, ...] = ()
+    """Behaviors sent here that are with an item, oldest first."""
+
+
+@dataclass(frozen=True)
+class _Act:
+    """What a user did with some items."""
+
+    item_ids: frozenset[str]
+    """One, or all of the behavior's very text where it names none."""
+    channel: str
+    time_us: int
 
 
 class LiveLookup(OnlineLookup):
@@ -75,8 +90,35 @@ class LiveLookup(OnlineLookup):
             behaviors=sum(fresh.lengths),
             vector=fresh.vector,
             statistics={**stored.statistics, **named},
-            seen_items=stored.seen_items | fresh.seen_items,
+            seen_items=stored.seen_items.union(*(act.item_ids for act in fresh.acts)),
         )
+
+    def items(
+        self, items: Sequence[Identifier], version: str, user_id: Identifier | None = None
+    ) -> tuple[Vectors, dict[str, list[Any]]]:
+        """Those of `OnlineLookup.items`; the pairs' with what the user did since the publish.
+
+        All of that counts in every window: a service is published to more often than once in the shortest.
+        """
+        vectors, values = super().items(items, version, user_id)
+        with self._fresh_lock:
+            fresh = None if user_id is None else self._fresh.get(user_id)
+        if fresh is None or fresh.model_version != version:
+            return vectors, values
+        counts = pair_counts(self.artifact(version).dense.channels)
+        for place, item in enumerate(map(str, items)):
+            acts = [act for act in fresh.acts if item in act.item_ids]
+            if not acts:
+                continue
+            for column, channel in counts.items():
+                if column in values:
+                    came = sum(channel in (None, act.channel) for act in acts)
+                    values[column][place] = (values[column][place] or 0) + came
+            if PAIR_LAST in values:
+                values[PAIR_LAST][place] = acts[-1].time_us
+            if PAIR_FIRST in values and values[PAIR_FIRST][place] is None:
+                values[PAIR_FIRST][place] = acts[0].time_us
+        return vectors, values
 
     def append(
         self,
@@ -112,13 +154,15 @@ class LiveLookup(OnlineLookup):
                     f"a behavior at {at.isoformat()} does not follow the latest of user {user_id}, and a"
                     " service takes them in order only; leave it to the next ingest."
                 ) from None
-            seen = frozenset() if item_id is None else frozenset([str(item_id)])
+            of_text = (item for item, its in self.catalogue().items() if its == normal)
+            with_items = frozenset(map(str, of_text if item_id is None else [item_id]))
+            act = _Act(with_items, channel, time_us)
             with self._fresh_lock:
                 self._fresh[stored.user_id] = replace(
                     fresh,
                     lengths=fresh.state.lengths,
                     vector=fresh.state.vector().cpu().numpy(),
-                    seen_items=fresh.seen_items | seen,
+                    acts=(*fresh.acts, act),
                 )
                 self._fresh.move_to_end(stored.user_id)
                 while len(self._fresh) > self._most:
@@ -153,9 +197,7 @@ class LiveLookup(OnlineLookup):
             time_us_CL,
             atom_ids_CL,
         )
-        return _Fresh(
-            state, stored.model_version, stored.behaviors, state.lengths, stored.vector, frozenset()
-        )
+        return _Fresh(state, stored.model_version, stored.behaviors, state.lengths, stored.vector)
 
     def _atom(self, channel: str, text: str) -> tuple[str, int]:
         """The text as ingest keeps it, and the id that ingest gives it in this channel."""

@@ -257,11 +257,30 @@ def build_model(
     model.profile.fit(behaviors, items, _channel_lift(train))
     # The first predictions are close to the floor itself; training learns the rest.
     weights_F = torch.zeros(model.head.wide.in_features)
-    weights_F[0], weights_F[len(dense.names)] = dense.deviation[0], 0.1
+    weights_F[len(dense.names)] = 0.1
     if model.collaborative is not None:
         weights_F[-1] = 0.3
-    model.head.start_from(weights_F, dense.mean[0])
+    weights_F[: len(dense.names)], bias = _linear_start(train, dense)
+    model.head.start_from(weights_F, bias)
     return model
+
+
+def _linear_start(train: Impressions, dense: DenseFeatures) -> tuple[torch.Tensor, float]:
+    """Weights [F] and bias with which the head first reads the dense features.
+
+    Those of the floor and, where the dataset lists features of its own, of a logistic regression on both.
+    """
+    weights_F = torch.zeros(len(dense.names))
+    if not dense.numeric:
+        weights_F[0] = dense.deviation[0]
+        return weights_F, dense.mean[0]
+    from sklearn.linear_model import LogisticRegression
+
+    used = [0, *range(len(dense.names))[dense.further]]
+    values_NF = dense.transform(train.columns, train.length_NC, train.time_us_N)[:, used]
+    fitted = LogisticRegression().fit(values_NF, train.clicked_N)
+    weights_F[used] = torch.from_numpy(fitted.coef_[0].astype(np.float32))
+    return weights_F, float(fitted.intercept_[0])
 
 
 def _channel_lift(train: Impressions) -> torch.Tensor:

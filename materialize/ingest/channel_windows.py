@@ -1,73 +1,132 @@
-"""Behaviors by channel over the last days, of users and of items, as views of the lake.
+"""Behaviors by channel, so far and over the last days, of users, of items and of pairs of both, as views of
+the lake.
 
 A view is computed when it is asked for: it follows the log without being derived, takes no room, and is of
-whatever snapshot is read. Of all time, a user's counts are the timeline lengths.
+whatever snapshot is read. Of all time, a user's counts are the timeline lengths. Pairs are those that
+occurred: what a user did with an item.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from bahe_lake.sql import sql_identifier, sql_literal
 
-ENTITIES = ("user", "item")
+PAIR_DAYS = (7, 30, 90)
+"""Lengths of the windows of pairs: people come back to a thing more slowly than to a shop."""
+
+PAIR_FIRST, PAIR_LAST = "pair_first_us", "pair_last_us"
+"""Columns: when the user first and last did something with the item."""
+
+
+@dataclass(frozen=True)
+class _Counted:
+    """Whose behaviors are counted."""
+
+    keys: tuple[str, ...]
+    prefix: str
+    """Of the columns' names."""
+    view: str
+    events: str
+    """SQL of the keys, channel and event_timestamp of each behavior."""
+    total: bool = False
+    """Whether all channels are counted together as well."""
+
+
+_OF_PAIRS = """
+    SELECT user_id, item_id, channel, event_timestamp
+    FROM behaviors
+    WHERE item_id IS NOT NULL
+    UNION ALL
+    SELECT b.user_id, i.item_id, b.channel, b.event_timestamp
+    FROM behaviors b
+    JOIN atoms a USING (atom_id)
+    JOIN (SELECT DISTINCT item_id, text FROM items) i ON i.text = a.text
+    WHERE b.item_id IS NULL"""
+"""A behavior is with the item that it names, or, where it names none, with every item of its very text."""
+
+_USER, _ITEM = (
+    _Counted(
+        (f"{entity}_id",),
+        f"{entity}_behaviors",
+        f"{entity}_behaviors",
+        f"SELECT {entity}_id, channel, event_timestamp FROM behaviors WHERE {entity}_id IS NOT NULL",
+    )
+    for entity in ("user", "item")
+)
+_PAIR = _Counted(("user_id", "item_id"), "pair_behaviors", "user_item_behaviors", _OF_PAIRS, total=True)
 
 
 def statements(channels: Sequence[str], days: Sequence[int]) -> list[str]:
-    """SQL that makes the views `user_behaviors_7d`, `item_behaviors_7d` and so on; `item_behaviors` is
-    of all time. Their columns are `user_behaviors_<channel>_7d` and so on."""
-    windows = [_window(entity, channels, length) for entity in ENTITIES for length in days]
-    return [*windows, _so_far("item", channels)]
+    """SQL that makes the views `user_behaviors_7d`, `item_behaviors_7d`, `user_item_behaviors_7d`, ….
 
-
-def _so_far(entity: str, channels: Sequence[str]) -> str:
-    counts = ",".join(
-        f"""
-            (sum(count(*) FILTER (channel = {sql_literal(channel)})) OVER past)::BIGINT
-                AS {sql_identifier(f"{entity}_behaviors_{channel}")}"""
-        for channel in channels
-    )
-    return f"""
-        CREATE OR REPLACE VIEW {entity}_behaviors AS
-        SELECT
-            {entity}_id,
-            event_timestamp,{counts}
-        FROM behaviors
-        WHERE {entity}_id IS NOT NULL
-        GROUP BY {entity}_id, event_timestamp
-        WINDOW past AS (PARTITION BY {entity}_id ORDER BY event_timestamp)
+    `item_behaviors` and `user_item_behaviors` are of all time. Columns are `user_behaviors_<channel>_7d`;
+    of pairs `pair_behaviors_7d` and, in a log of several channels, `pair_behaviors_<channel>_7d`.
     """
+    windows = [_window(counted, channels, length) for counted in (_USER, _ITEM) for length in days]
+    of_pairs = [_window(_PAIR, channels, length) for length in PAIR_DAYS]
+    return [*windows, _so_far(_ITEM, channels), *of_pairs, _so_far(_PAIR, channels)]
 
 
-def _window(entity: str, channels: Sequence[str], days: int) -> str:
+def pair_counts(channels: Sequence[str]) -> dict[str, str | None]:
+    """The columns of the views of pairs that count, each with its channel; None: behaviors of all."""
+    spans = ["", *(f"_{days}d" for days in PAIR_DAYS)]
+    by_channel = [(f"_{channel}", channel) for channel in channels] if len(channels) > 1 else []
+    endings: list[tuple[str, str | None]] = [("", None), *by_channel]
+    return {f"pair_behaviors{ending}{span}": one for ending, one in endings for span in spans}
+
+
+def _so_far(counted: _Counted, channels: Sequence[str]) -> str:
+    columns = [
+        f"(sum({_of_instant(where)}) OVER past)::BIGINT AS {sql_identifier(counted.prefix + ending)}"
+        for ending, where in _counts(counted, channels).items()
+    ]
+    if counted.total:  # the row of an instant is of its own behaviors too
+        columns += [
+            f"min(epoch_us(event_timestamp)) OVER past AS {PAIR_FIRST}",
+            f"epoch_us(event_timestamp) AS {PAIR_LAST}",
+        ]
+    return _view(counted, counted.view, columns, f"SELECT *, 1 AS change FROM ({counted.events})")
+
+
+def _window(counted: _Counted, channels: Sequence[str], days: int) -> str:
     """A count changes when a behavior comes and, so many days later, when it leaves; each has its row, so
     that the row before a moment is right for that moment: it counts from exactly so many days before the
     moment, up to but without it."""
-    length = f"INTERVAL '{days} days'"
-    counts = ",".join(
-        f"""
-            (sum(count(*) FILTER (came AND channel = {sql_literal(channel)})) OVER recent)::BIGINT
-                AS {sql_identifier(f"{entity}_behaviors_{channel}_{days}d")}"""
-        for channel in channels
-    )
-    return f"""
-        CREATE OR REPLACE VIEW {entity}_behaviors_{days}d AS
-        SELECT
-            {entity}_id,
-            event_timestamp,{counts}
-        FROM (
-            SELECT {entity}_id, channel, event_timestamp, true AS came
-            FROM behaviors
-            WHERE {entity}_id IS NOT NULL
+    columns = [
+        f"(sum({_of_instant(where)}) OVER past)::BIGINT"
+        f" AS {sql_identifier(f'{counted.prefix}{ending}_{days}d')}"
+        for ending, where in _counts(counted, channels).items()
+    ]
+    left = f"event_timestamp + INTERVAL '{days} days' AS event_timestamp"
+    changes = f"""
+            SELECT *, 1 AS change FROM ({counted.events})
             UNION ALL
-            SELECT {entity}_id, channel, event_timestamp + {length}, false
-            FROM behaviors
-            WHERE {entity}_id IS NOT NULL
-        )
-        GROUP BY {entity}_id, event_timestamp
-        WINDOW recent AS (
-            PARTITION BY {entity}_id
-            ORDER BY event_timestamp
-            RANGE BETWEEN {length} - INTERVAL 1 MICROSECOND PRECEDING AND CURRENT ROW
-        )
+            SELECT * REPLACE ({left}), -1 FROM ({counted.events})"""
+    return _view(counted, f"{counted.view}_{days}d", columns, changes)
+
+
+def _view(counted: _Counted, name: str, columns: Sequence[str], changes: str) -> str:
+    """Of the keys, event_timestamp and columns after each instant at which something changes."""
+    keys = ", ".join(counted.keys)
+    return f"""
+        CREATE OR REPLACE VIEW {name} AS
+        SELECT {keys}, event_timestamp, {", ".join(columns)}
+        FROM ({changes})
+        GROUP BY {keys}, event_timestamp
+        WINDOW past AS (PARTITION BY {keys} ORDER BY event_timestamp)
     """
+
+
+def _of_instant(where: str | None) -> str:
+    """SQL of how much one instant changes a count."""
+    return "sum(change)" if where is None else f"coalesce(sum(change) FILTER ({where}), 0)"
+
+
+def _counts(counted: _Counted, channels: Sequence[str]) -> dict[str, str | None]:
+    """Endings of the columns' names, each with what it counts; None: everything."""
+    by_channel = {f"_{channel}": f"channel = {sql_literal(channel)}" for channel in channels}
+    if not counted.total:
+        return {**by_channel}
+    return {"": None, **(by_channel if len(channels) > 1 else {})}

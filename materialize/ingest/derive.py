@@ -31,7 +31,7 @@ from materialize.ingest import channel_windows
 from materialize.ingest.rewind import ALWAYS, moment, ranges, replace_changed
 from materialize.ingest.statistics import WINDOW_DAYS, derive_statistics
 
-VERSION = 4
+VERSION = 5
 """Raise when a derived table changes its meaning, so that existing lakes are derived again."""
 
 

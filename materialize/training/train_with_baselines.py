@@ -215,8 +215,9 @@ def fit_bahe(
     stop_after: int | None = None,
 ) -> Fitted:
     """Train BAHE alone on the split `train`; with `stop_after` so many epochs, without validation."""
-    split, dense = data.splits["train"], fit_dense(data)
-    config = settings.training
+    split, config = data.splits["train"], settings.training
+    # A warm start keeps the standardisation that its weights depend on.
+    dense = fit_dense(data) if warm_start is None else warm_start.dense
     seen, also_known = split.item_N, None
     if warm_start is not None:
         also_known = known_behaviors(warm_start, data.atom_ids)

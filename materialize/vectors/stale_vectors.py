@@ -96,7 +96,7 @@ def users_to_embed(connection: duckdb.DuckDBPyConnection, sources: list[str], ve
             user_id,
             coalesce(max(last_behavior), min(first_named)) AS event_timestamp,
             coalesce(max(behaviors), 0)::BIGINT AS behaviors,
-            coalesce(max(mixed), 0) AS timeline_hash
+            coalesce(bit_xor(mixed), 0) AS timeline_hash
         FROM (
             SELECT
                 user_id,
@@ -104,6 +104,11 @@ def users_to_embed(connection: duckdb.DuckDBPyConnection, sources: list[str], ve
                 count(*) AS behaviors,
                 bit_xor(hash(channel, atom_id, event_timestamp, item_id::VARCHAR)) AS mixed
             FROM behaviors SEMI JOIN candidates USING (user_id)
+            GROUP BY user_id
+            UNION ALL BY NAME
+            SELECT user_id, bit_xor(hash(item_id::VARCHAR, event_timestamp)) AS mixed
+            FROM impressions SEMI JOIN candidates USING (user_id)
+            WHERE clicked = 1  -- they are among the items seen, which lie beside the vector
             GROUP BY user_id
             {without_behaviors}
         )

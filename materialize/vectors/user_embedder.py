@@ -19,7 +19,7 @@ from materialize.vectors.stored_atoms import Atoms, stored_atoms
 from materialize.vectors.timelines import read_timelines
 
 SEEN_ITEMS = 1000
-"""How many of the latest items a user acted on are stored with the vector."""
+"""How many of the latest items a user acted on, or clicked, are stored with the vector."""
 
 
 NO_ITEMS = pa.table({"atom_id": pa.array([], pa.int64())})
@@ -109,7 +109,9 @@ def _only_used_atoms(
 
 
 def latest_items(connection: duckdb.DuckDBPyConnection, users: pa.Table) -> pa.ChunkedArray:
-    """The latest items of each of these users (sorted by user_id), each once, the newest first."""
+    """The latest items that each of these users acted on or clicked, each once, the newest first.
+
+    Users are sorted by user_id."""
     connection.register("part", users.select(["user_id"]))
     ends = [users["user_id"][0].as_py(), users["user_id"][-1].as_py()]
     table = connection.execute(
@@ -120,8 +122,12 @@ def latest_items(connection: duckdb.DuckDBPyConnection, users: pa.Table) -> pa.C
             SELECT user_id, list(item ORDER BY latest DESC, item)[:{SEEN_ITEMS}] AS seen_items
             FROM (
                 SELECT user_id, item_id::VARCHAR AS item, max(event_timestamp) AS latest
-                FROM behaviors SEMI JOIN part USING (user_id)
-                WHERE user_id BETWEEN ? AND ? AND item_id IS NOT NULL
+                FROM (
+                    SELECT user_id, item_id, event_timestamp FROM behaviors WHERE item_id IS NOT NULL
+                    UNION ALL
+                    SELECT user_id, item_id, event_timestamp FROM impressions WHERE clicked = 1
+                ) SEMI JOIN part USING (user_id)
+                WHERE user_id BETWEEN ? AND ?
                 GROUP BY ALL
             )
             GROUP BY user_id

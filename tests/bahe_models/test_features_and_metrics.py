@@ -46,15 +46,39 @@ def test_further_numbers_are_signed_logarithms_and_unknown_ones_the_mean() -> No
     lengths, now = np.zeros((4, 1), dtype=np.int64), np.full(4, 10**6)
     settings = {"channels": ("a",), "click_rate": 0.5}
     dense = DenseFeatures.fit(known, lengths, now, **settings, numeric=("item_attributes:price",))
-    assert (dense.columns[-1], dense.names[-1]) == ("price", "log_price")
+    assert (dense.columns[-1], dense.names[-2:]) == ("price", ["log_price", "has_price"])
     logs = np.array([0.0, -np.log1p(3), np.log1p(1e6)])
     expected = (logs - logs.mean()) / logs.std()
     got = dense.transform(known, lengths, now)
-    np.testing.assert_allclose(got[[0, 1, 3], -1], expected, atol=1e-6)
-    assert got[2, -1] == 0
+    np.testing.assert_allclose(got[[0, 1, 3], -2], expected, atol=1e-6)
+    assert got[2, -2] == 0
+    assert got[2, -1] < 0 < got[0, -1] == got[1, -1] == got[3, -1]
     without = DenseFeatures.fit(columns(4), lengths, now, **settings)
-    assert without.names == dense.names[:-1]
-    np.testing.assert_array_equal(without.transform(columns(4), lengths, now), got[:, :-1])
+    assert without.names == dense.names[:-2]
+    np.testing.assert_array_equal(without.transform(columns(4), lengths, now), got[:, :-2])
+
+
+def test_of_a_moment_the_time_since_is_a_feature() -> None:
+    seconds = np.array([0.0, 9.0, np.nan, 99.0])
+    now = np.full(4, 200 * 10**6)
+    known = columns(4) | {"pair_last_us": 200e6 - seconds * 1e6}
+    settings = {"channels": ("a",), "click_rate": 0.5, "numeric": ("user_item_behaviors:pair_last_us",)}
+    dense = DenseFeatures.fit(known, np.zeros((4, 1), dtype=np.int64), now, **settings)
+    ages = np.log1p(seconds[[0, 1, 3]])
+    got = dense.transform(known, np.zeros((4, 1), dtype=np.int64), now)[:, dense.further][:, 0]
+    np.testing.assert_allclose(got[[0, 1, 3]], (ages - ages.mean()) / ages.std(), atol=1e-6)
+    assert got[2] == 0
+
+
+def test_artifacts_of_before_read_their_features_as_then() -> None:
+    """Without moments and gaps among their constants."""
+    old = DenseFeatures(
+        channels=("a",), click_rate=0.5, mean=(0.0,) * 9, deviation=(1.0,) * 9, numeric=("v:last_us",)
+    )
+    value = np.array([50.0])
+    got = old.transform(columns(1) | {"last_us": value}, np.zeros((1, 1), dtype=np.int64), np.array([99]))
+    assert got.shape == (1, 9)
+    assert got[0, -1] == pytest.approx(min(np.log1p(50.0), 4))
 
 
 def test_auc_counts_ties_half() -> None:

@@ -24,6 +24,8 @@ NUMERIC = [
     "user_timeline",
     "user_stats_7d",
     "item_behaviors_30d",
+    "user_item_behaviors",
+    "user_item_behaviors_30d:pair_behaviors_liked_30d",
 ]
 CATEGORICAL = ["item_attributes:genre", "item_attributes:fresh", "user_attributes:job"]
 COLUMNS = {
@@ -34,6 +36,8 @@ COLUMNS = {
     "fresh",
     *(f"user_{kind}_7d" for kind in ("impressions", "clicks", "click_rate")),
     *(f"item_behaviors_{channel}_30d" for channel in ("liked", "disliked")),
+    *(f"pair_{kind}" for kind in ("behaviors", "behaviors_liked", "first_us", "last_us")),
+    "pair_behaviors_liked_30d",
 }
 
 
@@ -126,6 +130,8 @@ def test_a_request_reads_what_training_would_have_seen(project: bahe.Project) ->
     assert offline["price"].isna().any()
     assert offline["user_impressions_7d"].min() > 0
     assert offline["item_behaviors_liked_30d"].max() > 0
+    assert offline["pair_behaviors"].max() > 0
+    assert offline["pair_behaviors"].isna().any()
     assert [answer[item] for item in items] == pytest.approx(expected.tolist(), abs=1e-6)
     statistics = lookup.user("u1").statistics
     assert (statistics["age"], statistics["job"]) == (21, "clerk")

@@ -33,7 +33,8 @@ def filled(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> tup
         "channels": "merged",
         "time_gaps": True,
     }
-    dataset = write_dataset(folder / "log", small_log(), tiny_backbone, model=model)
+    features = {"numeric": ["user_item_behaviors"]}
+    dataset = write_dataset(folder / "log", small_log(), tiny_backbone, model=model, features=features)
     home = Home.at(folder / "home")
     call("run", dataset, "--tracker", "none", home=home)
     return home, dataset
@@ -74,6 +75,13 @@ def test_a_behavior_is_in_the_next_answer_and_equals_what_the_log_gives_later(
             "model_version": stored["model_version"],
             "behaviors": stored["behaviors"] + number,
         }
+    with_items = LiveLookup(home)
+    for one in sent:
+        at = pd.Timestamp(one["event_timestamp"]).to_pydatetime()
+        with_items.append("u1", one["channel"], one["text"], at, one.get("item_id"))
+    pairs = with_items.items([1, 7, 8], stored["model_version"], "u1")[1]
+    assert pairs["pair_behaviors"][1] > 0
+
     live = client.get("/features", params={"user_id": "u1"}).json()
     assert np.abs(np.subtract(live["embedding"], stored["embedding"])).max() > 0.02
     assert live["statistics"]["length_disliked"] == stored["statistics"]["length_disliked"] + 1
@@ -96,6 +104,12 @@ def test_a_behavior_is_in_the_next_answer_and_equals_what_the_log_gives_later(
     assert caught_up["behaviors"] == live["behaviors"]
     np.testing.assert_allclose(caught_up["embedding"], live["embedding"], atol=0.02)
     np.testing.assert_array_equal(np.float32(caught_up["embedding"]), OnlineLookup(home).user("u1").vector)
+    of_log = OnlineLookup(home).items([1, 7, 8], stored["model_version"], "u1")[1]
+    assert {name: of_log[name] for name in of_log if name.startswith("pair_")} == {
+        name: pairs[name] for name in pairs if name.startswith("pair_")
+    }
+    caught_up_scores = client.post("/score", json=request).json()["scores"]
+    assert caught_up_scores != scores["scores"]
 
     # Another model goes live: no vector of the old one is left in the process.
     later = behavior(event_timestamp="2024-06-03T00:00:00Z")

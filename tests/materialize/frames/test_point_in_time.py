@@ -202,6 +202,57 @@ def test_behaviors_by_channel_equal_brute_force(rows: list[tuple]) -> None:
                 assert (0 if pd.isna(value) else value) == wanted, (column, row.to_dict())
 
 
+@settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    rows=st.lists(
+        st.tuples(
+            st.integers(0, 1),
+            st.sampled_from(["liked", "disliked"]),
+            st.sampled_from(["item 0", "item 1", "something else"]),
+            st.tuples(st.integers(0, 100), st.sampled_from([-1, 0, 1])),
+            st.none() | st.integers(0, 2),
+        ),
+        min_size=30,
+        max_size=80,
+        unique_by=lambda row: row[:4],
+    )
+)
+def test_what_a_user_did_with_an_item_equals_brute_force(rows: list[tuple]) -> None:
+    """By the item that a behavior names, else by text; items 0 and 3 have one text."""
+    log = frames([(n % 2, n // 2 % 4, 0, n % 3 == 0) for n in range(110)], [(0, "liked", 0, 0)])
+    log["items"]["text"] = ["item 0", "item 1", "item 2", "item 0"]
+    shown, texts = log["impressions"], log["items"].set_index("item_id")["text"]
+    shown["event_timestamp"] = [START + pd.Timedelta(n, "D") for n in range(110)]
+    log["behaviors"] = done = pd.DataFrame(rows, columns=["user_id", "channel", "text", "t", "item_id"])
+    done["event_timestamp"] = [
+        START + pd.Timedelta(d, "D") + pd.Timedelta(us, "us") for d, us in done.pop("t")
+    ]
+    done["item_id"] = done["item_id"].astype("Int64")
+    with a_home(log) as home:
+        store = open_store(home)
+        views = ["user_item_behaviors", *(f"user_item_behaviors_{days}d" for days in (7, 30, 90))]
+        features = [f"{v}:{c.name}" for v in views for c in store.get_feature_view(v).features]
+        got = store.get_historical_features(shown, features).to_df()
+    for index, row in shown.iterrows():
+        moment, item = row["event_timestamp"], row["item_id"]
+        with_item = (done["item_id"] == item).fillna(done["text"] == texts[item]).astype(bool)
+        past = done[with_item & (done["user_id"] == row["user_id"]) & (done["event_timestamp"] < moment)]
+        for days, channel in product((None, 7, 30, 90), (None, "liked", "disliked")):
+            counted = past if channel is None else past[past["channel"] == channel]
+            if days is not None:
+                counted = counted[counted["event_timestamp"] >= moment - pd.Timedelta(days, "D")]
+            ending = (f"_{channel}" if channel else "") + (f"_{days}d" if days else "")
+            value = got.loc[index, f"pair_behaviors{ending}"]
+            assert (0 if pd.isna(value) else value) == len(counted), (ending, row.to_dict())
+        for column, time in (
+            ("pair_first_us", past["event_timestamp"].min()),
+            ("pair_last_us", past["event_timestamp"].max()),
+        ):
+            value = got.loc[index, column]
+            assert pd.isna(value) == past.empty
+            assert past.empty or value == time.value // 1000
+
+
 def test_the_order_and_the_rows_of_the_entity_frame_are_kept() -> None:
     log = frames([(0, 0, 1, True), (0, 1, 2, False), (1, 0, 3, True)], [(0, "liked", 0, 0)])
     with a_home(log) as home:

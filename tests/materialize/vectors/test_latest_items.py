@@ -20,9 +20,17 @@ def test_they_are_the_latest_ones() -> None:
     with duckdb.connect() as connection:
         table = pa.table(dict(zip(("user_id", "item_id", "second"), zip(*done, strict=True), strict=True)))
         connection.register("done", table)
+        # Some of it is known from behaviors, some from clicks; what was shown and not clicked was not seen.
         connection.execute(
-            "CREATE TABLE behaviors AS"
-            " SELECT user_id, item_id, to_timestamp(second) AS event_timestamp FROM done"
+            "CREATE TABLE behaviors AS SELECT user_id, item_id, to_timestamp(second) AS event_timestamp"
+            " FROM done WHERE second % 3 > 0"
+        )
+        connection.execute(
+            "CREATE TABLE impressions AS"
+            " SELECT user_id, item_id, to_timestamp(second) AS event_timestamp, 1 AS clicked"
+            " FROM done WHERE second % 3 = 0 AND item_id IS NOT NULL"
+            " UNION ALL"
+            " SELECT user_id, -1 - item_id, to_timestamp(second + 1), 0 FROM done WHERE item_id IS NOT NULL"
         )
         found = latest_items(connection, pa.table({"user_id": ["a", "b", "c", "d"]})).to_pylist()
     for user, items in zip("ab", found, strict=False):
