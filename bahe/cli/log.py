@@ -22,9 +22,12 @@ from bahe_core.progress import say
 
 @app.command()
 def fetch(
-    what: Annotated[str, typer.Argument(help="movielens-100k or smollm2-135m.")],
+    what: Annotated[str, typer.Argument(help="movielens-100k, complete-journey or smollm2-135m.")],
 ) -> None:
-    """Download the demo's log or its language model into the cache, and print where it is."""
+    """Download a demo's log or the language model into the cache, and print where it is.
+
+    A log is a folder with its files and a commented dataset.yaml, to be copied and changed.
+    """
     from materialize.config.fetch import fetch as job
 
     typer.echo(job(what))

@@ -1,9 +1,10 @@
-"""Commands that call every job: once, every night, on the demo's log."""
+"""Commands that call every job: once, every night, on a demo's log."""
 
 from __future__ import annotations
 
 import json
 import time
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Literal
@@ -88,28 +89,50 @@ def daily(
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Demo:
+    """Whom a demo recommends to, and when: asked of today, every statistic would look years old."""
+
+    user: int
+    at: datetime
+    """Just after the log's end."""
+
+
+DEMOS = {
+    "movielens-100k": Demo(user=1, at=datetime(1998, 4, 23)),
+    "complete-journey": Demo(user=1, at=datetime(2018, 1, 2)),
+}
+
+
 @app.command()
 def demo(
+    log: Annotated[
+        Literal["movielens-100k", "complete-journey"],
+        typer.Argument(
+            help="movielens-100k: 100,000 ratings of films. complete-journey: a year of 2,469 households'"
+            " shopping, with long histories and promotions; give it a --home of its own."
+        ),
+    ] = "movielens-100k",
     home: HomeOption = None,
     json_path: Annotated[
         Path | None, typer.Option("--json", help="Write the results table to this file.")
     ] = None,
     device: DeviceOption = None,
 ) -> None:
-    """The main job on MovieLens-100k with SmolLM2-135M, from download to scores for one user."""
+    """The main job on a public log with SmolLM2-135M, from download to scores for one user."""
     from materialize.config.fetch import fetch as download
 
     start = time.perf_counter()
     project = bahe.open(home)
-    say("[bold]bahe fetch movielens-100k, bahe fetch smollm2-135m[/bold]")
-    dataset = download("movielens-100k") / "movielens-100k.yaml"
+    say(f"[bold]bahe fetch {log}, bahe fetch smollm2-135m[/bold]")
+    dataset = download(log) / f"{log}.yaml"
     download("smollm2-135m")
     training = project.run(dataset, device=device).training
     if json_path is not None:
         json_path.write_text(json.dumps({"results": training.results}, indent=2) + "\n")
-    say("[bold]bahe recommend --user 1 -k 5 --at 1998-04-23[/bold]")
-    # The log ends in April 1998; asked of today, every statistic would look decades old.
-    print_answer(project.recommend(1, 5, at=datetime(1998, 4, 23)), as_json=False)
+    shown = DEMOS[log]
+    say(f"[bold]bahe recommend --user {shown.user} -k 5 --at {shown.at:%Y-%m-%d}[/bold]")
+    print_answer(project.recommend(shown.user, 5, at=shown.at), as_json=False)
     say("[bold]Results[/bold]")
     print_results(training.results)
     say(f"  report: {training.report}")

