@@ -251,13 +251,14 @@ def load(folder: Path | str) -> Artifact:
         raise no_artifact(folder, error) from None
     dense: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config["dense"].items()}
     features = DenseFeatures(**dense)
+    shape = ModelConfig(**config["model"])
     model = BaheModel(
-        deep_from_config(config["deep"]),
+        deep_from_config(config["deep"]) if shape.deep else torch.nn.Identity(),
         width=config["width"],
         channels=len(features.channels),
         items=len(item_ids),
         dense_features=len(features.names),
-        config=ModelConfig(**config["model"]),
+        config=shape,
         context=config.get("context", ()),  # older artifacts have no context
         behaviors=len(state.get("collaborative.atom_ids_B", ())),
     )

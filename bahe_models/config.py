@@ -74,6 +74,9 @@ HeadName = Literal["dnn", "dcn", "target"]
 class ModelConfig:
     """Shape and regularisation of what is trained on top of the atom vectors."""
 
+    deep: bool = True
+    """Whether deep layers read the timelines, which costs nearly all of the training. Without them a user is
+    what the profile and collaborative parts say, sums over the behaviors, and the statistics."""
     channels: Literal["parallel", "merged"] = "parallel"
     """`parallel`: the deep layers read each channel's timeline by itself, as in the paper, and their
     states are concatenated; `merged`: one timeline of all channels in time order, one pass, one
@@ -122,6 +125,10 @@ class ModelConfig:
             raise ValueError("`target_history` must be at least 1")
         if not 0 <= self.context_dropout < 1:
             raise ValueError("`context_dropout` must be at least 0 and below 1")
+
+    def fields_affecting_weights(self) -> dict[str, Any]:
+        """All fields, by name; models from before `deep` keep their names."""
+        return {name: value for name, value in asdict(self).items() if name != "deep" or not value}
 
     @property
     def merged(self) -> bool:

@@ -178,7 +178,7 @@ class _Sequence:
 
         deep: Any = self.model.aggregator.deep
         self.window_L = window_L
-        self.cache = DynamicCache(config=deep.config)
+        self.cache = None if deep is None else DynamicCache(config=deep.config)
         config = self.model.config
         self.sum_K = torch.zeros(
             config.vector_width - config.deep_width, device=self.model.aggregator.start_D.device
@@ -195,6 +195,9 @@ class _Sequence:
             inputs.append(self.model.behaviors(atoms_PD, channel_P, gap_P))
             present_P = torch.ones_like(channel_P, dtype=torch.bool)
             self.sum_K = self.sum_K + self.model.added(atoms_PD, present_P, channel_P, id_row_P).sum(dim=0)
+        if self.model.aggregator.deep is None:
+            self.state_D = torch.zeros_like(self.model.aggregator.start_D)
+            return
         output = self.model.aggregator.deep(
             inputs_embeds=torch.cat(inputs)[None], past_key_values=self.cache, use_cache=True
         )

@@ -35,12 +35,13 @@ from bahe_models.timelines import Int64, Timelines, WindowBatch
 
 
 class UserAggregator(nn.Module):
-    """Deep layers over sequences of atom vectors, causal, one pass for all of them."""
+    """Deep layers over sequences of atom vectors, causal, one pass for all of them; None has no state."""
 
-    def __init__(self, deep: nn.Module, width: int) -> None:
+    def __init__(self, deep: nn.Module | None, width: int) -> None:
         super().__init__()
-        attend_within(deep)
-        fuse_norms(deep)
+        if deep is not None:
+            attend_within(deep)
+            fuse_norms(deep)
         self.deep = deep
         self.start_D = nn.Parameter(torch.randn(width) * 0.02)
 
@@ -49,6 +50,8 @@ class UserAggregator(nn.Module):
 
         The input at position 0 is replaced with a learned start vector.
         """
+        if self.deep is None:
+            return torch.zeros_like(inputs_PD)
         start_P1 = (packing.position_P == 0)[:, None]
         return read_packed(self.deep, torch.where(start_P1, self.start_D, inputs_PD), packing)
 
@@ -140,7 +143,7 @@ class BaheModel(nn.Module):
         self.behaviors = BehaviorInput(
             width, channels=channels if config.merged else None, gaps=config.time_gaps
         )
-        self.aggregator = UserAggregator(deep, width)
+        self.aggregator = UserAggregator(deep if config.deep else None, width)
         self.profile = Profile(width, channels, profile)
         self.user_norm = nn.LayerNorm(sequences * width)
         self.user_projection = nn.Linear(sequences * width, vector)

@@ -19,8 +19,6 @@ from bahe_core.progress import progress
 from benchmarks.harness import Row, main
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from bahe_models import Backbone, BackboneConfig, BaheModel, EncoderConfig, TrainingData
     from materialize.training.train_with_baselines import Settings
 
@@ -51,27 +49,12 @@ def without_statistics(data: TrainingData) -> TrainingData:
     return replace(data, splits=splits)
 
 
-def without_deep_layers(model: BaheModel) -> None:
-    """Deep layers that output zeros; profile and collaborative part stay."""
-    import torch
-
-    class Nothing(torch.nn.Module):
-        config = model.aggregator.deep.config
-
-        def forward(self, inputs_embeds: torch.Tensor, **others: Any) -> Any:
-            from types import SimpleNamespace
-
-            return SimpleNamespace(last_hidden_state=torch.zeros_like(inputs_embeds))
-
-    model.aggregator.deep = Nothing()
-
-
 def with_fresh_deep_layers(model: BaheModel) -> None:
     """Deep layers of the same shape with random weights."""
     from bahe_models.backbone import deep_from_config
 
-    fresh: nn.Module = deep_from_config(model.aggregator.deep.config.to_dict())  # type: ignore[operator, union-attr]
-    model.aggregator.deep = fresh
+    deep: Any = model.aggregator.deep
+    model.aggregator.deep = deep_from_config(deep.config.to_dict())
 
 
 def without_profile(model: BaheModel) -> None:
@@ -86,16 +69,13 @@ def variants() -> list[Variant]:
     no_ids = {"behavior_ids": False, "item_ids": False}
     return [
         Variant(name=DEFAULT),
-        Variant(name="without deep layers", built=without_deep_layers, quick=True),
+        Variant(name="without deep layers", model={"deep": False}, quick=True),
         Variant(
             name="without deep layers and behavior IDs",
-            model={"behavior_ids": False},
-            built=without_deep_layers,
+            model={"deep": False, "behavior_ids": False},
             quick=True,
         ),
-        Variant(
-            name="without deep layers and any IDs", model=no_ids, built=without_deep_layers, quick=True
-        ),
+        Variant(name="without deep layers and any IDs", model={"deep": False, **no_ids}, quick=True),
         Variant(name="without statistics", data=without_statistics),
         Variant(name="without behavior IDs", model={"behavior_ids": False}),
         Variant(name="without item IDs", model={"item_ids": False}),

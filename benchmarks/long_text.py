@@ -92,7 +92,9 @@ def text(scene: Scene, config: TrainingConfig) -> tuple[Scores, float]:
             return scores
 
         whole_users = planned(scene, np.arange(len(train)), IMPRESSIONS_PER_STEP)
-        deep = list(model.head.aggregator.deep.parameters())
+        layers = model.head.aggregator.deep
+        assert layers is not None
+        deep = list(layers.parameters())
         in_deep = set(map(id, deep))
         rest = [p for p in model.head.parameters() if id(p) not in in_deep]
         start = time.perf_counter()

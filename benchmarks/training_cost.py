@@ -173,7 +173,9 @@ def memory_of_step(kind: str, home_path: Path) -> float:
     if kind in ("bahe", "recompute"):
         batches = bahe_batches(scene)
         if kind == "recompute":
-            recompute_activations(batches.model.aggregator.deep, True)
+            deep = batches.model.aggregator.deep
+            assert deep is not None
+            recompute_activations(deep, True)
         step, model = bahe_step(batches, share=True), batches.model
     else:
         text = long_text(scene, "sdpa")  # the one that needs less memory

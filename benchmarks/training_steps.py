@@ -135,7 +135,7 @@ def long_text(scene: Scene, attention: str) -> LongText:
     head = build_model(fresh_deep(scene), scene.data, scene.dense, merged, scene.item_row_I)
     shallow = copy.deepcopy(scene.halves.shallow)
     shallow.set_attn_implementation(attention)  # type: ignore[operator]
-    head.aggregator.deep.set_attn_implementation(attention)  # type: ignore[operator]
+    head.aggregator.deep.set_attn_implementation(attention)  # type: ignore[operator, union-attr]
     return LongText(shallow, head).train()
 
 

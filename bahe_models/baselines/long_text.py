@@ -150,7 +150,6 @@ class LongText(nn.Module):
     def _states(self, ids_WS: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
             hidden_WSD = self.shallow(input_ids=ids_WS, use_cache=False).last_hidden_state
-        states: torch.Tensor = self.head.aggregator.deep(
-            inputs_embeds=hidden_WSD, use_cache=False
-        ).last_hidden_state
+        deep: Any = self.head.aggregator.deep
+        states: torch.Tensor = deep(inputs_embeds=hidden_WSD, use_cache=False).last_hidden_state
         return states

@@ -125,7 +125,8 @@ class Batches:
         device: torch.device,
         bfloat16: bool,
     ) -> None:
-        require_fit(model.aggregator.deep, data, window)
+        if model.aggregator.deep is not None:
+            require_fit(model.aggregator.deep, data, window)
         self.model, self.data, self.dense, self.window = model, data, dense, window
         self.device, self.bfloat16 = device, bfloat16
         self.logit_shift = 0.0
@@ -320,6 +321,11 @@ def train(
     """
     model, data = batches.model, batches.data
     data.check()
+    if config.pretraining_epochs and model.aggregator.deep is None:
+        raise BadInput(
+            "training.pretraining_epochs is of the deep layers, and model.deep is false; set it to 0, or"
+            " model.deep to true."
+        )
     if config.pretraining_epochs and is_sharded(model):
         raise BadInput(
             "training.pretraining_epochs does not work with --shard; train with it once without --shard,"
@@ -346,7 +352,8 @@ def train(
         ):
             yield kept[rows]
 
-    deep = list(model.aggregator.deep.parameters())
+    layers = model.aggregator.deep
+    deep = [] if layers is None else list(layers.parameters())
     in_deep = {id(parameter) for parameter in deep}
     rest = [p for p in model.parameters() if id(p) not in in_deep]
     task = Task(
@@ -361,8 +368,8 @@ def train(
             data.splits["validation"].clicked_N, batches.predict(data.splits["validation"])
         ),
     )
-    if config.recompute:
-        recompute_activations(model.aggregator.deep, True)
+    if config.recompute and layers is not None:
+        recompute_activations(layers, True)
     try:
         return fit(
             task,
@@ -374,8 +381,8 @@ def train(
             on_resume=on_resume,
         )
     finally:
-        if config.recompute:
-            recompute_activations(model.aggregator.deep, False)
+        if config.recompute and layers is not None:
+            recompute_activations(layers, False)
 
 
 def precision(config: TrainingConfig, device: torch.device) -> bool:

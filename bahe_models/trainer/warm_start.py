@@ -17,6 +17,7 @@ _ATOM_IDS = "collaborative.atom_ids_B"
 _ID_TABLES = (_ATOM_IDS, "item_id.weight", "collaborative.item.weight", "collaborative.behavior.weight")
 _SHAPE_FIELDS = (
     "head",
+    "deep",
     "deep_width",
     "profile_width",
     "head_width",

@@ -63,7 +63,11 @@ class Settings:
 
     def fields_affecting_weights(self) -> list[dict[str, Any]]:
         """The settings that make a model_version; how often a checkpoint is written is not among them."""
-        return [asdict(self.model), asdict(self.window), self.training.fields_affecting_weights()]
+        return [
+            self.model.fields_affecting_weights(),
+            asdict(self.window),
+            self.training.fields_affecting_weights(),
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)
