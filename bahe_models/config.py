@@ -75,8 +75,8 @@ class ModelConfig:
     """Shape and regularisation of what is trained on top of the atom vectors."""
 
     deep: bool = True
-    """Whether deep layers read the timelines, which costs nearly all of the training. Without them a user is
-    what the profile and collaborative parts say, sums over the behaviors, and the statistics."""
+    """Whether deep layers read the timelines, which costs nearly all of the training. Without them a user
+    is what the profile and collaborative parts say, sums over the behaviors, and the statistics."""
     channels: Literal["parallel", "merged"] = "parallel"
     """`parallel`: the deep layers read each channel's timeline by itself, as in the paper, and their
     states are concatenated; `merged`: one timeline of all channels in time order, one pass, one

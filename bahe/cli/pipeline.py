@@ -20,6 +20,7 @@ from bahe.cli.options import (
 )
 from bahe.cli.printing import print_answer, print_results
 from bahe.cli.program import app
+from bahe.variation import with_settings
 from bahe_core.progress import say
 
 
@@ -96,11 +97,13 @@ class Demo:
     user: int
     at: datetime
     """Just after the log's end."""
+    nightly: bool
+    """Whether it also tells what a service that is told of nothing between two nights would be worth."""
 
 
 DEMOS = {
-    "movielens-100k": Demo(user=1, at=datetime(1998, 4, 23)),
-    "complete-journey": Demo(user=1, at=datetime(2018, 1, 2)),
+    "movielens-100k": Demo(user=1, at=datetime(1998, 4, 23), nightly=True),
+    "complete-journey": Demo(user=1, at=datetime(2018, 1, 2), nightly=False),  # another quarter of an hour
 }
 
 
@@ -127,13 +130,24 @@ def demo(
     say(f"[bold]bahe fetch {log}, bahe fetch smollm2-135m[/bold]")
     dataset = download(log) / f"{log}.yaml"
     download("smollm2-135m")
-    training = project.run(dataset, device=device).training
-    if json_path is not None:
-        json_path.write_text(json.dumps({"results": training.results}, indent=2) + "\n")
     shown = DEMOS[log]
+    training = project.run(dataset, device=device).training
+    results = {"results": training.results}
+    if shown.nightly:
+        say("[bold]bahe frame, bahe train, with features as old as a nightly publish leaves them[/bold]")
+        with with_settings(project, freshness="nightly") as nightly:
+            nightly.frame()
+            results["nightly"] = nightly.train(device=device, tracker="none").results
+    if json_path is not None:
+        json_path.write_text(json.dumps(results, indent=2) + "\n")
     say(f"[bold]bahe recommend --user {shown.user} -k 5 --at {shown.at:%Y-%m-%d}[/bold]")
     print_answer(project.recommend(shown.user, 5, at=shown.at), as_json=False)
-    say("[bold]Results[/bold]")
+    if shown.nightly:
+        say("[bold]Results of a nightly service[/bold] (`freshness: nightly`): features of last midnight")
+        print_results(results["nightly"])
+    say(
+        "[bold]Results of a live service[/bold] (`freshness: live`): features of just before the impression"
+    )
     print_results(training.results)
     say(f"  report: {training.report}")
     say(f"  gates: {project.home.reports / 'data_docs' / 'gates.html'}")

@@ -146,11 +146,12 @@ def toy_batches(data: TrainingData, backbone: Path, *, known: Int64 | None = Non
 
 def toy_artifact(batches: Batches) -> Artifact:
     """The batches' model with what is needed to use it."""
+    deep: Any = batches.model.aggregator.deep
     return Artifact(
         model=batches.model,
         model_version="bahe-toy",
         encoder_version="enc-toy",
-        deep_config=batches.model.aggregator.deep.config.to_dict(),  # type: ignore[operator, union-attr]
+        deep_config={} if deep is None else deep.config.to_dict(),
         window=batches.window,
         dense=batches.dense,
         item_ids=table_ids(batches.item_row_I.numpy(), batches.data.item_ids),
