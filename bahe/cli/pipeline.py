@@ -145,9 +145,7 @@ def demo(
     if shown.nightly:
         say("[bold]Results of a nightly service[/bold] (`freshness: nightly`): features of last midnight")
         print_results(results["nightly"])
-    say(
-        "[bold]Results of a live service[/bold] (`freshness: live`): features of just before the impression"
-    )
+    say("[bold]Results of a live service[/bold] (`freshness: live`): features of the very moment")
     print_results(training.results)
     say(f"  report: {training.report}")
     say(f"  gates: {project.home.reports / 'data_docs' / 'gates.html'}")
