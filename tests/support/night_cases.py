@@ -23,7 +23,7 @@ from bahe_core.home import Home
 from bahe_lake.catalogue import snapshot
 from bahe_lake.connection import lake
 from feature_repo.store import open_store
-from materialize.release.publish import _materialize
+from materialize.release import publish
 from tests.support.brute_force import WINDOWS, BruteForce, Identifier, Values, cut_of
 from tests.support.logs import write_dataset
 from tests.support.random_logs import CHANNELS, DELAYS, RandomLog
@@ -162,14 +162,15 @@ def online_cases(home: Home, log: RandomLog, night: int) -> Cases:
 def publish_statistics(home: Home, night: int, since: int | None) -> int:
     """Write online, by the function of `publish`, all but vectors, at a moment; the lake's snapshot."""
     store = open_store(home)
-    with lake(home) as connection, clock_at(at(night)):
+    with lake(home) as connection, clock_at(at(night)), patch.object(publish, "VIEWS", STORED):
         read = snapshot(connection)
-        _materialize(store, connection, since, STORED)
-        _materialize(store, connection, None, LISTED)
+        publish._write_online(store, connection, since, LISTED)
     return read
 
 
-def write_night(folder: Path, log: RandomLog, night: int, freshness: str, **more: object) -> Path:
+def write_night(
+    folder: Path, log: RandomLog, night: int, freshness: str, backbone: Path | None = None
+) -> Path:
     """A night's files with their dataset.yaml; returns its path."""
     section = {
         "files": "impressions.parquet",
@@ -179,9 +180,10 @@ def write_night(folder: Path, log: RandomLog, night: int, freshness: str, **more
     return write_dataset(
         folder,
         log.tables(night),
+        backbone,
         freshness=freshness,
         channels=list(CHANNELS),
         impressions=section,
         features={"numeric": list(LISTED)},
-        **more,
+        training={"epochs": 1, "impressions_per_step": 200},
     )
