@@ -5,7 +5,7 @@ and published, and that day's impressions are asked for, each at its moment; onc
 logged requests are audited. Live: behaviors are sent to a service, which answers after each; the log then
 gets them, and the requests are audited. Skews: requests with the very features that training sees, and the
 same with one kind of skew each, which the audit has to find in the right features, name, and find nowhere
-else.
+else. Random cases: `benchmarks.random_cases`, which also runs by itself and needs no home.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from bahe_core.errors import UnknownEntity
 from bahe_core.home import Home
 from bahe_lake.connection import lake
 from bahe_models import column_of
+from benchmarks import random_cases
 from benchmarks.harness import Row, main
 from feature_repo.store import open_store
 from materialize.config.dataset import home_dataset
@@ -58,7 +59,7 @@ USER_VECTOR, ITEM_VECTOR = "user_embedding:embedding", "item_embedding:embedding
 
 
 def measure(quick: bool, home_path: Path) -> Iterable[Row]:
-    """Everything of the log, published; nights; a live service; planted skews."""
+    """Everything of the log, published; nights; a live service; planted skews; random cases."""
     start = time.perf_counter()
     whole = bahe.open(home_path).audit(last=PAIRS)
     seconds = time.perf_counter() - start
@@ -80,6 +81,7 @@ def measure(quick: bool, home_path: Path) -> Iterable[Row]:
         yield Row(metric="requests of users who were not published yet, nightly", value=unknown, unit="")
         yield equal_row(f"after {PUSHED[quick]:,} behaviors sent, live", live(home, folder, PUSHED[quick]))
         yield from skews(home_path, folder)
+    yield from random_cases.measure(quick, home_path)
 
 
 def equal_row(what: str, found: Audit) -> Row:

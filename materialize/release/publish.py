@@ -33,7 +33,7 @@ from feature_repo.references import stored_views
 from feature_repo.store import online_errors, open_store
 from feature_repo.team import team_content
 from materialize.gate import require_gates
-from materialize.release import lag, pointer
+from materialize.release import lag, pointer, taken_back
 from materialize.release.quality import require_quality
 
 if TYPE_CHECKING:
@@ -111,9 +111,7 @@ def publish(home: Home) -> Published:
         with runs.record(connection, JOB, fingerprint) as run:
             since = last.snapshot_read if ours and last else None
             further = _further_views(store, version, listed)
-            rows = _materialize(store, connection, since)
-            # Whole: a window also changes when nothing happens.
-            rows += _materialize(store, connection, None, further) if further else 0
+            rows = _write_online(store, connection, since, further)
             unread = _not_reading_back(store, connection, version, run.snapshot_read)
             if unread and since is not None:
                 say(f"  {escape(unread)} is not online as it should be, so everything is written anew")
@@ -194,6 +192,20 @@ def _further_views(store: FeatureStore, version: str, listed: Sequence[str]) -> 
     return views
 
 
+def _write_online(
+    store: FeatureStore,
+    connection: duckdb.DuckDBPyConnection,
+    since: int | None,
+    further: Sequence[str],
+) -> int:
+    """Write what changed after a snapshot (None: everything) online, and further views; rows written."""
+    if since is not None:
+        taken_back.forget(store, connection, since, [*VIEWS, *further], _end(connection))
+    rows = _materialize(store, connection, since)
+    # Whole: a window also changes when nothing happens.
+    return rows + (_materialize(store, connection, None, further) if further else 0)
+
+
 def _materialize(
     store: FeatureStore,
     connection: duckdb.DuckDBPyConnection,
@@ -201,6 +213,20 @@ def _materialize(
     views: Sequence[str] = VIEWS,
 ) -> int:
     """Write the newest values of keys changed after a snapshot (None: of all) online; rows written."""
+    store.config.offline_store.changed_since = since
+    # Feast prints what it does on standard output, where answers belong.
+    with contextlib.redirect_stdout(io.StringIO()):
+        store.materialize(
+            start_date=datetime(1970, 1, 2, tzinfo=UTC),
+            end_date=_end(connection),
+            feature_views=list(views),
+        )
+    rows: int = store.provider.batch_engine.take_rows()
+    return rows
+
+
+def _end(connection: duckdb.DuckDBPyConnection) -> datetime:
+    """The moment up to which values are written online: now, and all that the log has."""
     newest = connection.execute(
         """
         SELECT max(event_timestamp) FROM (
@@ -213,15 +239,8 @@ def _materialize(
         """
     ).fetchone()
     assert newest is not None
-    end = max(newest[0], datetime.now(UTC)) + timedelta(seconds=1)
-    store.config.offline_store.changed_since = since
-    # Feast prints what it does on standard output, where answers belong.
-    with contextlib.redirect_stdout(io.StringIO()):
-        store.materialize(
-            start_date=datetime(1970, 1, 2, tzinfo=UTC), end_date=end, feature_views=list(views)
-        )
-    rows: int = store.provider.batch_engine.take_rows()
-    return rows
+    last: datetime = max(newest[0], datetime.now(UTC))
+    return last + timedelta(seconds=1)
 
 
 def _not_reading_back(
