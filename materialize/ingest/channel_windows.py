@@ -37,14 +37,16 @@ class _Counted:
 _OF_PAIRS = """
     SELECT user_id, item_id, channel, event_timestamp
     FROM behaviors
-    WHERE item_id IS NOT NULL
+    SEMI JOIN items USING (item_id)
     UNION ALL
     SELECT b.user_id, i.item_id, b.channel, b.event_timestamp
     FROM behaviors b
     JOIN atoms a USING (atom_id)
     JOIN (SELECT DISTINCT item_id, text FROM items) i ON i.text = a.text
     WHERE b.item_id IS NULL"""
-"""A behavior is with the item that it names, or, where it names none, with every item of its very text."""
+"""A behavior is with the item that it names, or, where it names none, with every item of its very text.
+
+What is no item is shown to nobody."""
 
 _USER, _ITEM = (
     _Counted(

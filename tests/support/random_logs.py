@@ -75,7 +75,7 @@ class RandomLog:
                     "channel": [b.channel for b in done],
                     "text": [b.text for b in done],
                     "event_timestamp": moments([b.time for b in done]),
-                    "item_id": pd.array([b.item for b in done], "Int64"),
+                    "item_id": pd.Series([b.item for b in done], dtype="Int64"),
                 }
             ),
             "items": pd.DataFrame(
@@ -90,7 +90,8 @@ class RandomLog:
 
 def moments(times: Sequence[int | None]) -> pd.Series:
     """Times in microseconds since 1970 as a column."""
-    return pd.Series(pd.array(times, "Int64").astype("datetime64[us]")).dt.tz_localize("UTC")
+    known: pd.Series = pd.Series(list(times), dtype="Int64").astype("datetime64[us]").dt.tz_localize("UTC")
+    return known
 
 
 def random_log(
