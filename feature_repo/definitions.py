@@ -126,8 +126,10 @@ def _window(entity: Entity, days: int) -> FeatureView:
     )
 
 
-def _behaviors(entities: list[Entity], window: str, description: str) -> FeatureView:
-    view = "_".join([*(entity.name for entity in entities), "behaviors"]) + (f"_{window}" if window else "")
+def _behaviors(
+    entities: list[Entity], window: str, description: str, what: str = "behaviors"
+) -> FeatureView:
+    view = "_".join([*(entity.name for entity in entities), what]) + (f"_{window}" if window else "")
     return FeatureView(
         name=view,
         entities=entities,
@@ -146,6 +148,10 @@ def _of_pair(window: str) -> FeatureView:
     return _behaviors([user, item], window, "Behaviors of the user with the item")
 
 
+def _of_pair_by_channel(window: str) -> FeatureView:
+    return _behaviors([user, item], window, "Behaviors of the user with the item by channel", "channels")
+
+
 user_stats_7d = _window(user, 7)
 user_stats_30d = _window(user, 30)
 item_stats_7d = _window(item, 7)
@@ -160,6 +166,10 @@ user_item_behaviors = _of_pair("")
 user_item_behaviors_7d = _of_pair("7d")
 user_item_behaviors_30d = _of_pair("30d")
 user_item_behaviors_90d = _of_pair("90d")
+user_item_channels = _of_pair_by_channel("")
+user_item_channels_7d = _of_pair_by_channel("7d")
+user_item_channels_30d = _of_pair_by_channel("30d")
+user_item_channels_90d = _of_pair_by_channel("90d")
 item_attributes = FeatureView(
     name="item_attributes",
     entities=[item],

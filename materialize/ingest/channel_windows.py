@@ -30,8 +30,8 @@ class _Counted:
     view: str
     events: str
     """SQL of the keys, channel and event_timestamp of each behavior."""
-    total: bool = False
-    """Whether all channels are counted together as well."""
+    by_channel: bool = True
+    """Whether each channel is counted by itself, or all together."""
 
 
 _OF_PAIRS = """
@@ -57,26 +57,30 @@ _USER, _ITEM = (
     )
     for entity in ("user", "item")
 )
-_PAIR = _Counted(("user_id", "item_id"), "pair_behaviors", "user_item_behaviors", _OF_PAIRS, total=True)
+# Two views, so that who does without channels keeps few numbers of each pair online.
+_PAIR = _Counted(
+    ("user_id", "item_id"), "pair_behaviors", "user_item_behaviors", _OF_PAIRS, by_channel=False
+)
+_PAIR_BY_CHANNEL = _Counted(("user_id", "item_id"), "pair_behaviors", "user_item_channels", _OF_PAIRS)
 
 
 def statements(channels: Sequence[str], days: Sequence[int]) -> list[str]:
     """SQL that makes the views `user_behaviors_7d`, `item_behaviors_7d`, `user_item_behaviors_7d`, ….
 
-    `item_behaviors` and `user_item_behaviors` are of all time. Columns are `user_behaviors_<channel>_7d`;
-    of pairs `pair_behaviors_7d` and, in a log of several channels, `pair_behaviors_<channel>_7d`.
+    `item_behaviors`, `user_item_behaviors` and `user_item_channels` are of all time. Columns are
+    `user_behaviors_<channel>_7d`, …; of pairs `pair_behaviors_7d` and `pair_behaviors_<channel>_7d`.
     """
     windows = [_window(counted, channels, length) for counted in (_USER, _ITEM) for length in days]
-    of_pairs = [_window(_PAIR, channels, length) for length in PAIR_DAYS]
-    return [*windows, _so_far(_ITEM, channels), *of_pairs, _so_far(_PAIR, channels)]
+    pairs = (_PAIR, _PAIR_BY_CHANNEL)
+    windows += [_window(counted, channels, length) for counted in pairs for length in PAIR_DAYS]
+    return [*windows, *(_so_far(counted, channels) for counted in (_ITEM, *pairs))]
 
 
 def pair_counts(channels: Sequence[str]) -> dict[str, str | None]:
     """The columns of the views of pairs that count, each with its channel; None: behaviors of all."""
     spans = ["", *(f"_{days}d" for days in PAIR_DAYS)]
-    by_channel = [(f"_{channel}", channel) for channel in channels] if len(channels) > 1 else []
-    endings: list[tuple[str, str | None]] = [("", None), *by_channel]
-    return {f"pair_behaviors{ending}{span}": one for ending, one in endings for span in spans}
+    endings: dict[str, str | None] = {"": None, **{f"_{channel}": channel for channel in channels}}
+    return {f"pair_behaviors{ending}{span}": one for ending, one in endings.items() for span in spans}
 
 
 def _so_far(counted: _Counted, channels: Sequence[str]) -> str:
@@ -84,7 +88,7 @@ def _so_far(counted: _Counted, channels: Sequence[str]) -> str:
         f"(sum({_of_instant(where)}) OVER past)::BIGINT AS {sql_identifier(counted.prefix + ending)}"
         for ending, where in _counts(counted, channels).items()
     ]
-    if counted.total:  # the row of an instant is of its own behaviors too
+    if not counted.by_channel:  # the row of an instant is of its own behaviors too
         columns += [
             f"min(epoch_us(event_timestamp)) OVER past AS {PAIR_FIRST}",
             f"epoch_us(event_timestamp) AS {PAIR_LAST}",
@@ -128,7 +132,6 @@ def _of_instant(where: str | None) -> str:
 
 def _counts(counted: _Counted, channels: Sequence[str]) -> dict[str, str | None]:
     """Endings of the columns' names, each with what it counts; None: everything."""
-    by_channel = {f"_{channel}": f"channel = {sql_literal(channel)}" for channel in channels}
-    if not counted.total:
-        return {**by_channel}
-    return {"": None, **(by_channel if len(channels) > 1 else {})}
+    if not counted.by_channel:
+        return {"": None}
+    return {f"_{channel}": f"channel = {sql_literal(channel)}" for channel in channels}

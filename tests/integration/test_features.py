@@ -25,7 +25,8 @@ NUMERIC = [
     "user_stats_7d",
     "item_behaviors_30d",
     "user_item_behaviors",
-    "user_item_behaviors_30d:pair_behaviors_liked_30d",
+    "user_item_channels",
+    "user_item_channels_30d:pair_behaviors_liked_30d",
 ]
 CATEGORICAL = ["item_attributes:genre", "item_attributes:fresh", "user_attributes:job"]
 COLUMNS = {

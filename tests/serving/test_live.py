@@ -33,7 +33,7 @@ def filled(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> tup
         "channels": "merged",
         "time_gaps": True,
     }
-    features = {"numeric": ["user_item_behaviors"]}
+    features = {"numeric": ["user_item_behaviors", "user_item_channels"]}
     dataset = write_dataset(folder / "log", small_log(), tiny_backbone, model=model, features=features)
     home = Home.at(folder / "home")
     call("run", dataset, "--tracker", "none", home=home)

@@ -230,7 +230,11 @@ def test_what_a_user_did_with_an_item_equals_brute_force(rows: list[tuple]) -> N
     done["item_id"] = done["item_id"].astype("Int64")
     with a_home(log) as home:
         store = open_store(home)
-        views = ["user_item_behaviors", *(f"user_item_behaviors_{days}d" for days in (7, 30, 90))]
+        views = [
+            f"user_item_{what}{span}"
+            for what in ("behaviors", "channels")
+            for span in ("", "_7d", "_30d", "_90d")
+        ]
         features = [f"{v}:{c.name}" for v in views for c in store.get_feature_view(v).features]
         got = store.get_historical_features(shown, features).to_df()
     for index, row in shown.iterrows():
