@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from bahe_core.errors import BadInput
+
 if TYPE_CHECKING:
     from bahe.project import Project
 
@@ -21,11 +23,13 @@ _LEFT_BEHIND = ("models", "mlflow", "reports", "online.db")
 def with_settings(project: Project, **sections: Any) -> Iterator[Project]:
     """A copy of the project, without its models, whose dataset.yaml has other sections; gone afterwards.
 
-    For a home that lies in one folder, as all do by default. Its log stays what it was, so the sections
-    must be of what comes after ingest: `freshness`, `features`, `model`, `training` …
+    Its log stays what it was, so the sections must be of what comes after ingest: `freshness`, `features`,
+    `model`, `training` … Raises BadInput when the lake is not in the home, since a copy would write to it.
     """
     from bahe.project import open as open_project
 
+    if project.home.lake.postgres or not project.home.lake.moves:
+        raise BadInput(f"the lake of {project.home.root} lies elsewhere, so that no copy can be tried out.")
     with tempfile.TemporaryDirectory(prefix="bahe-variation-") as temporary:
         copy = Path(temporary) / "home"
         shutil.copytree(project.home.root, copy, ignore=shutil.ignore_patterns(*_LEFT_BEHIND))

@@ -20,6 +20,8 @@ ENTITIES = ("user", "item")
 RATE_BOUND = 1e-3
 MOMENT = "_us"
 """The name of a feature that is a moment ends so: microseconds since 1970. A model reads the time since."""
+EARLIEST_MOMENT = 1e14
+"""Smaller numbers are none: in microseconds this is March 1973."""
 LARGEST = 4.0
 """Features are clipped to this many standard deviations: a request long after the log's end must not
 carry the network into a range it never saw."""
@@ -72,7 +74,7 @@ class DenseFeatures:
         numeric: Sequence[str] = (),
     ) -> DenseFeatures:
         """Learn the standardisation from the training rows."""
-        moments = tuple(one for one in numeric if column_of(one).endswith(MOMENT))
+        moments = tuple(one for one in numeric if _is_moment(column_of(one), columns))
         unknown = {one: np.isnan(np.asarray(columns[column_of(one)], dtype=np.float64)) for one in numeric}
         gaps = tuple(one for one in numeric if 0 < unknown[one].sum() < len(unknown[one]))
         raw = _raw(columns, lengths_NC, now_us, click_rate, numeric, moments, gaps)
@@ -167,6 +169,13 @@ def _raw(
         values = np.asarray(columns[column_of(reference)], dtype=np.float64)
         features.append((~np.isnan(values)).astype(np.float64))
     return np.stack(features, axis=1)
+
+
+def _is_moment(column: str, columns: Columns) -> bool:
+    """By its name, unless its values say that it only looks so, as a count of the channel `contact_us`."""
+    values = np.asarray(columns[column], dtype=np.float64)
+    known = values[~np.isnan(values)]
+    return column.endswith(MOMENT) and bool((known >= EARLIEST_MOMENT).all())
 
 
 def _log_age(moment_us: Float, now_us: npt.NDArray[np.int64]) -> Float:

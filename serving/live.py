@@ -50,7 +50,7 @@ class _Fresh:
     lengths: tuple[int, ...]
     vector: np.ndarray
     acts: tuple[_Act, ...] = ()
-    """Behaviors sent here that are with an item, oldest first."""
+    """Behaviors sent here that are with an item, as they came."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,8 @@ class _Act:
 
     item_ids: frozenset[str]
     """One, or all of the behavior's very text where it names none."""
+    named: bool
+    """Whether it named the item; only such an item counts as seen, as in the log."""
     channel: str
     time_us: int
 
@@ -90,7 +92,7 @@ class LiveLookup(OnlineLookup):
             behaviors=sum(fresh.lengths),
             vector=fresh.vector,
             statistics={**stored.statistics, **named},
-            seen_items=stored.seen_items.union(*(act.item_ids for act in fresh.acts)),
+            seen_items=stored.seen_items.union(*(act.item_ids for act in fresh.acts if act.named)),
         )
 
     def items(
@@ -114,10 +116,12 @@ class LiveLookup(OnlineLookup):
                 if column in values:
                     came = sum(channel in (None, act.channel) for act in acts)
                     values[column][place] = (values[column][place] or 0) + came
-            if PAIR_LAST in values:
-                values[PAIR_LAST][place] = acts[-1].time_us
-            if PAIR_FIRST in values and values[PAIR_FIRST][place] is None:
-                values[PAIR_FIRST][place] = acts[0].time_us
+            # Channels that are read apart may come out of order.
+            times = [act.time_us for act in acts]
+            for column, chosen in ((PAIR_FIRST, min), (PAIR_LAST, max)):
+                if column in values:
+                    stored = values[column][place]
+                    values[column][place] = chosen(times if stored is None else [stored, *times])
         return vectors, values
 
     def append(
@@ -156,7 +160,7 @@ class LiveLookup(OnlineLookup):
                 ) from None
             of_text = (item for item, its in self.catalogue().items() if its == normal)
             with_items = frozenset(map(str, of_text if item_id is None else [item_id]))
-            act = _Act(with_items, channel, time_us)
+            act = _Act(with_items, item_id is not None, channel, time_us)
             with self._fresh_lock:
                 self._fresh[stored.user_id] = replace(
                     fresh,

@@ -108,6 +108,17 @@ def require_fit(deep: nn.Module, data: TrainingData, window: WindowConfig) -> No
         )
 
 
+def refuse_deep(config: TrainingConfig, *, shard: bool = False) -> None:
+    """Raises BadInput on what is of the deep layers, for a model without them."""
+    if config.pretraining_epochs:
+        raise BadInput(
+            "training.pretraining_epochs is of the deep layers, and model.deep is false; set it to 0, or"
+            " model.deep to true."
+        )
+    if shard:
+        raise BadInput("--shard is of the deep layers, and model.deep is false; leave one of them out.")
+
+
 class Batches:
     """Feeds a model with planned batches of one data set.
 
@@ -321,11 +332,8 @@ def train(
     """
     model, data = batches.model, batches.data
     data.check()
-    if config.pretraining_epochs and model.aggregator.deep is None:
-        raise BadInput(
-            "training.pretraining_epochs is of the deep layers, and model.deep is false; set it to 0, or"
-            " model.deep to true."
-        )
+    if model.aggregator.deep is None:
+        refuse_deep(config)
     if config.pretraining_epochs and is_sharded(model):
         raise BadInput(
             "training.pretraining_epochs does not work with --shard; train with it once without --shard,"

@@ -178,7 +178,7 @@ def _single(name: str, columns: Mapping[str, str | int], split: Impressions, auc
         alone = max(alone, 1 - alone)
         if missing == 1:
             warning = "has no value at all"
-        elif len(np.unique(known)) == 1:
+        elif len(np.unique(known)) == 1 and missing == 0:  # else whether there is one tells something
             warning = "is constant"
         elif alone >= TOO_GOOD:
             warning = f"ranks clicks alone with AUC {alone:.3f}: does it know them?"

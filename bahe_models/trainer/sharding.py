@@ -40,8 +40,7 @@ def shard(model: BaheModel, device: torch.device) -> None:
     require_processes()
     mesh = init_device_mesh(device.type, (Processes.here().size,))
     deep = model.aggregator.deep
-    if deep is None:
-        raise BadInput("--shard is of the deep layers, and model.deep is false; leave one of them out.")
+    assert deep is not None, "a model without deep layers has nothing to shard"
     for module in (*decoder_layers(deep), deep):
         # Also the outermost one, whose norm would otherwise stay gathered after an evaluation, so that
         # an optimiser made then would hold what is not trained.

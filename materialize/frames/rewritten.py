@@ -11,12 +11,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import duckdb
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bahe_lake.sql import sql_identifier, sql_literal
 
 SHARE = 0.05
 """Of the same impressions; what is late of the log changes fewer."""
+TOLERANCE = 0.01
+"""Of the larger of two numbers, within which they are the same."""
 LEAST = 100
 """Impressions that two frames must share for this to say anything."""
 
@@ -26,12 +29,24 @@ def rewritten(
 ) -> dict[str, float]:
     """Columns among `features` that differ in more than SHARE of the impressions of both frames, and in
     how large a share."""
-    both = set(pq.read_schema(before).names) & set(pq.read_schema(after).names)
-    columns = [name for name in dict.fromkeys(features) if name in both]
+    then, now = pq.read_schema(before), pq.read_schema(after)
+    columns = [
+        name
+        for name in dict.fromkeys(features)
+        if name in then.names and name in now.names and then.field(name).type == now.field(name).type
+    ]
     if not columns:
         return {}
-    names = list(map(sql_identifier, columns))
-    differ = ", ".join(f"avg((a.{name} IS DISTINCT FROM b.{name})::INTEGER)" for name in names)
+
+    def differs(name: str) -> str:
+        a, b = f"a.{sql_identifier(name)}", f"b.{sql_identifier(name)}"
+        if pa.types.is_floating(now.field(name).type):
+            # Rates are smoothed by the whole log's, which one late event moves a little for everyone.
+            apart = f"abs({a} - {b}) > {TOLERANCE} * greatest(abs({a}), abs({b}))"
+            return f"avg(coalesce({apart}, ({a} IS NULL) <> ({b} IS NULL))::INTEGER)"
+        return f"avg(({a} IS DISTINCT FROM {b})::INTEGER)"
+
+    differ = ", ".join(map(differs, columns))
     row = connection.execute(
         f"""
         SELECT count(*), {differ}

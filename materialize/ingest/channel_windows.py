@@ -39,12 +39,15 @@ _OF_PAIRS = """
     FROM behaviors
     SEMI JOIN items USING (item_id)
     UNION ALL
-    SELECT b.user_id, i.item_id, b.channel, b.event_timestamp
+    SELECT b.user_id, i.item_id, b.channel, greatest(b.event_timestamp, i.since)
     FROM behaviors b
     JOIN atoms a USING (atom_id)
-    JOIN (SELECT DISTINCT item_id, text FROM items) i ON i.text = a.text
+    JOIN (
+        SELECT item_id, text, min(event_timestamp) AS since FROM items GROUP BY item_id, text
+    ) i ON i.text = a.text
     WHERE b.item_id IS NULL"""
-"""A behavior is with the item that it names, or, where it names none, with every item of its very text.
+"""A behavior is with the item that it names, or, where it names none, with every item of its very text,
+from when the item has it on.
 
 What is no item is shown to nobody."""
 

@@ -58,14 +58,17 @@ def forget(
             WHERE event_timestamp <= {sql_literal(end)}
             GROUP BY {key}"""
         then, now = latest.format(version=f"AT (VERSION => {since})"), latest.format(version="")
-        gone = connection.execute(
-            f"""
-            SELECT {key}
-            FROM ({then}) t
-            LEFT JOIN ({now}) n USING ({key})
-            WHERE n.moment IS NULL OR n.moment < t.moment
-            """
-        ).to_arrow_table()
+        try:
+            gone = connection.execute(
+                f"""
+                SELECT {key}
+                FROM ({then}) t
+                LEFT JOIN ({now}) n USING ({key})
+                WHERE n.moment IS NULL OR n.moment < t.moment
+                """
+            ).to_arrow_table()
+        except duckdb.CatalogException:  # the table came after that snapshot
+            continue
         if len(gone):
             view = store.get_feature_view(name)
             online.forget(store.config, view, view_keys(view, {key: gone[key].to_pylist()}))

@@ -104,8 +104,6 @@ def refit(
         measured, dataset = load(home.models / model_version), home_dataset(home)
         encoder = measured.encoder_version
         data = read_training_data(connection, frame, encoder, list(measured.dense.channels))
-        calibration = _newest_calibration(measured, data, device(device_name))
-        data = data.all_to_train_on()
         recorded = recorded_settings(connection, encoder)
         backbone, _ = encoder_settings(dataset)
         if recorded is not None:
@@ -116,6 +114,8 @@ def refit(
         described = [*settings.fields_affecting_weights(), backbone.deep_layers]
         if facts.get("settings") != json.loads(json.dumps(described)):
             raise NotReady(f"dataset.yaml describes another model than {model_version}; run `bahe train`.")
+        calibration = _newest_calibration(measured, data, device(device_name))
+        data = data.all_to_train_on()
         with runs.record(connection, JOB, version) as run:
             fitted = fit_bahe(
                 data,

@@ -27,19 +27,18 @@ from bahe_models import (
     Artifact,
     Checkpoint,
     TrainingData,
-    column_of,
     encoder_version,
     load,
     load_backbone,
 )
 from bahe_models.artifact_folder import FORMAT
-from bahe_models.trainer.ctr_training import require_fit
+from bahe_models.trainer.ctr_training import refuse_deep, require_fit
 from bahe_models.trainer.distributed import own_device, processes
-from bahe_models.trainer.importance import Importance
+from bahe_models.trainer.importance import REQUEST, Importance
 from bahe_models.trainer.sharding import require_processes
 from bahe_models.trainer.warm_start import require_fit as warm_start_fits
 from materialize.config.backbone import encoder_settings
-from materialize.config.dataset import Dataset, home_dataset
+from materialize.config.dataset import Dataset, context_column, home_dataset
 from materialize.frames.frame import JOB as FRAME
 from materialize.frames.frame import REWRITTEN, latest_frame
 from materialize.gate import require_gates
@@ -102,6 +101,8 @@ def train_models(
     ):
         if shard:
             require_processes()
+        if not settings.model.deep:
+            refuse_deep(settings.training, shard=shard)
         encoder = current_encoder(connection, home)
         require_gates(connection, "embed")
         backbone, encoder_config = encoder_settings(dataset)
@@ -146,7 +147,8 @@ def train_models(
                 )
             say(f"  {configured} is not complete yet; this model reads the vectors of {encoder}")
             halves = load_backbone(replace(older[0], deep_layers=backbone.deep_layers))
-        require_fit(halves.deep, data, settings.window)
+        if settings.model.deep:
+            require_fit(halves.deep, data, settings.window)
         do_train = partial(
             train_with_baselines,
             data,
@@ -201,7 +203,8 @@ def _with_rewritten(done: Outcome, framed: runs.Run | None) -> Outcome:
     changed = framed.facts.get(REWRITTEN, {}) if framed is not None else {}
 
     def warned(one: Importance) -> Importance:
-        share = changed.get(column_of(one.name))
+        view, _, name = one.name.partition(":")
+        share = changed.get(context_column(name) if view == REQUEST else name)
         if share is None or one.warning is not None:
             return one
         said = f"had another value in the frame before for {share:.0%} of the same impressions"

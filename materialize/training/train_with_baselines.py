@@ -38,7 +38,7 @@ from bahe_models.trainer.distributed import Processes
 from bahe_models.trainer.importance import Importance, permutation_importance
 from bahe_models.trainer.sharding import gathered
 from bahe_models.trainer.sharding import shard as shard_deep_layers
-from bahe_models.trainer.warm_start import known_behaviors, known_items, start_from
+from bahe_models.trainer.warm_start import known_behaviors, known_items, require_fit, start_from
 from materialize.config.dataset import Dataset
 from materialize.training import tracking
 from materialize.training.cost import CostEstimate
@@ -220,6 +220,15 @@ def fit_bahe(
 ) -> Fitted:
     """Train BAHE alone on the split `train`; with `stop_after` so many epochs, without validation."""
     split, config = data.splits["train"], settings.training
+    if warm_start is not None:
+        require_fit(
+            warm_start,
+            encoder_version=encoder,
+            channels=data.timelines.channels,
+            context=data.context,
+            numeric=data.numeric,
+            config=settings.model,
+        )
     # A warm start keeps the standardisation that its weights depend on.
     dense = fit_dense(data) if warm_start is None else warm_start.dense
     seen, also_known = split.item_N, None

@@ -60,14 +60,26 @@ def test_further_numbers_are_signed_logarithms_and_unknown_ones_the_mean() -> No
 
 def test_of_a_moment_the_time_since_is_a_feature() -> None:
     seconds = np.array([0.0, 9.0, np.nan, 99.0])
-    now = np.full(4, 200 * 10**6)
-    known = columns(4) | {"pair_last_us": 200e6 - seconds * 1e6}
+    now = np.full(4, 17 * 10**14)
+    known = columns(4) | {"pair_last_us": 1.7e15 - seconds * 1e6}
     settings = {"channels": ("a",), "click_rate": 0.5, "numeric": ("user_item_behaviors:pair_last_us",)}
     dense = DenseFeatures.fit(known, np.zeros((4, 1), dtype=np.int64), now, **settings)
     ages = np.log1p(seconds[[0, 1, 3]])
     got = dense.transform(known, np.zeros((4, 1), dtype=np.int64), now)[:, dense.further][:, 0]
     np.testing.assert_allclose(got[[0, 1, 3]], (ages - ages.mean()) / ages.std(), atol=1e-6)
     assert got[2] == 0
+
+
+def test_a_count_that_is_only_called_like_a_moment_stays_a_count() -> None:
+    known = columns(3) | {"item_behaviors_contact_us": np.array([1.0, 10.0, np.nan])}
+    settings = {
+        "channels": ("a",),
+        "click_rate": 0.5,
+        "numeric": ("item_behaviors:item_behaviors_contact_us",),
+    }
+    dense = DenseFeatures.fit(known, np.zeros((3, 1), dtype=np.int64), np.full(3, 10**15), **settings)
+    assert dense.moments == ()
+    assert dense.gaps == settings["numeric"]
 
 
 def test_artifacts_of_before_read_their_features_as_then() -> None:

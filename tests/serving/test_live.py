@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,30 @@ def test_a_behavior_is_in_the_next_answer_and_equals_what_the_log_gives_later(
     answer = client.post("/behaviors", json=later).json()
     assert answer["model_version"] == flipped["model_version"]
     assert answer["behaviors"] == flipped["behaviors"] + 1
+
+
+def test_pairs_of_a_live_service_know_when_whatever_came_first(filled: tuple[Home, Path]) -> None:
+    """Channels that are read apart take behaviors out of order between them."""
+    lookup = LiveLookup(filled[0])
+    at = pd.Timestamp(LATER)
+    lookup.append("u1", "liked", "liked something", at.to_pydatetime(), 7)
+    (state,) = lookup._fresh.values()
+    hours = [at.value // 1000 - hour * 3_600_000_000 for hour in (0, 2, 1)]
+    acts = [replace(state.acts[0], time_us=time_us) for time_us in hours]
+    text_only = replace(acts[0], item_ids=frozenset({"8"}), named=False)
+    lookup._fresh["u1"] = replace(state, acts=(*acts, text_only))
+    version = lookup.live_version()
+    before = OnlineLookup(filled[0]).items([7, 8], version, "u1")[1]
+    pairs = lookup.items([7, 8], version, "u1")[1]
+    assert pairs["pair_behaviors"] == [
+        (before["pair_behaviors"][0] or 0) + 3,
+        (before["pair_behaviors"][1] or 0) + 1,
+    ]
+    assert pairs["pair_last_us"] == [hours[0], hours[0]]
+    assert pairs["pair_first_us"][0] == (before["pair_first_us"][0] or hours[1])
+    seen = lookup.user("u1").seen_items
+    assert "7" in seen
+    assert ("8" in seen) == ("8" in OnlineLookup(filled[0]).user("u1").seen_items)
 
 
 def test_what_cannot_be_taken_in_is_refused_in_one_sentence(filled: tuple[Home, Path]) -> None:

@@ -218,9 +218,11 @@ def test_behaviors_by_channel_equal_brute_force(rows: list[tuple]) -> None:
     )
 )
 def test_what_a_user_did_with_an_item_equals_brute_force(rows: list[tuple]) -> None:
-    """By the item that a behavior names, else by text; items 0 and 3 have one text."""
+    """By the item that a behavior names, else by text; items 0 and 3 have one, item 3 only from day 50."""
     log = frames([(n % 2, n // 2 % 4, 0, n % 3 == 0) for n in range(110)], [(0, "liked", 0, 0)])
     log["items"]["text"] = ["item 0", "item 1", "item 2", "item 0"]
+    since = pd.Series([START, START, START, START + pd.Timedelta(50, "D")])
+    log["items"]["event_timestamp"] = since
     shown, texts = log["impressions"], log["items"].set_index("item_id")["text"]
     shown["event_timestamp"] = [START + pd.Timedelta(n, "D") for n in range(110)]
     log["behaviors"] = done = pd.DataFrame(rows, columns=["user_id", "channel", "text", "t", "item_id"])
@@ -240,7 +242,11 @@ def test_what_a_user_did_with_an_item_equals_brute_force(rows: list[tuple]) -> N
     for index, row in shown.iterrows():
         moment, item = row["event_timestamp"], row["item_id"]
         with_item = (done["item_id"] == item).fillna(done["text"] == texts[item]).astype(bool)
-        past = done[with_item & (done["user_id"] == row["user_id"]) & (done["event_timestamp"] < moment)]
+        known = done["event_timestamp"].where(
+            done["item_id"].notna(), done["event_timestamp"].clip(since[item])
+        )
+        of_pair = done.assign(event_timestamp=known)[with_item & (done["user_id"] == row["user_id"])]
+        past = of_pair[of_pair["event_timestamp"] < moment]
         for days, channel in product((None, 7, 30, 90), (None, "liked", "disliked")):
             counted = past if channel is None else past[past["channel"] == channel]
             if days is not None:
