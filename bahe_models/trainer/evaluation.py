@@ -13,9 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from bahe_models.artifact import Artifact
 from bahe_models.metrics import (
     Float,
     Reliability,
@@ -26,7 +24,7 @@ from bahe_models.metrics import (
     probability,
     reliability,
 )
-from bahe_models.trainer.impressions import Impressions, TrainingData
+from bahe_models.trainer.impressions import Impressions
 
 REPLICATES = 500
 LEVEL = 0.95
@@ -133,25 +131,6 @@ def evaluate(split: Impressions, logits: Mapping[str, Float]) -> SplitEvaluation
         ],
         reliability={m: reliability(clicked_N, probability(z)) for m, z in logits.items()},
     )
-
-
-def logits_of(artifact: Artifact, data: TrainingData, split: Impressions, where: torch.device) -> Float:
-    """A saved model's calibrated logits [N] of some impressions of `data`, which is of its encoder."""
-    artifact.model.to(where)
-    clicks_N = artifact.score_timelines(
-        torch.from_numpy(data.atoms_AD).to(where),
-        data.atom_ids,
-        data.timelines,
-        split.user_N,
-        split.length_NC,
-        data.item_atom_I[split.item_N],
-        [data.item_ids[i] for i in split.item_N.tolist()],
-        split.columns,
-        split.time_us_N,
-        split.context_NX,
-    )
-    clipped = np.clip(clicks_N, 1e-12, 1 - 1e-12)
-    return np.asarray(np.log(clipped) - np.log1p(-clipped))
 
 
 def history_segments(length_NC: npt.NDArray[np.int64]) -> dict[str, npt.NDArray[np.int64]]:

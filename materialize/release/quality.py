@@ -96,7 +96,7 @@ def _compared(
 ) -> dict[str, Any]:
     from bahe_core.machine import device
     from bahe_models import evaluate, load
-    from bahe_models.trainer.evaluation import logits_of
+    from bahe_models.trainer.saved_model import logits_of
     from materialize.training.refit import measured_model
     from materialize.training.training_data import read_training_data
 

@@ -23,7 +23,7 @@ from bahe_lake.transactions import commit
 from bahe_models import Artifact, Checkpoint, Impressions, TrainingData, load, load_backbone
 from bahe_models.artifact_folder import read_config
 from bahe_models.calibration import AS_IT_IS, Calibration, fit_calibration
-from bahe_models.trainer.evaluation import logits_of
+from bahe_models.trainer.saved_model import logits_of
 from materialize.config.backbone import encoder_settings
 from materialize.config.dataset import home_dataset
 from materialize.frames.frame import latest_frame

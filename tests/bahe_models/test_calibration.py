@@ -13,7 +13,7 @@ import torch
 from bahe_models import load
 from bahe_models.calibration import AS_IT_IS, LEAST, Calibration, fit_calibration
 from bahe_models.metrics import expected_calibration_error, probability
-from bahe_models.trainer.evaluation import logits_of
+from bahe_models.trainer.saved_model import logits_of
 from tests.support.toy import toy_artifact, toy_batches, toy_data
 
 

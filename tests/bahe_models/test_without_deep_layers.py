@@ -10,7 +10,7 @@ import torch
 
 from bahe_core.errors import BadInput
 from bahe_models import UserState, auc, load, train
-from bahe_models.trainer.evaluation import logits_of
+from bahe_models.trainer.saved_model import logits_of
 from bahe_models.trainer.training_loop import seeded
 from bahe_models.trainer.warm_start import start_from
 from tests.support.toy import toy_artifact, toy_batches, toy_config, toy_data

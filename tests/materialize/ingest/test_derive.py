@@ -51,6 +51,8 @@ def log() -> Iterator[duckdb.DuckDBPyConnection]:
             "CREATE TABLE impressions (impression_id BIGINT, user_id BIGINT, item_id BIGINT,"
             " event_timestamp TIMESTAMPTZ, clicked INTEGER)"
         )
+        connection.execute("CREATE TABLE items (item_id BIGINT, text VARCHAR, event_timestamp TIMESTAMPTZ)")
+        connection.execute("CREATE TABLE atoms (atom_id BIGINT, text VARCHAR)")
         yield connection
 
 
