@@ -108,9 +108,13 @@ class LiveLookup(OnlineLookup):
         if fresh is None or fresh.model_version != version:
             return vectors, values
         counts = pair_counts(self.artifact(version).dense.channels)
+        with_item: dict[str, list[_Act]] = {}
+        for act in fresh.acts:
+            for item in act.item_ids:
+                with_item.setdefault(item, []).append(act)
         for place, item in enumerate(map(str, items)):
-            acts = [act for act in fresh.acts if item in act.item_ids]
-            if not acts:
+            acts = with_item.get(item)
+            if acts is None:
                 continue
             for column, channel in counts.items():
                 if column in values:
