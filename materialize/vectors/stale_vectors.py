@@ -106,9 +106,13 @@ def users_to_embed(connection: duckdb.DuckDBPyConnection, sources: list[str], ve
             FROM behaviors SEMI JOIN candidates USING (user_id)
             GROUP BY user_id
             UNION ALL BY NAME
-            SELECT user_id, bit_xor(hash(item_id::VARCHAR, event_timestamp)) AS mixed
-            FROM impressions SEMI JOIN candidates USING (user_id)
-            WHERE clicked = 1  -- they are among the items seen, which lie beside the vector
+            SELECT user_id, bit_xor(hash('clicked', item_id::VARCHAR)) AS mixed
+            FROM (
+                -- They are among the items seen, which lie beside the vector.
+                SELECT DISTINCT user_id, item_id
+                FROM impressions SEMI JOIN candidates USING (user_id)
+                WHERE clicked = 1
+            )
             GROUP BY user_id
             {without_behaviors}
         )

@@ -134,6 +134,35 @@ def test_only_what_changed_is_embedded_again(feed: str, home: Home) -> None:
     assert_same(found, from_nothing(home))
 
 
+def test_only_a_click_on_another_item_changes_what_a_known_user_has_seen(home: Home) -> None:
+    with lake(home) as connection:
+        row = connection.execute(
+            """
+            SELECT user_id, item_id
+            FROM impressions
+            GROUP BY ALL
+            HAVING max(clicked) = 0
+            ORDER BY ALL
+            LIMIT 1
+            """
+        ).fetchone()
+    assert row is not None
+    user, item = row
+    before = user_vectors(home)[user]
+    shown = (
+        "INSERT INTO impressions BY NAME SELECT * REPLACE (impression_id + 300000 AS impression_id,"
+        f" {{clicked}} AS clicked) FROM impressions WHERE user_id = '{user}' AND item_id = {item} LIMIT 1"
+    )
+    change_log(home, shown.format(clicked=0))
+    assert embed(home).users_added == 0
+    change_log(home, shown.format(clicked=1).replace("300000", "400000"))
+    assert embed(home).users_added == 1
+    np.testing.assert_allclose(user_vectors(home)[user], before, atol=1e-6)  # computed beside fewer users
+    with lake(home) as connection:
+        seen = connection.execute("SELECT seen_items FROM user_embedding WHERE user_id = ?", [user])
+        assert str(item) in (seen.fetchone() or ([],))[0]
+
+
 def test_impressions_of_known_users_change_no_vector(home: Home) -> None:
     shown = (
         "INSERT INTO impressions BY NAME SELECT * REPLACE (impression_id + 100000 AS impression_id)"
