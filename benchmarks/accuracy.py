@@ -14,7 +14,7 @@ from typing import Any
 
 from bahe_core.home import Home
 from benchmarks import fuxi
-from benchmarks.harness import Row, main
+from benchmarks.harness import Row, against, main
 
 METRICS = ("auc", "gauc")
 SEEDS = (0, 1, 2)
@@ -129,18 +129,13 @@ def _rows(variant: str, found: Measured) -> Iterator[Row]:
         for metric in METRICS:
             if ("bahe", split, metric) not in measured:
                 continue
-            bahe = mean(measured["bahe", split, metric])
-            for peer in (*peers, *(f"FuxiCTR {network}" for network in fuxi_settings)):
-                value = mean(measured[peer, split, metric])
-                yield Row(
-                    metric=f"{split} {metric.upper()} of BAHE{variant}",
-                    value=bahe,
-                    unit=seeds,
-                    peer=peer,
-                    peer_value=value,
-                    goal=f"above {peer}",
-                    holds=bahe > value,
-                )
+            names = (*peers, *(f"FuxiCTR {network}" for network in fuxi_settings))
+            yield from against(
+                f"{split} {metric.upper()} of BAHE{variant}",
+                mean(measured["bahe", split, metric]),
+                seeds,
+                {peer: mean(measured[peer, split, metric]) for peer in names},
+            )
     if not fuxi_settings:
         yield Row(
             metric="FuxiCTR's networks that were measured",

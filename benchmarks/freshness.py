@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from statistics import mean
 
-from benchmarks.harness import Row, main
+from benchmarks.harness import Row, against, main
 
 FRESHNESSES = ("live", "hourly", "nightly")
 SEEDS = (0, 1, 2)
@@ -23,29 +23,23 @@ def measure(quick: bool, home_path: Path) -> Iterable[Row]:
     from materialize.config.dataset import home_dataset
 
     project = bahe.open(home_path)
-    training = home_dataset(project.home).training
+    training = vars(home_dataset(project.home).training)
     seeds = SEEDS[:1] if quick else SEEDS
     for freshness in FRESHNESSES if not quick else ("live", "nightly"):
         found: dict[tuple[str, str], list[float]] = {}
-        for seed in seeds:
-            with with_settings(
-                project, freshness=freshness, training=vars(training) | {"seed": seed}
-            ) as copy:
-                copy.frame()
-                for row in copy.train(tracker="none").results:
-                    found.setdefault((row["model"], row["split"]), []).append(row["auc"])
+        with with_settings(project, freshness=freshness) as framed:
+            framed.frame()
+            for seed in seeds:
+                with with_settings(framed, training=training | {"seed": seed}) as copy:
+                    for row in copy.train(tracker="none").results:
+                        found.setdefault((row["model"], row["split"]), []).append(row["auc"])
         for split in ("validation", "test"):
-            bahe_auc = mean(found["bahe", split])
-            for peer in ("floor", "id_only"):
-                yield Row(
-                    metric=f"{split} AUC of BAHE, {freshness}",
-                    value=bahe_auc,
-                    unit=f"mean of {len(seeds)} seeds",
-                    peer=peer,
-                    peer_value=mean(found[peer, split]),
-                    goal=f"above {peer}",
-                    holds=bahe_auc > mean(found[peer, split]),
-                )
+            yield from against(
+                f"{split} AUC of BAHE, {freshness}",
+                mean(found["bahe", split]),
+                f"mean of {len(seeds)} seeds",
+                {peer: mean(found[peer, split]) for peer in ("floor", "id_only")},
+            )
 
 
 if __name__ == "__main__":

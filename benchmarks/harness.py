@@ -6,7 +6,7 @@ import argparse
 import json
 import platform
 import subprocess
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -72,6 +72,20 @@ def main(name: str, description: str, measure: Callable[[bool, Path], Iterable[R
         arguments.json.write_text(json.dumps(content, indent=2) + "\n")
     if arguments.write:
         put(MEASUREMENTS, name, section(content))
+
+
+def against(metric: str, value: float, unit: str, peers: Mapping[str, float]) -> Iterator[Row]:
+    """A figure beside each peer's, which it should be above."""
+    for peer, theirs in peers.items():
+        yield Row(
+            metric=metric,
+            value=value,
+            unit=unit,
+            peer=peer,
+            peer_value=theirs,
+            goal=f"above {peer}",
+            holds=value > theirs,
+        )
 
 
 def section(content: dict[str, Any]) -> str:

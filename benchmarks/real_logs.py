@@ -7,7 +7,7 @@ reported for what was chosen.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.harness import Row, main
+from benchmarks.harness import Row, against, main
 
 if TYPE_CHECKING:
     import bahe
@@ -28,7 +28,7 @@ CATEGORIES = 250
 
 
 def measure(quick: bool, home_path: Path) -> Iterable[Row]:
-    """One seed and no deep layers (quick), or three seeds."""
+    """One seed and no deep layers (quick), or three seeds, of deep layers one."""
     import bahe
     from bahe.variation import with_settings
     from materialize.config.dataset import home_dataset
@@ -38,35 +38,37 @@ def measure(quick: bool, home_path: Path) -> Iterable[Row]:
     features = dataset.features.model_dump()
     without = [name for name in features["numeric"] if not name.startswith(PAIRS)]
     training, model = vars(dataset.training), vars(dataset.model)
-    variants: dict[str, dict[str, Any]] = {
-        "": {},
-        ", without what a user did with the item": {"features": features | {"numeric": without}},
+    seeds = SEEDS[:1] if quick else SEEDS
+    variants: dict[str, tuple[dict[str, Any], Sequence[int]]] = {
+        "": ({}, seeds),
+        ", without what a user did with the item": ({"features": features | {"numeric": without}}, seeds),
     }
-    if not quick:
-        variants[", with deep layers"] = {"model": model | {"deep": True}}
-    for name, sections in variants.items():
-        found: dict[tuple[str, str], list[float]] = {}
-        for seed in SEEDS[:1] if quick else SEEDS:
-            with with_settings(project, **sections, training=training | {"seed": seed}) as varied:
-                varied.frame()
-                for row in varied.train(tracker="none").results:
-                    found.setdefault((row["model"], row["split"]), []).append(row["auc"])
-                if seed == SEEDS[0]:
-                    boosted = _boosted(varied)
-        seeds = f"mean of {len(found['bahe', 'test'])} seeds"
+    if not quick:  # they take ten times as long
+        variants[", with deep layers"] = ({"model": model | {"deep": True}}, SEEDS[:1])
+    for name, (sections, of_variant) in variants.items():
+        found: dict[tuple[str, str], list[dict[str, float]]] = {}
+        with with_settings(project, **sections) as framed:
+            framed.frame()
+            boosted = _boosted(framed)
+            for seed in of_variant:
+                with with_settings(framed, training=training | {"seed": seed}) as copy:
+                    for row in copy.train(tracker="none").results:
+                        found.setdefault((row["model"], row["split"]), []).append(row)
+        unit = f"mean of {len(of_variant)} seeds"
         for split in ("validation", "test") if not name else ("validation",):
-            value = mean(found["bahe", split])
-            peers = {"floor": mean(found["floor", split]), "gradient boosting": boosted[split]}
-            for peer, theirs in peers.items():
+            peers = {"floor": mean(row["auc"] for row in found["floor", split])}
+            peers["gradient boosting"] = boosted[split]
+            value = mean(row["auc"] for row in found["bahe", split])
+            yield from against(f"{split} AUC of BAHE{name}", value, unit, peers)
+        for metric, of_metric in (("log_loss", "test log loss"), ("ece", "test calibration error (ECE)")):
+            if not name:
                 yield Row(
-                    metric=f"{split} AUC of BAHE{name}",
-                    value=value,
-                    unit=seeds,
-                    peer=peer,
-                    peer_value=theirs,
-                    goal=f"above {peer}",
-                    holds=value > theirs,
+                    metric=f"{of_metric} of BAHE",
+                    value=mean(row[metric] for row in found["bahe", "test"]),
+                    unit=unit,
                 )
+        seconds = mean(row["train_seconds"] for row in found["bahe", "validation"])
+        yield Row(metric=f"training of BAHE{name}", value=seconds, unit=f"s, {unit}")
 
 
 def _boosted(project: bahe.Project) -> dict[str, float]:

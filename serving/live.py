@@ -162,9 +162,8 @@ class LiveLookup(OnlineLookup):
                     f"a behavior at {at.isoformat()} does not follow the latest of user {user_id}, and a"
                     " service takes them in order only; leave it to the next ingest."
                 ) from None
-            of_text = (item for item, its in self.catalogue().items() if its == normal)
-            with_items = frozenset(map(str, of_text if item_id is None else [item_id]))
-            act = _Act(with_items, item_id is not None, channel, time_us)
+            with_items = [item_id] if item_id is not None else self._items_of(normal)
+            act = _Act(frozenset(map(str, with_items)), item_id is not None, channel, time_us)
             with self._fresh_lock:
                 self._fresh[stored.user_id] = replace(
                     fresh,
@@ -191,6 +190,9 @@ class LiveLookup(OnlineLookup):
                 return None
             self._fresh.move_to_end(stored.user_id)
             return fresh
+
+    def _items_of(self, text: str) -> list[Identifier]:
+        return [item for item, its in self.catalogue().items() if its == text]
 
     def _from_lake(self, stored: UserFeatures, artifact: Artifact) -> _Fresh:
         with lake(self._home) as connection:

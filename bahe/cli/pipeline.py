@@ -103,7 +103,7 @@ class Demo:
 
 DEMOS = {
     "movielens-100k": Demo(user=1, at=datetime(1998, 4, 23), nightly=True),
-    "complete-journey": Demo(user=1, at=datetime(2018, 1, 2), nightly=False),  # another quarter of an hour
+    "complete-journey": Demo(user=1, at=datetime(2018, 1, 2), nightly=False),  # it takes long enough
 }
 
 

@@ -32,6 +32,10 @@ class Log:
         """Artifact folder and report."""
 
 
+_set_here: str | None = None
+"""The last home's store: MLflow puts what it is told into the environment, where another home of this
+process would take it for the user's choice."""
+
 # What the results table says beside the quality of a model on a split.
 _NOT_QUALITY = ("model", "split", "train_seconds", "peak_memory_mb")
 
@@ -120,8 +124,13 @@ def run(home: Home, tracker: Tracker, experiment: str, name: str) -> Iterator[Lo
     for noisy in ("mlflow", "alembic"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
 
-    if not os.environ.get("MLFLOW_TRACKING_URI"):
-        mlflow.set_tracking_uri(f"sqlite:///{home.tracking / 'mlflow.db'}")
+    global _set_here
+    uri = os.environ.get("MLFLOW_TRACKING_URI")
+    if uri and uri != _set_here:
+        mlflow.set_tracking_uri(uri)  # it may have been told of another before
+    else:
+        _set_here = f"sqlite:///{home.tracking / 'mlflow.db'}"
+        mlflow.set_tracking_uri(_set_here)
         if mlflow.get_experiment_by_name(experiment) is None:
             where = (home.tracking / "artifacts").as_uri()
             mlflow.create_experiment(experiment, artifact_location=where)

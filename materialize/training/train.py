@@ -23,14 +23,7 @@ from bahe_lake import runs
 from bahe_lake.connection import lake
 from bahe_lake.sql import sql_literal
 from bahe_lake.transactions import commit
-from bahe_models import (
-    Artifact,
-    Checkpoint,
-    TrainingData,
-    encoder_version,
-    load,
-    load_backbone,
-)
+from bahe_models import Artifact, Checkpoint, TrainingData, encoder_version, load, load_backbone
 from bahe_models.artifact_folder import FORMAT
 from bahe_models.trainer.ctr_training import refuse_deep, require_fit
 from bahe_models.trainer.distributed import own_device, processes

@@ -111,7 +111,8 @@ def _only_used_atoms(
 def latest_items(connection: duckdb.DuckDBPyConnection, users: pa.Table) -> pa.ChunkedArray:
     """The latest items that each of these users acted on or clicked, each once, the newest first.
 
-    Users are sorted by user_id."""
+    Users are sorted by user_id.
+    """
     connection.register("part", users.select(["user_id"]))
     ends = [users["user_id"][0].as_py(), users["user_id"][-1].as_py()]
     table = connection.execute(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
@@ -50,6 +50,11 @@ def frames(impressions: list[tuple], behaviors: list[tuple]) -> dict[str, pd.Dat
             {"item_id": range(4), "text": [f"item {i}" for i in range(4)], "event_timestamp": START}
         ),
     }
+
+
+def moments(days_and_us: Iterable[tuple[int, int]]) -> list[pd.Timestamp]:
+    """So many days and microseconds after the start."""
+    return [START + pd.Timedelta(days, "D") + pd.Timedelta(us, "us") for days, us in days_and_us]
 
 
 @contextmanager
@@ -137,9 +142,7 @@ def windows_by_brute_force(log: dict[str, pd.DataFrame], row: pd.Series) -> dict
 )
 def test_windows_equal_brute_force(rows: list[tuple]) -> None:
     log = frames([(user, item, 0, clicked) for user, item, _, clicked in rows], [(0, "liked", 0, 0)])
-    log["impressions"]["event_timestamp"] = [
-        START + pd.Timedelta(day, "D") + pd.Timedelta(offset, "us") for _, _, (day, offset), _ in rows
-    ]
+    log["impressions"]["event_timestamp"] = moments([moment for _, _, moment, _ in rows])
     with a_home(log) as home:
         store = open_store(home)
         service = store.get_feature_service("ctr_training_windows")
@@ -175,9 +178,7 @@ def test_behaviors_by_channel_equal_brute_force(rows: list[tuple]) -> None:
         [(user, channel, text, 0) for user, channel, text, _, _ in rows],
     )
     done, shown = log["behaviors"], log["impressions"]
-    done["event_timestamp"] = [
-        START + pd.Timedelta(day, "D") + pd.Timedelta(offset, "us") for *_, (day, offset), _ in rows
-    ]
+    done["event_timestamp"] = moments([moment for *_, moment, _ in rows])
     done["item_id"] = pd.array([row[-1] for row in rows], "Int64")
     shown["event_timestamp"] = [START + pd.Timedelta(n, "D") for n in range(60)]
     done = done.drop_duplicates(["user_id", "channel", "text", "event_timestamp"], keep=False)
@@ -226,9 +227,7 @@ def test_what_a_user_did_with_an_item_equals_brute_force(rows: list[tuple]) -> N
     shown, texts = log["impressions"], log["items"].set_index("item_id")["text"]
     shown["event_timestamp"] = [START + pd.Timedelta(n, "D") for n in range(110)]
     log["behaviors"] = done = pd.DataFrame(rows, columns=["user_id", "channel", "text", "t", "item_id"])
-    done["event_timestamp"] = [
-        START + pd.Timedelta(d, "D") + pd.Timedelta(us, "us") for d, us in done.pop("t")
-    ]
+    done["event_timestamp"] = moments(done.pop("t"))
     done["item_id"] = done["item_id"].astype("Int64")
     with a_home(log) as home:
         store = open_store(home)

@@ -75,6 +75,31 @@ def test_metrics_as_text() -> None:
     assert shown_auc({"auc": 0.76161}) == "0.7616"  # recorded before there were intervals
 
 
+def test_each_home_of_a_process_keeps_its_own_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import mlflow
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(tmp_path)
+    report = tmp_path / "report.html"
+    report.write_text("told")
+    for name in ("first", "second"):
+        home = Home.at(tmp_path / name)
+        home.tracking.mkdir(parents=True)
+        with tracking.run(home, "mlflow", f"log of {name}", "bahe-1") as log:
+            log.files([report])
+        assert [
+            run.info.run_name
+            for run in mlflow.search_runs(output_format="list", search_all_experiments=True)
+        ] == ["bahe-1"]
+        assert len(list(home.tracking.rglob("report.html"))) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "report.html", "second"]
+    # What the user says goes for every home.
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'shared.db'}")
+    with tracking.run(Home.at(tmp_path / "first"), "mlflow", "shared", "bahe-2"):
+        pass
+    assert (tmp_path / "shared.db").is_file()
+
+
 def test_mlflow_gets_every_defined_metric(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import mlflow
 
