@@ -133,7 +133,7 @@ class Project:
         with job("apply"):
             dataset = home_dataset(self.home)
             features = dataset.features
-            online = {*features.numeric, *features.categorical}
+            online = {*features.numeric, *features.categorical, *features.vectors}
             for artifact in self.home.models.glob("*/config.json"):  # any of them may be live again
                 with suppress(BadInput):
                     online.update(*further_features(read_config(artifact.parent)).values())

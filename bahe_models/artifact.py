@@ -24,6 +24,7 @@ from bahe_models.calibration import AS_IT_IS, Calibration
 from bahe_models.config import POSITIONS_PER_PASS, ModelConfig, WindowConfig
 from bahe_models.context import hash_context
 from bahe_models.features import Columns, DenseFeatures
+from bahe_models.given_vectors import Matrix, check_vectors
 from bahe_models.metrics import probability
 from bahe_models.model import BaheModel
 from bahe_models.passes import plan_passes
@@ -64,6 +65,11 @@ class Artifact:
         return () if self.model.context is None else self.model.context.columns
 
     @property
+    def vectors(self) -> dict[str, int]:
+        """Widths of the vectors of the feature store that `score` expects, by `view:feature`."""
+        return {} if self.model.vectors is None else self.model.vectors.widths
+
+    @property
     def vectors_suffice(self) -> bool:
         """Whether `score` works, from stored vectors; if not, use `score_timelines`."""
         return self.model.config.vectors_suffice
@@ -82,6 +88,7 @@ class Artifact:
             "window": asdict(self.window),
             "dense": asdict(self.dense),
             "context": list(self.context_columns),
+            "vectors": self.vectors,
             "logit_shift": self.logit_shift,
             "calibration": asdict(self.calibration),
             "facts": self.facts,
@@ -147,19 +154,26 @@ class Artifact:
         length_NC: Int64,
         now_us_N: Int64,
         context: Mapping[str, Sequence[object]] | Int64 | None = None,
+        vectors: Mapping[str, Matrix] | None = None,
     ) -> npt.NDArray[np.float64]:
         """Click probabilities [N] of pairs of stored vectors and their statistics.
 
         `context` holds the values of each of `context_columns`, None where unknown, or their hashes
-        [N, X]. Raises BadInput when a column is missing or unknown, and NotServable when stored vectors
+        [N, X]; `vectors` a matrix [N, D] for each of `Artifact.vectors`, NaN where unknown. Raises BadInput
+        when a column or vector is missing, unknown or of another shape, and NotServable when stored vectors
         do not suffice (see `score_timelines`).
         """
         require_vectors_suffice(self.model_version, self.model.config)
         self.model.eval()
         hashed_NX = self._hashed(context, len(user_NV))
+        given = check_vectors(self.vectors, vectors, len(user_NV))
         dense_NF = torch.from_numpy(self.dense.transform(columns, length_NC, now_us_N))
         logits_N = self.model.score(
-            torch.from_numpy(user_NV), torch.from_numpy(item_NV), dense_NF, torch.from_numpy(hashed_NX)
+            torch.from_numpy(user_NV),
+            torch.from_numpy(item_NV),
+            dense_NF,
+            torch.from_numpy(hashed_NX),
+            vectors=[torch.from_numpy(values) for values in given.values()],
         )
         return self._probabilities(logits_N)
 
@@ -176,16 +190,18 @@ class Artifact:
         columns: Columns,
         now_us_N: Int64,
         context: Mapping[str, Sequence[object]] | Int64 | None = None,
+        vectors: Mapping[str, Matrix] | None = None,
     ) -> npt.NDArray[np.float64]:
         """Click probabilities [N] of impressions, from timelines instead of stored vectors.
 
         Works with every head. `atoms_AD` must come from this artifact's encoder_version and be on the
         model's device; `item_atom_N` are the rows of the items' texts in it, and `length_NC` counts the
-        behaviors of each timeline strictly before the impression. `context` is as in `score`.
+        behaviors of each timeline strictly before the impression. `context` and `vectors` are as in `score`.
         """
         self._check_width(atoms_AD)
         self.model.eval()
         hashed_NX = torch.from_numpy(self._hashed(context, len(user_N))).to(atoms_AD.device)
+        given = check_vectors(self.vectors, vectors, len(user_N))
         device = atoms_AD.device
         id_row_A = self.model.behavior_rows(torch.tensor(atom_ids_A, device=device))
         dense_NF = torch.from_numpy(self.dense.transform(columns, length_NC, now_us_N)).to(device)
@@ -199,7 +215,12 @@ class Artifact:
             item_NV = self.model.item_vectors(atoms_AD[item_atom_N[rows]], item_row_N[index])
             interest_NT = self.model.interests(atoms_AD, timelines, user_N[rows], length_NC[rows], item_NV)
             logits_N[index] = self.model.score(
-                user_NV, item_NV, dense_NF[index], hashed_NX[index], interest_NT
+                user_NV,
+                item_NV,
+                dense_NF[index],
+                hashed_NX[index],
+                interest_NT,
+                [torch.from_numpy(values[rows]).to(device) for values in given.values()],
             )
         return self._probabilities(logits_N)
 
@@ -260,6 +281,7 @@ def load(folder: Path | str) -> Artifact:
         dense_features=len(features.names),
         config=shape,
         context=config.get("context", ()),  # older artifacts have no context
+        vectors=config.get("vectors"),  # nor vectors of the feature store
         behaviors=len(state.get("collaborative.atom_ids_B", ())),
     )
     model.load_state_dict(state)

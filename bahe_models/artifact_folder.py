@@ -47,13 +47,14 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def further_features(config: dict[str, Any]) -> dict[str, list[str]]:
-    """What `features` of dataset.yaml listed for the model: `numeric` and `categorical`, as `view:feature`.
+    """What `features` of dataset.yaml listed for the model, by kind, as `view:feature`.
 
     `config` is what `read_config` gives.
     """
     return {
         "numeric": list(config["dense"].get("numeric", ())),
         "categorical": list(config["facts"].get("categorical", ())),
+        "vectors": list(config.get("vectors", ())),
     }
 
 

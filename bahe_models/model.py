@@ -18,7 +18,7 @@ collaborative part), F dense features, X context columns.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -32,6 +32,7 @@ from bahe_models.norms import fuse_norms
 from bahe_models.packing import Packing, attend_within, read_packed
 from bahe_models.target import TargetAttention, recent_behaviors
 from bahe_models.timelines import Int64, Timelines, WindowBatch
+from bahe_models.vector_features import VectorFeatures
 
 
 class UserAggregator(nn.Module):
@@ -130,11 +131,13 @@ class BaheModel(nn.Module):
         dense_features: int,
         config: ModelConfig,
         context: Sequence[str] = (),
+        vectors: Mapping[str, int] | None = None,
         behaviors: int = 0,
     ) -> None:
         """`items` and `behaviors` are the numbers of ids seen in training.
 
-        `context` names the context columns, in the order of `score`; without any there is no table.
+        `context` names the context columns, in the order of `score`; without any there is no table. `vectors`
+        are the widths of vectors of the feature store, by `view:feature` and in the order of `score`.
         """
         super().__init__()
         vector, profile = config.deep_width, config.profile_width
@@ -158,6 +161,7 @@ class BaheModel(nn.Module):
         )
         self.dropout = nn.Dropout(config.dropout)
         self.context = context_embedding(context, config)
+        self.vectors = VectorFeatures(vectors) if vectors else None
         self.head = Head(
             config.head,
             vector=vector,
@@ -166,6 +170,7 @@ class BaheModel(nn.Module):
             dropout=config.dropout,
             crosses=config.cross_layers,
             extra=(0 if self.context is None else self.context.width)
+            + (0 if self.vectors is None else self.vectors.width)
             + (0 if config.vectors_suffice else 2 * profile),
         )
         self.target: TargetAttention | None = None
@@ -267,8 +272,12 @@ class BaheModel(nn.Module):
         dense_NF: torch.Tensor,
         context_NX: torch.Tensor | None = None,
         interest_NT: torch.Tensor | None = None,
+        vectors: Sequence[torch.Tensor] = (),
     ) -> torch.Tensor:
-        """Click logits [N] of pairs of vectors, dense features, hashed context if any, and `interests`."""
+        """Click logits [N] of pairs of vectors, dense features, hashed context if any, and `interests`.
+
+        `vectors` are those of the feature store, NaN where unknown.
+        """
         width = self.config.deep_width
         products_NK = user_NV[:, width:] * item_NV[:, width:]
         parts = products_NK.tensor_split([self.config.profile_width], dim=1)
@@ -277,6 +286,8 @@ class BaheModel(nn.Module):
         extra = [] if interest_NT is None else [interest_NT]
         if self.context is not None:
             extra.append(self.context(context_NX))
+        if self.vectors is not None:
+            extra.append(self.vectors(vectors))
         logits: torch.Tensor = self.head(user_NV[:, :width], item_NV[:, :width], facts, extra)
         return logits
 

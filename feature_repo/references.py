@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,8 +15,9 @@ _ENTITIES = {("user_id",): "user", ("item_id",): "item", ("item_id", "user_id"):
 _TYPES = {
     "numeric": {"Int32", "Int64", "Float32", "Float64", "Bool"},
     "categorical": {"String", "Int32", "Int64", "Bool"},
+    "vectors": {"Array(Float32)", "Array(Float64)"},
 }
-_WHAT = {"numeric": "number", "categorical": "category"}
+_WHAT = {"numeric": "number", "categorical": "category", "vectors": "vector of floats"}
 _HASHES = {"atom_id"}
 """Numbers that count nothing."""
 
@@ -42,14 +43,22 @@ def view_of(reference: str) -> str:
 def feature_references(store: FeatureStore, kind: str, references: Sequence[str]) -> list[FeatureReference]:
     """The features that `features.<kind>` of dataset.yaml lists, as `view:feature` or a whole `view`.
 
-    `kind` is `numeric` or `categorical`; of a whole view those of a type that can be it. Raises BadInput on
-    a view or feature that is not registered, has another type, or is not of a user, an item or both.
+    `kind` is `numeric`, `categorical` or `vectors`; of a whole view those of a type that can be it. Raises
+    BadInput on a view or feature that is not registered, has another type, or is not of a user, an item or
+    both, and on a view without any feature of such a type.
     """
+    from feast import OnDemandFeatureView
+
     found: dict[str, FeatureReference] = {}
     for reference in references:
         name, _, feature = reference.partition(":")
         view = _view(store, kind, reference, name)
         keys = _keys(store, kind, reference, view)
+        if kind == "vectors" and isinstance(view, OnDemandFeatureView):
+            raise BadInput(
+                f"features.vectors: {reference} is of a view on demand; keep its vectors in a view that is"
+                " stored."
+            )
         if keys not in _ENTITIES:
             raise BadInput(
                 f"features.{kind}: {reference} is keyed by {', '.join(keys) or 'nothing'}; the model reads"
@@ -57,12 +66,8 @@ def feature_references(store: FeatureStore, kind: str, references: Sequence[str]
             )
         types = {field.name: str(field.dtype) for field in view.features if field.name not in _HASHES}
         fitting = [one for one, its in types.items() if its in _TYPES[kind]]
-        if feature and feature not in fitting:
-            its = types.get(feature)
-            problem = f"is not there; {name} has {', '.join(fitting)}"
-            if its is not None:
-                problem = f"is {its}, no {_WHAT[kind]}"
-            raise BadInput(f"features.{kind}: {reference} {problem}.")
+        if feature not in fitting and (feature or not fitting):
+            raise BadInput(f"features.{kind}: {reference} {_misfit(kind, name, feature, types, fitting)}.")
         for one in [feature] if feature else fitting:
             made = FeatureReference(view=name, feature=one, entity=_ENTITIES[keys])
             other = found.setdefault(one, made)
@@ -87,6 +92,19 @@ def stored_views(store: FeatureStore, references: Iterable[str]) -> set[str]:
 def sources_of(view: OnDemandFeatureView) -> set[str]:
     """The stored views that a view on demand computes from."""
     return {projection.name for projection in view.source_feature_view_projections.values()}
+
+
+def _misfit(kind: str, view: str, feature: str, types: Mapping[str, str], fitting: Sequence[str]) -> str:
+    """Why a feature of a view, or a whole view, cannot be of this kind. `types` are by the view's features."""
+    its = types.get(feature)
+    if its is not None:
+        other = next((other for other, kinds in _TYPES.items() if its in kinds), None)
+        way_out = "" if other is None else f"; list it under features.{other}"
+        return f"is {its}, no {_WHAT[kind]}{way_out}"
+    if feature:
+        return f"is not there; {view} has {', '.join(fitting or types)}"
+    there = ", ".join(f"{name} ({its})" for name, its in types.items())
+    return f"has no {_WHAT[kind]}; it has {there or 'none'}"
 
 
 def _view(store: FeatureStore, kind: str, reference: str, name: str) -> FeatureView | OnDemandFeatureView:

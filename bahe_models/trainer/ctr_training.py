@@ -183,8 +183,17 @@ class Batches:
         user_NV, item_NV, interest_NT = self.pair_vectors(split, rows, share=share)
         dense_NF = dense_NF[torch.from_numpy(rows).to(self.device)]
         return self.model.score(
-            user_NV, item_NV, dense_NF, context_rows(split, rows, self.device), interest_NT
+            user_NV,
+            item_NV,
+            dense_NF,
+            context_rows(split, rows, self.device),
+            interest_NT,
+            self.given_vectors(split, rows),
         )
+
+    def given_vectors(self, split: Impressions, rows: Int64) -> list[torch.Tensor]:
+        """The feature store's vectors of some impressions, [n, D] each, in the order of the model's."""
+        return [torch.from_numpy(split.vectors[name][rows]).to(self.device) for name in self.data.vectors]
 
     def pair_vectors(
         self, split: Impressions, rows: Int64, *, share: bool = True
@@ -259,8 +268,11 @@ def build_model(
         dense_features=len(dense.names),
         config=config,
         context=data.context,
+        vectors=data.vectors,
         behaviors=len(seen),
     )
+    if model.vectors is not None:
+        model.vectors.fit(train.vectors)
     if model.collaborative is not None:
         model.collaborative.atom_ids_B.copy_(torch.from_numpy(np.sort(data.atom_ids[seen])))
     used = [np.unique(atoms) for atoms in data.timelines.atoms]

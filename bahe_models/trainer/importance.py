@@ -38,7 +38,7 @@ class Importance:
     auc_lost: float
     """Mean over REPEATS shuffles; about 0 where the model does without."""
     alone: float | None
-    """AUC of the raw values alone, whichever way round; None of categories and of several features."""
+    """AUC of the raw values alone, whichever way round; None of categories, vectors and several features."""
     missing: float
     """Share of rows without a value."""
     warning: str | None
@@ -119,6 +119,7 @@ class _Parts:
                 batches.dense_features(split),
                 None if context is None else torch.from_numpy(context).to(device),
                 None if self.interest_NT is None else self.interest_NT[of_user],
+                batches.given_vectors(split, every),
             )
         return np.asarray(logits.double().cpu().numpy())
 
@@ -135,27 +136,34 @@ class _Parts:
         items = order if ITEM in names else None
         channels = self._batches.dense.channels
         values, lengths = dict(split.columns), split.length_NC.copy()
+        vectors = dict(split.vectors)
         context = None if split.context_NX is None else split.context_NX.copy()
         for name in names:
             where = columns.get(name)
             if isinstance(where, int):
                 assert context is not None
                 context[:, where] = context[order, where]
+            elif where is not None and where in split.vectors:
+                vectors[where] = vectors[where][order]
             elif where is not None and where in split.columns:
                 values[where] = values[where][order]
             elif where is not None:
                 channel = channels.index(where)
                 lengths[:, channel] = lengths[order, channel]
-        return replace(split, columns=values, length_NC=lengths, context_NX=context), users, items
+        shuffled = replace(
+            split, columns=values, length_NC=lengths, context_NX=context, vectors=vectors
+        )
+        return shuffled, users, items
 
 
 def _columns(batches: Batches, categorical: Sequence[str]) -> dict[str, str | int]:
-    """Every feature as `view:feature`: its column, its channel, or its place in the context."""
+    """Every feature as `view:feature`: its column, its vector, its channel, or its place in the context."""
     found: dict[str, str | int] = {}
     for column in needed_columns():
         found[f"{column.partition('_')[0]}_stats:{column}"] = column
     found |= {f"user_timeline:length_{channel}": channel for channel in batches.dense.channels}
     found |= {reference: column_of(reference) for reference in batches.dense.numeric}
+    found |= {reference: reference for reference in batches.data.vectors}
     references = {column_of(reference): reference for reference in categorical}
     for place, column in enumerate(batches.data.context):
         found[references.get(column, f"{REQUEST}:{column}")] = place
@@ -170,6 +178,14 @@ def _single(name: str, columns: Mapping[str, str | int], split: Impressions, auc
         values = split.context_NX[:, where]
         missing = float((values == 0).mean())
         warning = "is constant" if len(np.unique(values)) == 1 else None
+    elif where is not None and where in split.vectors:
+        known_N = np.isfinite(split.vectors[where]).all(axis=1)
+        missing = float(1 - known_N.mean())
+        known_MD = split.vectors[where][known_N]
+        if missing == 1:
+            warning = "has no value at all"
+        elif missing == 0 and (known_MD == known_MD[0]).all():
+            warning = "is constant"
     elif where is not None and where in split.columns:
         numbers = split.columns[where]
         missing = float(np.isnan(numbers).mean())

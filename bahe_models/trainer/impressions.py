@@ -7,13 +7,14 @@ impressions, C channels, X context columns.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from bahe_core.errors import BadInput
 from bahe_models.features import column_of, needed_columns
+from bahe_models.given_vectors import Matrix, check_vectors
 from bahe_models.timelines import Int64, Timelines
 
 
@@ -32,6 +33,8 @@ class Impressions:
     """Statistics, NaN where unknown; see `needed_columns`."""
     context_NX: Int64 | None = None
     """Hashes of the context columns (`bahe_models.context`); None in a log without any."""
+    vectors: Mapping[str, Matrix] = field(default_factory=dict)
+    """Vectors of the feature store [N, D], by `view:feature`; NaN where unknown."""
 
     def __len__(self) -> int:
         return len(self.user_N)
@@ -46,6 +49,7 @@ class Impressions:
             clicked_N=self.clicked_N[rows],
             columns={name: values[rows] for name, values in self.columns.items()},
             context_NX=None if self.context_NX is None else self.context_NX[rows],
+            vectors={name: values[rows] for name, values in self.vectors.items()},
         )
 
     @classmethod
@@ -62,6 +66,9 @@ class Impressions:
                 name: np.concatenate([part.columns[name] for part in parts]) for name in parts[0].columns
             },
             context_NX=np.concatenate(contexts) if contexts else None,
+            vectors={
+                name: np.concatenate([part.vectors[name] for part in parts]) for name in parts[0].vectors
+            },
         )
 
 
@@ -84,6 +91,8 @@ class TrainingData:
     """Names of the context columns."""
     numeric: tuple[str, ...] = ()
     """Further dense features, as `view:feature`, each with its column in the splits."""
+    vectors: Mapping[str, int] = field(default_factory=dict)
+    """Widths of the vectors of the feature store that the splits have, by `view:feature`."""
 
     def known_lengths(self) -> Int64:
         """How much of each timeline training may read, [users, C].
@@ -127,6 +136,7 @@ class TrainingData:
                 f"the {name} split has {hashed} context columns, not {len(self.context)}; pull the frame"
                 " again."
             )
+        check_vectors(self.vectors, split.vectors, len(split))
         if not np.isin(split.clicked_N, (0.0, 1.0)).all():
             raise BadInput(f"clicked is not 0 or 1 everywhere in the {name} split.")
         if len(np.unique(split.clicked_N)) < 2:

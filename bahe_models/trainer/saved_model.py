@@ -24,6 +24,7 @@ def logits_of(artifact: Artifact, data: TrainingData, split: Impressions, where:
         split.columns,
         split.time_us_N,
         split.context_NX,
+        split.vectors,
     )
     clipped = np.clip(clicks_N, 1e-12, 1 - 1e-12)
     return np.asarray(np.log(clipped) - np.log1p(-clipped))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -52,6 +52,7 @@ def require_fit(
     channels: Sequence[str],
     context: Sequence[str],
     numeric: Sequence[str],
+    vectors: Mapping[str, int],
     config: ModelConfig,
 ) -> None:
     """Raises BadInput when a model of this configuration cannot start from the artifact."""
@@ -64,6 +65,7 @@ def require_fit(
         ("channels", artifact.dense.channels, channels),
         ("context columns", artifact.context_columns, context),
         ("numeric features", artifact.dense.numeric, numeric),
+        ("vectors", _described(artifact.vectors), _described(vectors)),
     ):
         if tuple(theirs) != tuple(ours):
             raise BadInput(
@@ -84,6 +86,10 @@ def require_fit(
             )
 
 
+def _described(vectors: Mapping[str, int]) -> list[str]:
+    return [f"{name} of {width} numbers" for name, width in vectors.items()]
+
+
 @torch.no_grad()
 def start_from(artifact: Artifact, batches: Batches, *, encoder_version: str) -> None:
     """Make a fresh model predict what the artifact does, before its first step.
@@ -99,6 +105,7 @@ def start_from(artifact: Artifact, batches: Batches, *, encoder_version: str) ->
         channels=batches.data.timelines.channels,
         context=batches.data.context,
         numeric=batches.data.numeric,
+        vectors=batches.data.vectors,
         config=batches.model.config,
     )
     own = batches.model.state_dict()

@@ -8,9 +8,10 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,9 +28,11 @@ from bahe_lake import runs
 from bahe_lake.connection import lake
 from bahe_lake.sql import AT_ONCE, known_until, old_enough, sql_literal
 from bahe_lake.transactions import commit
-from feature_repo.references import feature_references
+from bahe_models import column_of
+from feature_repo.references import FeatureReference, feature_references
 from feature_repo.store import open_store
 from feature_repo.team import team_content
+from feature_repo.vector_widths import vector_widths
 from materialize.config.dataset import Dataset, Split, context_column, home_dataset
 from materialize.executors import LOCAL, ExecutorConfig, start
 from materialize.frames.rewritten import rewritten
@@ -62,7 +65,8 @@ class Frame(Result):
 
     @property
     def facts(self) -> dict[str, Any]:
-        """The file's metadata: `snapshot` (of the lake), `service`, `freshness`, `context`."""
+        """The file's metadata: `snapshot` (of the lake), `service`, `freshness`, `context`, what `features`
+        of dataset.yaml lists, of `vectors` with the width of each."""
         facts: dict[str, Any] = json.loads(pq.read_schema(self.path).metadata[b"bahe"])
         return facts
 
@@ -106,10 +110,11 @@ def frame(
         registered = _service(store, service)
         projected = [[p.name, [f.name for f in p.features]] for p in registered.feature_view_projections]
         listed = _listed(store, dataset)
+        further = list(chain.from_iterable(listed.values()))
         asked: FeatureService | list[str] = registered
-        if any(listed.values()):
+        if further:
             of_service = [f"{view}:{feature}" for view, features in projected for feature in features]
-            asked = list(dict.fromkeys([*of_service, *listed["numeric"], *listed["categorical"]]))
+            asked = list(dict.fromkeys([*of_service, *further]))
         identity: list[object] = [ingested.fingerprint, projected, dataset.split.model_dump(mode="json")]
         if dataset.freshness != "live":
             # In the words of version 0.1, so that its frames keep their names.
@@ -119,9 +124,12 @@ def frame(
             identity.append(context)
         if delay_us:
             identity.append(delay_us)
-        if any(listed.values()):
-            identity.append(listed)
-        team = team_content(store, [*listed["numeric"], *listed["categorical"]])
+        vectors = vector_widths(store, listed["vectors"])
+        if further:
+            identity.append({kind: listed[kind] for kind in ("numeric", "categorical")})
+        if vectors:
+            identity.append(vectors)
+        team = team_content(store, further)
         if team is not None:
             identity.append(team)
         frame_id = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
@@ -146,6 +154,7 @@ def frame(
                 "freshness": dataset.freshness,
                 "context": context,
                 **listed,
+                "vectors": vectors,
                 "label_delay_us": delay_us,
                 "label_time": ingested.facts.get("label_time", AT_ONCE),
             }
@@ -153,7 +162,7 @@ def frame(
                 alone = executor.workers == 1
                 reader = job.to_arrow_reader() if alone else job.to_sharded_reader(executor, "user_id")
                 count = sum(rows.values())
-                _write(reader, path, about, count)
+                _write(reader, path, about, count, [column_of(reference) for reference in vectors])
             facts: dict[str, Any] = {"rows": rows, "service": service, "freshness": dataset.freshness}
             facts[REWRITTEN] = _rewritten(connection, home, last, path, facts)
             commit(connection, [run.statement(facts, rows_read=count, rows_written=count)])
@@ -206,9 +215,9 @@ def _service(store: FeatureStore, name: str) -> FeatureService:
 
 
 def _listed(store: FeatureStore, dataset: Dataset) -> dict[str, list[str]]:
-    """What `features` of dataset.yaml lists, `numeric` and `categorical`, each as `view:feature`.
+    """What `features` of dataset.yaml lists, by kind, each as `view:feature`.
 
-    Raises BadInput on what cannot be read, or has the name of a context column.
+    Raises BadInput on what cannot be read, or has the name of a context column or of another one.
     """
     found = {
         kind: feature_references(store, kind, references)
@@ -219,6 +228,15 @@ def _listed(store: FeatureStore, dataset: Dataset) -> dict[str, list[str]]:
             raise BadInput(
                 f"features.categorical: {reference} has the name of a context column; rename one of them."
             )
+    named: dict[str, tuple[str, FeatureReference]] = {}
+    for kind, references in found.items():
+        for reference in references:
+            other_kind, other = named.setdefault(reference.feature, (kind, reference))
+            if other != reference:
+                raise BadInput(
+                    f"features.{kind}: {reference} has the name of {other} of features.{other_kind}; rename"
+                    " one of them."
+                )
     return {kind: list(map(str, references)) for kind, references in found.items()}
 
 
@@ -281,12 +299,20 @@ def _split_rows(connection: duckdb.DuckDBPyConnection, entities: str) -> dict[st
     return {name: rows[name] for name in SPLITS}
 
 
-def _write(reader: pa.RecordBatchReader, path: Path, facts: dict[str, object], rows: int) -> None:
-    """Stream the frame to disk, whole or not at all."""
+def _write(
+    reader: pa.RecordBatchReader,
+    path: Path,
+    facts: dict[str, object],
+    rows: int,
+    vectors: Collection[str],
+) -> None:
+    """Stream the frame to disk, whole or not at all; columns of `vectors` as lists of float32."""
     features = [c for c in reader.schema.names if c not in (*KEYS, "impression_timestamp", "split")]
     columns = [*KEYS, *features, "split"]
     source = ["impression_timestamp" if c == "event_timestamp" else c for c in columns]
     fields = [reader.schema.field(c).with_name(n) for c, n in zip(source, columns, strict=True)]
+    # Not of a fixed size, since Parquet's reader in Arrow fails where such a list is null.
+    fields = [f.with_type(pa.list_(pa.float32())) if f.name in vectors else f for f in fields]
     schema = pa.schema(fields, {b"bahe": json.dumps(facts).encode()})
 
     with new_folder(path.parent) as folder:
@@ -295,7 +321,7 @@ def _write(reader: pa.RecordBatchReader, path: Path, facts: dict[str, object], r
             progress("impressions", rows) as advance,
         ):
             for batch in reader:
-                arrays = [batch.column(c) for c in source]
+                arrays = [batch.column(c).cast(f.type) for c, f in zip(source, fields, strict=True)]
                 writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema), ROW_GROUP)
                 advance(batch.num_rows)
         shutil.rmtree(path.parent, ignore_errors=True)

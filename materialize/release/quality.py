@@ -111,6 +111,7 @@ def _compared(
         and live.context_columns == new.context_columns
         and live.dense.channels == new.dense.channels
         and live.dense.numeric == new.dense.numeric
+        and live.vectors == new.vectors
     )
     if alike:
         logits["live"] = logits_of(live, data, split, device(device_name))

@@ -124,6 +124,7 @@ def train_models(
                 channels=dataset.channels,
                 context=context_of(about),
                 numeric=about.get("numeric", ()),
+                vectors=about.get("vectors", {}),
                 config=settings.model,
             )
         checkpoint = Checkpoint(home.checkpoint(version), version)

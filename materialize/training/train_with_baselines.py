@@ -227,6 +227,7 @@ def fit_bahe(
             channels=data.timelines.channels,
             context=data.context,
             numeric=data.numeric,
+            vectors=data.vectors,
             config=settings.model,
         )
     # A warm start keeps the standardisation that its weights depend on.

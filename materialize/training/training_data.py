@@ -20,6 +20,7 @@ from materialize.frames.frame import SPLITS, Frame
 from materialize.frames.item_texts import item_texts_shown
 from materialize.vectors.stored_atoms import read_atoms
 from materialize.vectors.timelines import read_timelines
+from materialize.vectors.vector_columns import vectors_or_nan
 
 
 def read_training_data(
@@ -41,6 +42,8 @@ def read_training_data(
     time_us = table["event_timestamp"].cast(pa.int64()).to_numpy()
     numeric = tuple(facts.get("numeric", ()))
     columns = {c: _numbers(table[c]) for c in (*needed_columns(), *map(column_of, numeric))}
+    vectors = facts.get("vectors", {})
+    matrices = {one: vectors_or_nan(table[column_of(one)], width) for one, width in vectors.items()}
     clicked = table["clicked"].to_numpy().astype(np.float32)
     context = context_of(facts)
     hashed = None
@@ -58,6 +61,7 @@ def read_training_data(
             clicked_N=clicked[rows],
             columns={c: values[rows] for c, values in columns.items()},
             context_NX=None if hashed is None else hashed[rows],
+            vectors={name: values[rows] for name, values in matrices.items()},
         )
 
     data = TrainingData(
@@ -69,6 +73,7 @@ def read_training_data(
         splits={name: part(name) for name in SPLITS},
         context=context,
         numeric=numeric,
+        vectors=vectors,
     )
     data.check()
     return data

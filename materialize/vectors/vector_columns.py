@@ -31,3 +31,20 @@ def vector_matrix(column: pa.ChunkedArray) -> np.ndarray:
         )
     flat = pa.concat_arrays([chunk.flatten() for chunk in column.chunks]).to_numpy()
     return np.array(flat, dtype=np.float32).reshape(len(column), -1)
+
+
+def vectors_or_nan(column: pa.ChunkedArray, width: int) -> np.ndarray:
+    """An Arrow column of lists as float32 [rows, width], NaN where there is none.
+
+    Raises BadInput when one has another length.
+    """
+    known_N = pc.is_valid(column).to_numpy()
+    vectors = np.full((len(column), width), np.nan, dtype=np.float32)
+    if known_N.any():
+        known = vector_matrix(column.drop_null())
+        if known.shape[1] != width:
+            raise BadInput(
+                f"the frame has vectors of {known.shape[1]} numbers instead of {width}; pull it again."
+            )
+        vectors[known_N] = known
+    return vectors
