@@ -18,7 +18,13 @@ import torch
 
 from bahe_core.errors import BadInput
 from bahe_core.files import new_folder
-from bahe_models.artifact_folder import FORMAT, no_artifact, read_config, require_vectors_suffice
+from bahe_models.artifact_folder import (
+    FORMAT,
+    no_artifact,
+    read_config,
+    require_vectors_suffice,
+    vector_widths_of,
+)
 from bahe_models.backbone import deep_from_config
 from bahe_models.calibration import AS_IT_IS, Calibration
 from bahe_models.config import POSITIONS_PER_PASS, ModelConfig, WindowConfig
@@ -196,7 +202,8 @@ class Artifact:
 
         Works with every head. `atoms_AD` must come from this artifact's encoder_version and be on the
         model's device; `item_atom_N` are the rows of the items' texts in it, and `length_NC` counts the
-        behaviors of each timeline strictly before the impression. `context` and `vectors` are as in `score`.
+        behaviors of each timeline strictly before the impression. `context` and `vectors` are those of
+        `score`.
         """
         self._check_width(atoms_AD)
         self.model.eval()
@@ -281,7 +288,7 @@ def load(folder: Path | str) -> Artifact:
         dense_features=len(features.names),
         config=shape,
         context=config.get("context", ()),  # older artifacts have no context
-        vectors=config.get("vectors"),  # nor vectors of the feature store
+        vectors=vector_widths_of(config),
         behaviors=len(state.get("collaborative.atom_ids_B", ())),
     )
     model.load_state_dict(state)

@@ -54,8 +54,16 @@ def further_features(config: dict[str, Any]) -> dict[str, list[str]]:
     return {
         "numeric": list(config["dense"].get("numeric", ())),
         "categorical": list(config["facts"].get("categorical", ())),
-        "vectors": list(config.get("vectors", ())),
+        "vectors": list(vector_widths_of(config)),
     }
+
+
+def vector_widths_of(config: dict[str, Any]) -> dict[str, int]:
+    """Widths of the vectors that `features` of dataset.yaml listed for the model, by `view:feature`.
+
+    `config` is what `read_config` gives.
+    """
+    return dict(config.get("vectors", {}))  # older artifacts have none
 
 
 def no_artifact(folder: Path, error: Exception) -> BadInput:

@@ -22,7 +22,9 @@ def check_vectors(
     found = {}
     for name, width in widths.items():
         if given is None or name not in given:
-            raise BadInput(f"the vectors of {name} are missing; give [{count}, {width}], NaN where unknown.")
+            raise BadInput(
+                f"the vectors of {name} are missing; give [{count}, {width}], NaN where unknown."
+            )
         if given[name].shape != (count, width):
             raise BadInput(
                 f"the vectors of {name} have the shape {list(given[name].shape)}, but the model reads"

@@ -136,8 +136,8 @@ class BaheModel(nn.Module):
     ) -> None:
         """`items` and `behaviors` are the numbers of ids seen in training.
 
-        `context` names the context columns, in the order of `score`; without any there is no table. `vectors`
-        are the widths of vectors of the feature store, by `view:feature` and in the order of `score`.
+        `context` names the context columns, in the order of `score`; without any there is no table.
+        `vectors` are the widths of vectors of the feature store, by `view:feature`, in that order too.
         """
         super().__init__()
         vector, profile = config.deep_width, config.profile_width

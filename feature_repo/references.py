@@ -95,7 +95,7 @@ def sources_of(view: OnDemandFeatureView) -> set[str]:
 
 
 def _misfit(kind: str, view: str, feature: str, types: Mapping[str, str], fitting: Sequence[str]) -> str:
-    """Why a feature of a view, or a whole view, cannot be of this kind. `types` are by the view's features."""
+    """Why a feature of a view, or a whole view, cannot be of this kind; `types` are of its features."""
     its = types.get(feature)
     if its is not None:
         other = next((other for other, kinds in _TYPES.items() if its in kinds), None)

@@ -46,8 +46,8 @@ def vector_widths(store: FeatureStore, references: Sequence[str]) -> dict[str, i
                 row = connection.execute(query).fetchone()
             except duckdb.Error as error:
                 raise BadInput(
-                    f"features.vectors: the source of {reference} cannot be read ({one_line(error)}); correct"
-                    " it in feature_repo, then run `bahe apply`."
+                    f"features.vectors: the source of {reference} cannot be read ({one_line(error)});"
+                    " correct it in feature_repo, then run `bahe apply`."
                 ) from None
             assert row is not None
             widths[reference] = _width(reference, *row)
@@ -61,8 +61,8 @@ def _width(reference: str, narrowest: int | None, widest: int | None, broken: in
         )
     if narrowest != widest:
         raise BadInput(
-            f"features.vectors: {reference} has vectors of {narrowest} and of {widest} numbers; a model reads"
-            " one width, so write them all in one."
+            f"features.vectors: {reference} has vectors of {narrowest} and of {widest} numbers; a model"
+            " reads one width, so write them all in one."
         )
     if not widest:
         raise BadInput(f"features.vectors: {reference} has vectors of 0 numbers; fill them.")

@@ -77,6 +77,8 @@ class FeaturesAnswer(BaseModel):
     cold: bool
     behaviors: int
     statistics: dict[str, float | str | None]
+    vectors: dict[str, list[float] | None]
+    """Those of `features.vectors` that are the user's, by `view:feature`."""
     embedding: list[float]
 
 
@@ -116,6 +118,10 @@ def create_app(home: Home, *, live: bool = False, log_requests: float = 0) -> Fa
             cold=user.cold,
             behaviors=user.behaviors,
             statistics=user.statistics,
+            vectors={
+                reference: None if vector is None else vector.tolist()
+                for reference, vector in user.vectors.items()
+            },
             embedding=user.vector.tolist(),
         )
 

@@ -8,7 +8,7 @@ request's moment and the `freshness` of dataset.yaml.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import groupby
@@ -153,11 +153,13 @@ def _of_requests(home: Home, lookup: OnlineLookup, last: int, sample: float) -> 
             say(f"  left out: {len(repeated):,} pairs of {version}: {error}")
             continue
         values: dict[str, Sequence[Any]] = {}
-        for reference in references["user"]:
-            name = column_of(reference)
+        vectors = lookup.vectors(version)
+        for reference in (*references["user"], *vectors["user"]):
+            name = _logged_as(reference, vectors["user"])
             values[reference] = [requests[i].user.get(name) for i in repeated]
-        for reference in (*references["item"], *references["pair"]):
-            name = column_of(reference)
+        of_items = [*vectors["item"], *vectors["pair"]]
+        for reference in (*references["item"], *references["pair"], *of_items):
+            name = _logged_as(reference, of_items)
             values[reference] = [
                 value
                 for request in requests
@@ -174,6 +176,11 @@ def _of_requests(home: Home, lookup: OnlineLookup, last: int, sample: float) -> 
             )
         )
     return served
+
+
+def _logged_as(reference: str, vectors: Collection[str]) -> str:
+    """The name under which the log of requests has a feature."""
+    return reference if reference in vectors else column_of(reference)
 
 
 def _asked_now(
@@ -210,6 +217,16 @@ def _asked_now(
     for reference in references["item"]:
         of_item = item_values[column_of(reference)]
         values[reference] = [of_item[i] for i in item_N]
+    of_vectors = lookup.vectors(version)
+    for reference in of_vectors["user"]:
+        its_U = [None if user is None else _plain(user.vectors[reference]) for user in found]
+        values[reference] = [its_U[i] for i in user_N]
+    for reference in of_vectors["item"]:
+        its_I = [_plain(vector) for vector in item_values[reference]]
+        values[reference] = [its_I[i] for i in item_N]
+    in_pairs = {key: pairs[key].to_pylist() for key in ("user_id", "item_id")}
+    for reference, vectors_N in lookup.read_vectors("pair", version, in_pairs).items():
+        values[reference] = [_plain(vector) for vector in vectors_N]
     if references["pair"]:
         of_pairs = lookup.read(references["pair"], pairs.to_pylist())
         values |= {reference: of_pairs[column_of(reference)] for reference in references["pair"]}
@@ -227,6 +244,10 @@ def _asked_now(
             item_NV=item_IV[item_N],
         )
     ]
+
+
+def _plain(vector: npt.NDArray[np.float32] | None) -> list[float] | None:
+    return None if vector is None else vector.tolist()
 
 
 def _compared(
@@ -283,7 +304,7 @@ def _feature(
     causes: Sequence[str],
 ) -> FeatureAudit:
     pairs = [(said[i], offline[i]) for i in rows]
-    histories = [(a or [], b or []) for a, b in pairs if isinstance(a or b, list)]
+    histories = [(a or [], b or []) for a, b in pairs] if reference == HISTORY else []
     return FeatureAudit(
         feature=reference,
         rows=len(said),
@@ -293,9 +314,7 @@ def _feature(
         largest_difference=largest_difference(said, offline),
         smape=smape(said, offline),
         edit_distance=(
-            sum(edit_distance(a, b) for a, b in histories) / len(said)
-            if any(isinstance(value, list) for value in (*said, *offline))
-            else None
+            sum(edit_distance(a, b) for a, b in histories) / len(said) if reference == HISTORY else None
         ),
         causes=dict(Counter(causes)),
         examples=_examples(served, rows, causes, lambda i: (said[i], offline[i])),

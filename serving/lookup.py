@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from bahe_models.context import Value
 
 Identifier = str | int
+Vector = npt.NDArray[np.float32]
 VECTOR = "embedding"
 _KEYS = ("user_id", "item_id")
 
@@ -47,6 +48,8 @@ class UserFeatures(Result):
     vector: np.ndarray
     statistics: dict[str, float | str | None]
     seen_items: frozenset[str]
+    vectors: Mapping[str, Vector | None] = field(default_factory=dict)
+    """Those of `features.vectors` that are the user's, by `view:feature`."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,8 @@ class _Inputs:
     """Features of `user`, of `item` and of a `pair` of both, as `view:feature`."""
     categories: tuple[str, ...]
     """Columns of those that are categories; the model's other categories come with the request."""
+    vectors: Mapping[str, Mapping[str, VectorReader]]
+    """Of each entity, what reads its vectors, by `view:feature`; they are not among `references`."""
 
 
 @contextmanager
@@ -97,7 +102,7 @@ class OnlineLookup:
         self._home, self._log = home, log
         self._store = open_store(home)
         self._artifacts: dict[str, Artifact] = {}
-        self._inputs = _Inputs("", (), {}, ())
+        self._inputs = _Inputs("", (), {}, (), {})
         """Of the last version asked for."""
         self._items: dict[Identifier, str] = {}
         self._items_changed = -1
@@ -131,6 +136,10 @@ class OnlineLookup:
         """What a model reads of `user`, `item` and a `pair` of both beside vectors, as `view:feature`."""
         return self._inputs_of(version).references
 
+    def vectors(self, version: str) -> Mapping[str, list[str]]:
+        """What a model reads of `features.vectors`, of `user`, `item` and a `pair` of both."""
+        return {entity: list(readers) for entity, readers in self._inputs_of(version).vectors.items()}
+
     def _inputs_of(self, version: str) -> _Inputs:
         """What the model reads, without reading its weights."""
         inputs = self._inputs  # another request may put another version's in its place
@@ -142,6 +151,7 @@ class OnlineLookup:
                     for kind, references in further_features(config).items()
                 }
             channels = tuple(config["dense"]["channels"])
+            vectors = listed.pop("vectors")
             further = [reference for found in listed.values() for reference in found]
             of_entity = {
                 entity: [f"{entity}_stats:{c}" for c in needed_columns() if c.startswith(f"{entity}_")]
@@ -153,7 +163,10 @@ class OnlineLookup:
                 if str(one) not in of_entity[one.entity]:
                     of_entity[one.entity].append(str(one))
             categories = tuple(reference.feature for reference in listed["categorical"])
-            self._inputs = inputs = _Inputs(version, channels, of_entity, categories)
+            readers: dict[str, dict[str, VectorReader]] = {entity: {} for entity in of_entity}
+            for one in vectors:
+                readers[one.entity][str(one)] = VectorReader(self._store, one.view, one.feature)
+            self._inputs = inputs = _Inputs(version, channels, of_entity, categories, readers)
         return inputs
 
     def catalogue(self) -> dict[Identifier, str]:
@@ -195,6 +208,7 @@ class OnlineLookup:
             [{"user_id": user_id, "model_version": version} for user_id in ids],
         )
         named = [column_of(reference) for reference in statistics]
+        vectors = self.read_vectors("user", version, {"user_id": ids})
 
         def features(place: int) -> UserFeatures | None:
             vector = values[VECTOR][place]
@@ -209,6 +223,7 @@ class OnlineLookup:
                 vector=np.asarray(vector, dtype=np.float32),
                 statistics={name: values[name][place] for name in named},
                 seen_items=frozenset(values["seen_items"][place] or ()),
+                vectors={reference: its[place] for reference, its in vectors.items()},
             )
 
         return [features(place) for place in range(len(ids))]
@@ -301,6 +316,10 @@ class OnlineLookup:
             values = of_pairs(column) if column in categories else [given.get(column)]
             hashed_NX[:, place] = hash_values(column, values)
         lengths_C = [int(user.statistics[f"length_{c}"] or 0) for c in artifact.dense.channels]
+        vectors = {
+            reference: _matrix(statistics.get(reference) or [user.vectors[reference]] * count, width)
+            for reference, width in artifact.vectors.items()
+        }
         now = at or datetime.now(UTC)
         if now.tzinfo is None:
             now = now.replace(tzinfo=UTC)
@@ -311,6 +330,7 @@ class OnlineLookup:
             np.tile(np.array(lengths_C, dtype=np.int64), (count, 1)),
             np.full(count, int(now.timestamp() * 1e6), dtype=np.int64),
             hashed_NX,
+            vectors,
         )
         texts = self.catalogue()
         order = np.argsort(-probability, kind="stable")[:best].tolist()
@@ -321,7 +341,7 @@ class OnlineLookup:
                     at=now,
                     model_version=user.model_version,
                     user_id=user.user_id,
-                    user=user.statistics,
+                    user={**user.statistics, **user.vectors},
                     user_vector=user.vector,
                     item_ids=[items[i] for i in order],
                     items={name: [values[i] for i in order] for name, values in statistics.items()},
@@ -336,7 +356,7 @@ class OnlineLookup:
     ) -> tuple[Vectors, dict[str, list[Any]]]:
         """Vectors and features of items (ids in the type that the log has), by column, in one read each.
 
-        With a user also the features of the pairs.
+        With a user also the features of the pairs. Those of `features.vectors` are by `view:feature`.
         """
         with online_errors(self._home):
             vectors = self._item_vectors.read({"item_id": items, "model_version": [version] * len(items)})
@@ -347,11 +367,30 @@ class OnlineLookup:
         if user_id is not None and references["pair"]:
             pairs = [{"user_id": user_id, "item_id": item} for item in items]
             values |= self.read(references["pair"], pairs)
-        return vectors, {name: column for name, column in values.items() if name not in _KEYS}
+        found = {name: column for name, column in values.items() if name not in _KEYS}
+        found |= self.read_vectors("item", version, {"item_id": items})
+        if user_id is not None:
+            of_pairs = {"user_id": [user_id] * len(items), "item_id": items}
+            found |= self.read_vectors("pair", version, of_pairs)
+        return vectors, found
 
     @cached_property
     def _item_vectors(self) -> VectorReader:
         return VectorReader(self._store, "item_embedding", VECTOR)
+
+    def read_vectors(
+        self, entity: str, version: str, keys: Mapping[str, Sequence[Identifier]]
+    ) -> dict[str, list[Vector | None]]:
+        """The model's `features.vectors` of a `user`, `item` or `pair`, by `view:feature`, one a row."""
+        found: dict[str, list[Vector | None]] = {}
+        with online_errors(self._home), _the_servers_fault():
+            for reference, reader in self._inputs_of(version).vectors[entity].items():
+                stored = reader.read(keys)
+                found[reference] = [
+                    vector if there else None
+                    for vector, there in zip(stored.vectors_ND, stored.found_N.tolist(), strict=True)
+                ]
+        return found
 
     def read(self, features: list[str], rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
         """Any features (`view:feature`) of these entities, by column, as the online store has them."""
@@ -379,6 +418,19 @@ class OnlineLookup:
             for view in ("user_embedding", "item_embedding")
             for column in self._store.get_feature_view(view).entity_columns
         }
+
+
+def _matrix(vectors: Sequence[Vector | None], width: int) -> npt.NDArray[np.float32]:
+    """Vectors [N, width], NaN where there is none. Raises Damaged when one has another width."""
+    unknown = np.full(width, np.nan, dtype=np.float32)
+    rows = [unknown if vector is None else vector for vector in vectors]
+    other = next((len(row) for row in rows if len(row) != width), None)
+    if other is not None:
+        raise Damaged(
+            f"the online store has a vector of {other} numbers where the live model reads {width}; run"
+            " `bahe publish`."
+        )
+    return np.stack(rows)
 
 
 def parsed_context(given: Sequence[str]) -> dict[str, str]:

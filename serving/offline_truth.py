@@ -86,7 +86,7 @@ class OfflineTruth:
             table = job.to_arrow()
         finally:
             offline.as_of = before
-        return {reference: table[column_of(reference)].to_pylist() for reference in references}
+        return {reference: _plain(table[column_of(reference)]) for reference in references}
 
     def user_vectors(
         self,
@@ -167,6 +167,15 @@ class OfflineTruth:
 
 def _tensor(artifact: Artifact, vectors: Vectors) -> torch.Tensor:
     return torch.from_numpy(np.array(vectors)).to(device_of(artifact))
+
+
+def _plain(column: pa.ChunkedArray) -> list[Any]:
+    """Values of a column; vectors in the precision that models read."""
+    kind = column.type
+    if pa.types.is_list(kind) and pa.types.is_floating(kind.value_type):
+        column = column.cast(pa.list_(pa.float32()))
+    values: list[Any] = column.to_pylist()
+    return values
 
 
 def lengths_of(values: dict[str, list[Any]], channels: Sequence[str], count: int) -> npt.NDArray[np.int64]:

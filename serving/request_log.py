@@ -39,12 +39,12 @@ class ServedRequest:
     model_version: str
     user_id: str | int
     user: Mapping[str, Any]
-    """Features of the user, by column."""
+    """Features of the user, by column; vectors by `view:feature`, as arrays or lists."""
     user_vector: npt.NDArray[np.float32]
     """[V]."""
     item_ids: Sequence[str | int]
     items: Mapping[str, Sequence[Any]]
-    """Features of the items, by column; each of length n."""
+    """Features of the items, likewise; each of length n."""
     item_vectors: npt.NDArray[np.float32]
     """[n, V]."""
 
@@ -72,7 +72,7 @@ class RequestLog:
 
     def append(self, request: ServedRequest) -> None:
         """Add a line to the file of today."""
-        line = json.dumps(_plain(request)) + "\n"
+        line = json.dumps(_plain(request), default=np.ndarray.tolist) + "\n"
         path = self._folder / f"{request.served_at:%Y-%m-%d}.{os.getpid()}.jsonl"
         try:
             with self._lock, path.open("a") as file:

@@ -82,8 +82,11 @@ def equal_vectors(served_NV: Vectors, offline_NV: Vectors) -> npt.NDArray[np.boo
 
 
 def largest_difference(served: Sequence[Any], offline: Sequence[Any]) -> float | None:
-    """Of numbers; None where there are no two to compare."""
+    """Of numbers, and of the numbers of vectors; None where there are no two to compare."""
     pairs = _numbers(served, offline)
+    for a, b in zip(served, offline, strict=True):
+        if _vector(a) and _vector(b) and len(a) == len(b):
+            pairs += _numbers(a, b)
     return max((abs(a - b) for a, b in pairs), default=None)
 
 
@@ -296,6 +299,11 @@ def _numbers(served: Sequence[Any], offline: Sequence[Any]) -> list[tuple[float,
         and isinstance(b, int | float)
         and not (math.isnan(a) or math.isnan(b))
     ]
+
+
+def _vector(value: Any) -> bool:
+    """A history is a list of whole numbers."""
+    return isinstance(value, list) and bool(value) and isinstance(value[0], float)
 
 
 def _none(value: Any) -> bool:

@@ -35,11 +35,15 @@ def lookup(user: UserOption, home: HomeOption = None, as_json: JsonFlag = False)
         "behaviors": user_features.behaviors,
         **user_features.statistics,
     }
+    vectors = {**user_features.vectors, "embedding": user_features.vector}
     if as_json:
-        typer.echo(json.dumps({**facts, "embedding": user_features.vector.tolist()}))
+        plain = {name: None if v is None else v.tolist() for name, v in vectors.items()}
+        typer.echo(json.dumps({**facts, **plain}))
         return
-    start = " ".join(f"{value:+.3f}" for value in user_features.vector[:6])
-    facts["embedding"] = f"[{start} …] ({len(user_features.vector)} numbers)"
+    for name, vector in vectors.items():
+        if vector is not None:
+            start = " ".join(f"{value:+.3f}" for value in vector[:6])
+            facts[name] = f"[{start} …] ({len(vector)} numbers)"
     print_table(("feature", "value"), [(k, "" if v is None else str(v)) for k, v in facts.items()])
 
 

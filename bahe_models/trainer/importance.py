@@ -38,7 +38,8 @@ class Importance:
     auc_lost: float
     """Mean over REPEATS shuffles; about 0 where the model does without."""
     alone: float | None
-    """AUC of the raw values alone, whichever way round; None of categories, vectors and several features."""
+    """AUC of the raw values alone, whichever way round; None of categories, vectors and several
+    features."""
     missing: float
     """Share of rows without a value."""
     warning: str | None
@@ -150,9 +151,7 @@ class _Parts:
             elif where is not None:
                 channel = channels.index(where)
                 lengths[:, channel] = lengths[order, channel]
-        shuffled = replace(
-            split, columns=values, length_NC=lengths, context_NX=context, vectors=vectors
-        )
+        shuffled = replace(split, columns=values, length_NC=lengths, context_NX=context, vectors=vectors)
         return shuffled, users, items
 
 

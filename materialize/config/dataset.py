@@ -201,8 +201,8 @@ class FeaturesConfig(_Section):
     categorical: list[Reference] = Field(default_factory=list)
     """Categories of a user or an item (`item_attributes:genre`), as texts, integers or booleans; hashed."""
     vectors: list[Reference] = Field(default_factory=list)
-    """Vectors of a user, an item or a pair of both: arrays of floats, each feature's of one width, from views
-    of `feature_repo`. They are standardised, and projected where they are wide."""
+    """Vectors of a user, an item or a pair of both: arrays of floats, each feature's of one width, from
+    views of `feature_repo`. They are standardised, and projected where they are wide."""
 
 
 class Dataset(_Section):

@@ -28,10 +28,11 @@ from bahe_lake import runs
 from bahe_lake.connection import lake
 from bahe_lake.versions import LATEST_ITEMS
 from bahe_models import require_servable
-from bahe_models.artifact_folder import further_features, read_config
+from bahe_models.artifact_folder import further_features, read_config, vector_widths_of
 from feature_repo.references import stored_views
 from feature_repo.store import online_errors, open_store
 from feature_repo.team import team_content
+from feature_repo.vector_widths import vector_widths
 from materialize.gate import require_gates
 from materialize.release import lag, pointer, taken_back
 from materialize.release.quality import require_quality
@@ -110,7 +111,7 @@ def publish(home: Home) -> Published:
             )
         with runs.record(connection, JOB, fingerprint) as run:
             since = last.snapshot_read if ours and last else None
-            further = _further_views(store, version, listed)
+            further = _further_views(store, version, home.models / version)
             rows = _write_online(store, connection, since, further)
             unread = _not_reading_back(store, connection, version, run.snapshot_read)
             if unread and since is not None:
@@ -164,7 +165,7 @@ def rollback(home: Home, to: str | None = None) -> Published:
                     f"vectors of {version} are no longer in the online store; the live model was left as it"
                     " is."
                 )
-            further = _further_views(store, version, _listed(home.models / version))
+            further = _further_views(store, version, home.models / version)
             if further:  # as they are now: they were written when this version was published last
                 _materialize(store, connection, None, further)
             facts = {"model_version": version, "left_version": live}
@@ -177,17 +178,25 @@ def _listed(artifact: Path) -> list[str]:
     return list(chain.from_iterable(further_features(read_config(artifact)).values()))
 
 
-def _further_views(store: FeatureStore, version: str, listed: Sequence[str]) -> list[str]:
+def _further_views(store: FeatureStore, version: str, artifact: Path) -> list[str]:
     """The views that the model's further features are of, beside those that are always online.
 
-    Raises NotReady when one of them is not registered to be online.
+    Raises NotReady when one of them is not registered to be online, or has vectors of another width than
+    the model reads.
     """
-    views = sorted(stored_views(store, listed) - set(VIEWS))
+    views = sorted(stored_views(store, _listed(artifact)) - set(VIEWS))
     registered = {view.name for view in store.list_feature_views() if view.online}
     for view in views:
         if view not in registered:
             raise NotReady(
                 f"{version} reads {view}, which is not registered to be online; run `bahe apply` first."
+            )
+    reads = vector_widths_of(read_config(artifact))
+    for reference, width in vector_widths(store, list(reads)).items():
+        if width != reads[reference]:
+            raise NotReady(
+                f"{version} reads vectors of {reads[reference]} numbers of {reference}, which has {width}"
+                " now; run `bahe frame`, `bahe train` and `bahe embed` first."
             )
     return views
 
