@@ -202,7 +202,8 @@ class FeaturesConfig(_Section):
     """Categories of a user or an item (`item_attributes:genre`), as texts, integers or booleans; hashed."""
     vectors: list[Reference] = Field(default_factory=list)
     """Vectors of a user, an item or a pair of both: arrays of floats, each feature's of one width, from
-    views of `feature_repo`. They are standardised, and projected where they are wide."""
+    views of `feature_repo` or columns of items and users. They are standardised, and projected where they
+    are wide."""
 
 
 class Dataset(_Section):

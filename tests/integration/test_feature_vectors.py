@@ -1,4 +1,4 @@
-"""Vectors that `features.vectors` lists reach the frame, the model, the online store, requests and the audit."""
+"""What `features.vectors` lists reaches the frame, the model, the online store, requests and the audit."""
 
 from __future__ import annotations
 
@@ -45,7 +45,8 @@ def view(name, entities, *fields):
     )
 
 
-taste = view("taste", [user], Field(name="embedding", dtype=Array(Float32)), Field(name="rank", dtype=Int64))
+rank = Field(name="rank", dtype=Int64)
+taste = view("taste", [user], Field(name="embedding", dtype=Array(Float32)), rank)
 picture = view("picture", [item], Field(name="pixels", dtype=Array(Float64)))
 match = view("match", [user, item], Field(name="crossed", dtype=Array(Float32)))
 twin = view("twin", [item], Field(name="embedding", dtype=Array(Float32)))
@@ -55,8 +56,8 @@ twin = view("twin", [item], Field(name="embedding", dtype=Array(Float32)))
 def doubled(inputs):
     return inputs.assign(doubled=inputs["embedding"])[["doubled"]]
 """
-VECTORS = ["taste", "picture:pixels", "match:crossed"]
-WIDTHS = {"taste:embedding": 3, "picture:pixels": 40, "match:crossed": 2}
+VECTORS = ["taste", "picture:pixels", "match:crossed", "item_attributes"]
+WIDTHS = {"taste:embedding": 3, "picture:pixels": 40, "match:crossed": 2, "item_attributes:cover": 4}
 
 
 def team_folder(folder: Path, log: dict[str, pd.DataFrame]) -> Path:
@@ -94,6 +95,8 @@ def project(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> ba
     folder = tmp_path_factory.mktemp("vectors")
     log = small_log(rows=400, users=12)
     team_folder(folder / "log" / "features", log)
+    covers = np.random.default_rng(1).normal(size=(len(log["items"]), 4))
+    log["items"]["cover"] = [None if item % 5 == 0 else cover for item, cover in enumerate(covers)]
     dataset = write_dataset(
         folder / "log",
         log,
@@ -115,7 +118,7 @@ def test_they_are_joined_point_in_time(project: bahe.Project) -> None:
     for reference in WIDTHS:
         view, _, column = reference.partition(":")
         assert table.schema.field(column).type == pa.list_(pa.float32())
-        source = pd.read_parquet(_team(project) / f"{view}.parquet")
+        source = _source(project, view)
         keys = [key for key in ("user_id", "item_id") if key in source]
         by_key = dict(list(source.sort_values("event_timestamp").groupby(keys)))
         known = 0
@@ -174,7 +177,7 @@ def test_a_probability_depends_on_them(project: bahe.Project) -> None:
     }
     for reference, values in given.items():
         view, _, column = reference.partition(":")
-        source = pd.read_parquet(_team(project) / f"{view}.parquet").sort_values("event_timestamp")
+        source = _source(project, view).sort_values("event_timestamp")
         keys = [key for key in ("user_id", "item_id") if key in source]
         newest = source.drop_duplicates(keys, keep="last").set_index(keys)[column]
         for place, item in enumerate(items):
@@ -228,7 +231,9 @@ def test_changed_vectors_are_found_by_the_audit_and_published(project: bahe.Proj
 def test_vectors_of_another_width_are_not_published(project: bahe.Project) -> None:
     live = OnlineLookup(project.home).live_version()
     with _changed(project, "taste", lambda vector: np.append(vector, np.float32(0))):
-        with pytest.raises(NotReady, match=r"reads vectors of 3 numbers of taste:embedding, which has 4 now"):
+        with pytest.raises(
+            NotReady, match=r"reads vectors of 3 numbers of taste:embedding, which has 4 now"
+        ):
             project.publish()
         assert not project.frame().skipped
         assert latest_frame(project.home).facts["vectors"] == {**WIDTHS, "taste:embedding": 4}
@@ -258,7 +263,10 @@ def test_vectors_that_no_model_can_read_are_refused(
     ("features", "words"),
     [
         ({"vectors": ["taste:rank"]}, r"vectors: taste:rank is Int64, no vector of floats; list it under"),
-        ({"numeric": ["taste:embedding"]}, r"numeric: taste:embedding is Array\(Float32\), no number; list"),
+        (
+            {"numeric": ["taste:embedding"]},
+            r"numeric: taste:embedding is Array\(Float32\), no number; list",
+        ),
         ({"numeric": ["picture"]}, r"numeric: picture has no number; it has pixels \(Array\(Float64\)\)"),
         ({"vectors": ["user_stats"]}, r"vectors: user_stats has no vector of floats"),
         ({"vectors": ["user_recent_atoms"]}, r"has no vector of floats; it has recent_atoms"),
@@ -282,6 +290,13 @@ def test_what_is_no_vector_is_refused(
 
 def _team(project: bahe.Project) -> Path:
     return Path(yaml.safe_load((project.home.root / "dataset.yaml").read_text())["feature_repo"])
+
+
+def _source(project: bahe.Project, view: str) -> pd.DataFrame:
+    """The file of a view; a column of the log's items is a view of bahe's."""
+    team = _team(project)
+    path = team.parent / "items.parquet" if view == "item_attributes" else team / f"{view}.parquet"
+    return pd.read_parquet(path)
 
 
 @contextmanager
