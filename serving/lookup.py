@@ -317,7 +317,7 @@ class OnlineLookup:
             hashed_NX[:, place] = hash_values(column, values)
         lengths_C = [int(user.statistics[f"length_{c}"] or 0) for c in artifact.dense.channels]
         vectors = {
-            reference: _matrix(statistics.get(reference) or [user.vectors[reference]] * count, width)
+            reference: _matrix(statistics.get(reference) or [user.vectors.get(reference)] * count, width)
             for reference, width in artifact.vectors.items()
         }
         now = at or datetime.now(UTC)
