@@ -251,7 +251,7 @@ def served_as_training_sees(home: Home, requests: int = 1_000) -> Iterator[Itera
             ORDER BY hash(impression_id) LIMIT {requests}
             """
         ).to_arrow_table()
-        truth = OfflineTruth(home, open_store(home), connection, pairs, home_dataset(home).freshness)
+        truth = OfflineTruth(home, open_store(home), connection, pairs, home_dataset(home).freshness, {})
         everyone = np.arange(requests)
         rows = pairs.to_pylist()
         values = truth.values(listed)

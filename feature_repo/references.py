@@ -17,6 +17,9 @@ _TYPES = {
     "categorical": {"String", "Int32", "Int64", "Bool"},
     "vectors": {"Array(Float32)", "Array(Float64)"},
 }
+ITEM_COLUMNS = "item_attributes"
+"""The view of the columns of items, which views of a team's may be keyed by."""
+_KEY_TYPES = {"String", "Int32", "Int64"}
 _WHAT = {"numeric": "number", "categorical": "category", "vectors": "vector of floats"}
 _HASHES = {"atom_id"}
 """Numbers that count nothing."""
@@ -24,12 +27,14 @@ _HASHES = {"atom_id"}
 
 @dataclass(frozen=True)
 class FeatureReference:
-    """A feature of a user, an item or a pair of both."""
+    """A feature of a user, an item, a pair of both, or of columns of items (with a user or without)."""
 
     view: str
     feature: str
     entity: str
-    """`user`, `item` or `pair`."""
+    """`user`, `item` or `pair`; `attribute` of a view that is keyed by columns of items."""
+    keys: tuple[str, ...]
+    """The view's join keys, in order of the alphabet."""
 
     def __str__(self) -> str:
         return f"{self.view}:{self.feature}"
@@ -59,17 +64,23 @@ def feature_references(store: FeatureStore, kind: str, references: Sequence[str]
                 f"features.vectors: {reference} is of a view on demand; keep its vectors in a view that is"
                 " stored."
             )
-        if keys not in _ENTITIES:
+        entity = _entity_of(store, keys)
+        if entity is None:
             raise BadInput(
                 f"features.{kind}: {reference} is keyed by {', '.join(keys) or 'nothing'}; the model reads"
-                " features of a user_id, an item_id or both."
+                " features of a user_id, an item_id or both, or of columns of items."
+            )
+        if kind == "vectors" and entity == "attribute":
+            raise BadInput(
+                f"features.vectors: {reference} is keyed by {', '.join(keys)}; vectors are of a user_id, an"
+                " item_id or both."
             )
         types = {field.name: str(field.dtype) for field in view.features if field.name not in _HASHES}
         fitting = [one for one, its in types.items() if its in _TYPES[kind]]
         if feature not in fitting and (feature or not fitting):
             raise BadInput(f"features.{kind}: {reference} {_misfit(kind, name, feature, types, fitting)}.")
         for one in [feature] if feature else fitting:
-            made = FeatureReference(view=name, feature=one, entity=_ENTITIES[keys])
+            made = FeatureReference(view=name, feature=one, entity=entity, keys=keys)
             other = found.setdefault(one, made)
             if other != made:
                 raise BadInput(f"features.{kind}: {other} and {made} have one name; list one of them.")
@@ -92,6 +103,16 @@ def stored_views(store: FeatureStore, references: Iterable[str]) -> set[str]:
 def sources_of(view: OnDemandFeatureView) -> set[str]:
     """The stored views that a view on demand computes from."""
     return {projection.name for projection in view.source_feature_view_projections.values()}
+
+
+def _entity_of(store: FeatureStore, keys: tuple[str, ...]) -> str | None:
+    """Whose features a view with these join keys has; None where an impression does not have them."""
+    others = set(keys) - {"user_id", "item_id"}
+    if not others:
+        return _ENTITIES.get(keys)
+    types = {field.name: str(field.dtype) for field in store.get_feature_view(ITEM_COLUMNS).features}
+    known = {name for name, its in types.items() if its in _KEY_TYPES and name not in _HASHES}
+    return "attribute" if others <= known else None
 
 
 def _misfit(kind: str, view: str, feature: str, types: Mapping[str, str], fitting: Sequence[str]) -> str:

@@ -26,6 +26,7 @@ from bahe_core.progress import progress, say
 from bahe_lake import runs
 from bahe_lake.connection import lake
 from bahe_models import column_of
+from feature_repo.item_keys import reference_of
 from feature_repo.store import online_errors, open_store
 from materialize.config.dataset import home_dataset
 from serving.audit_result import EXAMPLES, Audit, Difference, FeatureAudit, together
@@ -102,8 +103,9 @@ def audit(
         left_out: list[str] = []
         store = open_store(home)
         for served in source:
-            truth = OfflineTruth(home, store, connection, served.pairs, dataset.freshness)
             try:
+                keys = lookup.item_keys(served.model_version)
+                truth = OfflineTruth(home, store, connection, served.pairs, dataset.freshness, keys)
                 artifact = lookup.artifact(served.model_version)
                 artifact.model.to(device(device_name))
                 compared = list(_compared(home, connection, truth, served, artifact, published))
@@ -158,7 +160,8 @@ def _of_requests(home: Home, lookup: OnlineLookup, last: int, sample: float) -> 
             name = _logged_as(reference, vectors["user"])
             values[reference] = [requests[i].user.get(name) for i in repeated]
         of_items = [*vectors["item"], *vectors["pair"]]
-        for reference in (*references["item"], *references["pair"], *of_items):
+        by_item = (*references["item"], *references["pair"], *references["attribute"])
+        for reference in (*by_item, *of_items):
             name = _logged_as(reference, of_items)
             values[reference] = [
                 value
@@ -227,6 +230,9 @@ def _asked_now(
     in_pairs = {key: pairs[key].to_pylist() for key in ("user_id", "item_id")}
     for reference, vectors_N in lookup.read_vectors("pair", version, in_pairs).items():
         values[reference] = [_plain(vector) for vector in vectors_N]
+    columns = {name: values[reference_of(name)] for name in lookup.item_keys(version)}
+    by_attributes = lookup.read_by_attributes(version, {**columns, **in_pairs})
+    values |= {one: by_attributes[column_of(one)] for one in references["attribute"]}
     if references["pair"]:
         of_pairs = lookup.read(references["pair"], pairs.to_pylist())
         values |= {reference: of_pairs[column_of(reference)] for reference in references["pair"]}

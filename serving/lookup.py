@@ -21,6 +21,7 @@ from bahe_models import column_of, needed_columns
 from bahe_models.artifact_folder import further_features, read_config
 from feast_ducklake.online.rows import Vectors
 from feast_ducklake.online.vectors import VectorReader
+from feature_repo.item_keys import ItemKeys, item_keys, reference_of
 from feature_repo.references import feature_references
 from feature_repo.store import online_errors, open_store
 from materialize.release.pointer import DEPLOYMENT
@@ -78,11 +79,15 @@ class _Inputs:
     model_version: str
     channels: tuple[str, ...]
     references: Mapping[str, list[str]]
-    """Features of `user`, of `item` and of a `pair` of both, as `view:feature`."""
+    """Features of `user`, `item`, a `pair` of both and by `attribute` of items, as `view:feature`."""
     categories: tuple[str, ...]
     """Columns of those that are categories; the model's other categories come with the request."""
     vectors: Mapping[str, Mapping[str, VectorReader]]
     """Of each entity, what reads its vectors, by `view:feature`; they are not among `references`."""
+    item_keys: ItemKeys
+    """Columns of items that views of `attribute` are keyed by."""
+    by_keys: Mapping[tuple[str, ...], list[str]]
+    """The features of `attribute`, by their join keys."""
 
 
 @contextmanager
@@ -102,7 +107,7 @@ class OnlineLookup:
         self._home, self._log = home, log
         self._store = open_store(home)
         self._artifacts: dict[str, Artifact] = {}
-        self._inputs = _Inputs("", (), {}, (), {})
+        self._inputs = _Inputs("", (), {}, (), {}, {}, {})
         """Of the last version asked for."""
         self._items: dict[Identifier, str] = {}
         self._items_changed = -1
@@ -133,8 +138,14 @@ class OnlineLookup:
             return self._artifacts[version]
 
     def references(self, version: str) -> Mapping[str, list[str]]:
-        """What a model reads of `user`, `item` and a `pair` of both beside vectors, as `view:feature`."""
+        """What a model reads beside vectors, as `view:feature`: of `user`, `item`, a `pair` of both, and by
+        `attribute` of items.
+        """
         return self._inputs_of(version).references
+
+    def item_keys(self, version: str) -> ItemKeys:
+        """Columns of items that views of the model's features are keyed by."""
+        return self._inputs_of(version).item_keys
 
     def vectors(self, version: str) -> Mapping[str, list[str]]:
         """What a model reads of `features.vectors`, of `user`, `item` and a `pair` of both."""
@@ -157,16 +168,24 @@ class OnlineLookup:
                 entity: [f"{entity}_stats:{c}" for c in needed_columns() if c.startswith(f"{entity}_")]
                 for entity in ("user", "item")
             }
-            of_entity["pair"] = []
+            of_entity["pair"], of_entity["attribute"] = [], []
+            by_keys: dict[tuple[str, ...], list[str]] = {}
             of_entity["user"] += [f"user_timeline:length_{channel}" for channel in channels]
             for one in further:
                 if str(one) not in of_entity[one.entity]:
                     of_entity[one.entity].append(str(one))
+                    if one.entity == "attribute":
+                        by_keys.setdefault(one.keys, []).append(str(one))
+            keys = item_keys(self._store, further)
+            of_keys = map(reference_of, keys)
+            of_entity["item"] += [one for one in of_keys if one not in of_entity["item"]]
             categories = tuple(reference.feature for reference in listed["categorical"])
             readers: dict[str, dict[str, VectorReader]] = {entity: {} for entity in of_entity}
             for one in vectors:
                 readers[one.entity][str(one)] = VectorReader(self._store, one.view, one.feature)
-            self._inputs = inputs = _Inputs(version, channels, of_entity, categories, readers)
+            self._inputs = inputs = _Inputs(
+                version, channels, of_entity, categories, readers, keys, by_keys
+            )
         return inputs
 
     def catalogue(self) -> dict[Identifier, str]:
@@ -372,11 +391,34 @@ class OnlineLookup:
         if user_id is not None:
             of_pairs = {"user_id": [user_id] * len(items), "item_id": items}
             found |= self.read_vectors("pair", version, of_pairs)
+            found |= self.read_by_attributes(version, {**found, **of_pairs})
         return vectors, found
 
     @cached_property
     def _item_vectors(self) -> VectorReader:
         return VectorReader(self._store, "item_embedding", VECTOR)
+
+    def read_by_attributes(
+        self, version: str, columns: Mapping[str, Sequence[Any]]
+    ) -> dict[str, list[Any]]:
+        """The model's features of views keyed by columns of items, by column, a value a row.
+
+        `columns` have the user_id, item_id and those columns of the items. Each key is read once.
+        """
+        inputs, found = self._inputs_of(version), {}
+        for names, references in inputs.by_keys.items():
+            given = [
+                [inputs.item_keys[name] if value is None else value for value in columns[name]]
+                if name in inputs.item_keys
+                else columns[name]
+                for name in names
+            ]
+            rows = list(zip(*given, strict=True))
+            place = {row: number for number, row in enumerate(dict.fromkeys(rows))}
+            values = self.read(references, [dict(zip(names, row, strict=True)) for row in place])
+            for column in map(column_of, references):
+                found[column] = [values[column][place[row]] for row in rows]
+        return found
 
     def read_vectors(
         self, entity: str, version: str, keys: Mapping[str, Sequence[Identifier]]

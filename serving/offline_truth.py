@@ -20,6 +20,7 @@ import torch
 from bahe_core.home import Home
 from bahe_lake.sql import known_until
 from bahe_models import column_of
+from feature_repo.item_keys import ItemKeys, reference_of, with_item_keys, without_unknown
 from materialize.frames.item_texts import item_texts_shown
 from materialize.vectors.timelines import read_timelines
 from materialize.vectors.user_embedder import NO_ITEMS, atoms_needed, device_of
@@ -44,8 +45,13 @@ class OfflineTruth:
         connection: duckdb.DuckDBPyConnection,
         pairs: pa.Table,
         freshness: str,
+        keys: ItemKeys,
     ) -> None:
-        """`pairs` has user_id, item_id and `moment` [N], the moments in UTC that were asked about."""
+        """`pairs` has user_id, item_id and `moment` [N], the moments in UTC that were asked about.
+
+        `keys` are the columns of items that the features' views are keyed by.
+        """
+        self._keys = keys
         self._home, self._store, self._connection = home, store, connection
         self._freshness = freshness
         self._pairs = pairs.append_column("number", pa.array(np.arange(len(pairs), dtype=np.int64)))
@@ -75,18 +81,28 @@ class OfflineTruth:
         known = f"{known_until(self._freshness, 'moment')} + to_microseconds({shift_us})"
         if all_of_it:
             known = EVER
+        rows_of = f"SELECT number, user_id, item_id, {known} AS event_timestamp FROM audited"
         entities = self._connection.execute(
-            f"SELECT user_id, item_id, {known} AS event_timestamp FROM audited ORDER BY number"
+            f"SELECT * EXCLUDE (number) FROM ({with_item_keys(rows_of, self._keys, as_of=as_of)})"
+            " ORDER BY number"
         ).to_arrow_table()
         self._connection.unregister("audited")
+        of_keys = set(map(reference_of, self._keys))  # columns of the entity frame
+        asked = [reference for reference in references if reference not in of_keys]
         offline = self._store.config.offline_store
         before, offline.as_of = offline.as_of, as_of
         try:
-            job = self._store.get_historical_features(entity_df=entities, features=list(references))
-            table = job.to_arrow()
+            table = entities
+            if asked:
+                job = self._store.get_historical_features(entity_df=entities, features=asked)
+                table = job.to_arrow()
         finally:
             offline.as_of = before
-        return {reference: _plain(table[column_of(reference)]) for reference in references}
+        unknown = {reference_of(name): key for name, key in self._keys.items()}
+        return {
+            reference: _plain(without_unknown(table[column_of(reference)], unknown.get(reference)))
+            for reference in references
+        }
 
     def user_vectors(
         self,

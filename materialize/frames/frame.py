@@ -29,6 +29,7 @@ from bahe_lake.connection import lake
 from bahe_lake.sql import AT_ONCE, known_until, old_enough, sql_literal
 from bahe_lake.transactions import commit
 from bahe_models import column_of
+from feature_repo.item_keys import ItemKeys, item_keys, reference_of, with_item_keys, without_unknown
 from feature_repo.references import FeatureReference, feature_references
 from feature_repo.store import open_store
 from feature_repo.team import team_content
@@ -109,12 +110,15 @@ def frame(
         require_gates(then, JOB)
         registered = _service(store, service)
         projected = [[p.name, [f.name for f in p.features]] for p in registered.feature_view_projections]
-        listed = _listed(store, dataset)
+        references = _listed(store, dataset)
+        listed = {kind: list(map(str, found)) for kind, found in references.items()}
         further = list(chain.from_iterable(listed.values()))
+        keys = item_keys(store, chain.from_iterable(references.values()))
         asked: FeatureService | list[str] = registered
         if further:
             of_service = [f"{view}:{feature}" for view, features in projected for feature in features]
-            asked = list(dict.fromkeys([*of_service, *further]))
+            of_keys = set(map(reference_of, keys))  # columns of the entity frame
+            asked = [one for one in dict.fromkeys([*of_service, *further]) if one not in of_keys]
         identity: list[object] = [ingested.fingerprint, projected, dataset.split.model_dump(mode="json")]
         if dataset.freshness != "live":
             # In the words of version 0.1, so that its frames keep their names.
@@ -145,7 +149,7 @@ def frame(
             )
         with runs.record(connection, JOB, frame_id) as run:
             impressions = old_enough(delay_us)
-            entities = _entities(then, impressions, dataset.split, dataset.freshness, context)
+            entities = _entities(then, impressions, dataset.split, dataset.freshness, context, keys)
             rows = _split_rows(then, entities)
             job = store.get_historical_features(entity_df=entities, features=asked)
             about = {
@@ -162,7 +166,8 @@ def frame(
                 alone = executor.workers == 1
                 reader = job.to_arrow_reader() if alone else job.to_sharded_reader(executor, "user_id")
                 count = sum(rows.values())
-                _write(reader, path, about, count, [column_of(reference) for reference in vectors])
+                left_out = [name for name in keys if reference_of(name) not in further]
+                _write(reader, path, about, count, [*map(column_of, vectors)], keys, left_out)
             facts: dict[str, Any] = {"rows": rows, "service": service, "freshness": dataset.freshness}
             facts[REWRITTEN] = _rewritten(connection, home, last, path, facts)
             commit(connection, [run.statement(facts, rows_read=count, rows_written=count)])
@@ -214,8 +219,8 @@ def _service(store: FeatureStore, name: str) -> FeatureService:
         raise BadInput(f"feature service {name} is not registered; choose from {registered}.") from None
 
 
-def _listed(store: FeatureStore, dataset: Dataset) -> dict[str, list[str]]:
-    """What `features` of dataset.yaml lists, by kind, each as `view:feature`.
+def _listed(store: FeatureStore, dataset: Dataset) -> dict[str, list[FeatureReference]]:
+    """What `features` of dataset.yaml lists, by kind.
 
     Raises BadInput on what cannot be read, or has the name of a context column or of another one.
     """
@@ -237,7 +242,7 @@ def _listed(store: FeatureStore, dataset: Dataset) -> dict[str, list[str]]:
                     f"features.{kind}: {reference} has the name of {other} of features.{other_kind}; rename"
                     " one of them."
                 )
-    return {kind: list(map(str, references)) for kind, references in found.items()}
+    return found
 
 
 def _entities(
@@ -246,8 +251,9 @@ def _entities(
     split: Split,
     freshness: str,
     context: Sequence[str],
+    keys: ItemKeys,
 ) -> str:
-    """The entity query: impressions in order of time, each with its split.
+    """The entity query: impressions in order of time, each with its split, and its item's `keys`.
 
     `event_timestamp` is the instant whose knowledge an impression gets, `impression_timestamp` its own.
     All impressions of one instant are in the same split. Raises BadInput when there are none.
@@ -270,7 +276,7 @@ def _entities(
     validation_from, test_from = map(sql_literal, cuts)
     known = known_until(freshness, "i.event_timestamp")
     passed_through = ", ".join(["clicked", *map(context_column, context)])
-    return f"""
+    rows = f"""
         SELECT
             impression_id,
             user_id,
@@ -283,9 +289,8 @@ def _entities(
                 WHEN i.event_timestamp < {test_from} THEN 'validation'
                 ELSE 'test'
             END AS split
-        FROM {impressions} i
-        ORDER BY i.event_timestamp, impression_id
-        """
+        FROM {impressions} i"""
+    return f"{with_item_keys(rows, keys)} ORDER BY impression_timestamp, impression_id"
 
 
 def _split_rows(connection: duckdb.DuckDBPyConnection, entities: str) -> dict[str, int]:
@@ -305,9 +310,15 @@ def _write(
     facts: dict[str, object],
     rows: int,
     vectors: Collection[str],
+    keys: ItemKeys,
+    left_out: Collection[str],
 ) -> None:
-    """Stream the frame to disk, whole or not at all; columns of `vectors` as lists of float32."""
-    features = [c for c in reader.schema.names if c not in (*KEYS, "impression_timestamp", "split")]
+    """Stream the frame to disk, whole or not at all, without the columns `left_out`.
+
+    Columns of `vectors` as lists of float32; `keys` say what stands for an unknown value in theirs.
+    """
+    others = (*KEYS, "impression_timestamp", "split", *left_out)
+    features = [c for c in reader.schema.names if c not in others]
     columns = [*KEYS, *features, "split"]
     source = ["impression_timestamp" if c == "event_timestamp" else c for c in columns]
     fields = [reader.schema.field(c).with_name(n) for c, n in zip(source, columns, strict=True)]
@@ -321,7 +332,10 @@ def _write(
             progress("impressions", rows) as advance,
         ):
             for batch in reader:
-                arrays = [batch.column(c).cast(f.type) for c, f in zip(source, fields, strict=True)]
+                arrays = [
+                    without_unknown(batch.column(c), keys.get(c)).cast(f.type)
+                    for c, f in zip(source, fields, strict=True)
+                ]
                 writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema), ROW_GROUP)
                 advance(batch.num_rows)
         shutil.rmtree(path.parent, ignore_errors=True)
