@@ -279,7 +279,7 @@ def load(folder: Path | str) -> Artifact:
         raise no_artifact(folder, error) from None
     dense: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config["dense"].items()}
     features = DenseFeatures(**dense)
-    shape = ModelConfig(**config["model"])
+    shape = ModelConfig(**{"facts_width": 0} | config["model"])  # older artifacts have no network on facts
     model = BaheModel(
         deep_from_config(config["deep"]) if shape.deep else torch.nn.Identity(),
         width=config["width"],

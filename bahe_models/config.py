@@ -97,6 +97,10 @@ class ModelConfig:
     cannot be embedded, published or served."""
     head_width: int = 128
     """Width of the head's hidden layer."""
+    facts_width: int = 128
+    """Width of the hidden layers of the network that reads the dense features by themselves, and is fitted
+    to them before the rest is trained (`bahe_models.trainer.facts_start`). It is there where the dataset
+    lists numeric features of its own; 0 does without."""
     cross_layers: int = 2
     """Cross layers of the `dcn` head."""
     target_history: int = 50
@@ -121,14 +125,21 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.context_buckets < 1 or self.context_width < 1:
             raise ValueError("`context_buckets` and `context_width` must be at least 1")
+        if self.facts_width < 0:
+            raise ValueError("`facts_width` must not be negative")
         if self.target_history < 1:
             raise ValueError("`target_history` must be at least 1")
         if not 0 <= self.context_dropout < 1:
             raise ValueError("`context_dropout` must be at least 0 and below 1")
 
     def fields_affecting_weights(self) -> dict[str, Any]:
-        """All fields, by name; models from before `deep` keep their names."""
-        return {name: value for name, value in asdict(self).items() if name != "deep" or not value}
+        """All fields, by name; models from before `deep` and `facts_width` keep their names."""
+        fields = asdict(self)
+        if self.deep:
+            del fields["deep"]
+        if not self.facts_width:
+            del fields["facts_width"]
+        return fields
 
     @property
     def merged(self) -> bool:

@@ -1,7 +1,8 @@
 """CTR heads: click logits from a user vector, an item vector and dense facts.
 
-Every head adds a linear part on the facts, which starts as the floor: the network learns what the
-statistics do not say. Shape letters: N impressions, V vector width, F facts, E width of the extra
+Every head adds a linear part on the facts, which starts as the floor, or a network on the dense features
+alone, which starts fitted to them: the rest learns what the statistics do not say. Shape letters: N
+impressions, V vector width, F facts, D dense features (the first of the facts), E width of the extra
 inputs, X input width.
 """
 
@@ -28,11 +29,24 @@ class Cross(nn.Module):
         return crossed
 
 
+def facts_network(dense: int, hidden: int, dropout: float) -> nn.Sequential:
+    """Click logits [N, 1] from dense features [N, D]: two hidden layers."""
+    return nn.Sequential(
+        nn.Linear(dense, hidden),
+        nn.GELU(),
+        nn.Dropout(dropout),
+        nn.Linear(hidden, hidden),
+        nn.GELU(),
+        nn.Dropout(dropout),
+        nn.Linear(hidden, 1),
+    )
+
+
 class Head(nn.Module):
     """A DNN on user, item, their product and the facts (`dnn`), after cross layers with `dcn`.
 
     `extra` is the width of optional inputs: embedded context and, for `target` (otherwise a DNN), the
-    result of target attention.
+    result of target attention. `alone` is the width of a network on the first `dense` facts; 0 for none.
     """
 
     def __init__(
@@ -45,6 +59,8 @@ class Head(nn.Module):
         dropout: float,
         crosses: int,
         extra: int = 0,
+        dense: int = 0,
+        alone: int = 0,
     ) -> None:
         super().__init__()
         width = 3 * vector + facts + extra
@@ -54,12 +70,22 @@ class Head(nn.Module):
         )
         self.wide = nn.Linear(facts, 1)
         nn.init.zeros_(self.wide.weight)
+        self.dense = dense
+        self.alone = facts_network(dense, alone, dropout) if alone else None
 
     @torch.no_grad()
     def start_from(self, weights_F: torch.Tensor, bias: float) -> None:
         """Set the linear part, which then dominates the first predictions."""
         self.wide.weight[0] = weights_F
         self.wide.bias.fill_(bias)
+
+    @torch.no_grad()
+    def start_with_facts_alone(self) -> None:
+        """Let the DNN add nothing at first: what it reads at random would drown what is fitted already."""
+        last = self.hidden[-1]
+        assert isinstance(last, nn.Linear)
+        last.weight.zero_()
+        last.bias.zero_()
 
     def forward(
         self,
@@ -74,4 +100,6 @@ class Head(nn.Module):
         for cross in self.crosses:
             x_NX = cross(first_NX, x_NX)
         logits: torch.Tensor = self.hidden(x_NX) + self.wide(facts_NF)
+        if self.alone is not None:
+            logits = logits + self.alone(facts_NF[:, : self.dense])
         return logits.squeeze(-1)

@@ -169,6 +169,8 @@ class BaheModel(nn.Module):
             hidden=config.head_width,
             dropout=config.dropout,
             crosses=config.cross_layers,
+            dense=dense_features,
+            alone=config.facts_width,
             extra=(0 if self.context is None else self.context.width)
             + (0 if self.vectors is None else self.vectors.width)
             + (0 if config.vectors_suffice else 2 * profile),

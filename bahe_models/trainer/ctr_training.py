@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -23,6 +24,7 @@ from bahe_models.sampling import sampled_rows
 from bahe_models.timelines import Int64, plan_steps, window_batch
 from bahe_models.trainer.checkpoint import Checkpoint
 from bahe_models.trainer.distributed import Processes
+from bahe_models.trainer.facts_start import fit_to_facts
 from bahe_models.trainer.impressions import Impressions, TrainingData
 from bahe_models.trainer.pretraining import pretrain
 from bahe_models.trainer.sharding import is_sharded
@@ -254,9 +256,11 @@ def build_model(
     """A fresh model whose profile and wide part start from the training data.
 
     Its collaborative part knows the behaviors before the training impressions, and the atoms in the
-    rows `also_known`.
+    rows `also_known`, which a warm start brings; it brings the head's weights as well.
     """
     train = data.splits["train"]
+    if not dense.numeric:
+        config = replace(config, facts_width=0)
     seen = seen_atoms(data)
     if also_known is not None:
         seen = np.union1d(seen, also_known)
@@ -279,32 +283,22 @@ def build_model(
     behaviors = torch.from_numpy(data.atoms_AD[np.unique(np.concatenate(used))])
     items = torch.from_numpy(data.atoms_AD[data.item_atom_I])
     model.profile.fit(behaviors, items, _channel_lift(train))
-    # The first predictions are close to the floor itself; training learns the rest.
+    # The first predictions are close to the floor itself, or to what the dense features say by themselves;
+    # training learns the rest.
     weights_F = torch.zeros(model.head.wide.in_features)
     weights_F[len(dense.names)] = 0.1
     if model.collaborative is not None:
         weights_F[-1] = 0.3
-    weights_F[: len(dense.names)], bias = _linear_start(train, dense)
-    model.head.start_from(weights_F, bias)
-    return model
-
-
-def _linear_start(train: Impressions, dense: DenseFeatures) -> tuple[torch.Tensor, float]:
-    """Weights [F] and bias with which the head first reads the dense features.
-
-    Those of the floor and, where the dataset lists features of its own, of a logistic regression on both.
-    """
-    weights_F = torch.zeros(len(dense.names))
-    if not dense.numeric:
+    if model.head.alone is None:
         weights_F[0] = dense.deviation[0]
-        return weights_F, dense.mean[0]
-    from sklearn.linear_model import LogisticRegression
-
-    used = [0, *range(len(dense.names))[dense.further]]
-    values_NF = dense.transform(train.columns, train.length_NC, train.time_us_N)[:, used]
-    fitted = LogisticRegression().fit(values_NF, train.clicked_N)
-    weights_F[used] = torch.from_numpy(fitted.coef_[0].astype(np.float32))
-    return weights_F, float(fitted.intercept_[0])
+        model.head.start_from(weights_F, dense.mean[0])
+        return model
+    model.head.start_from(weights_F, 0.0)
+    model.head.start_with_facts_alone()
+    if also_known is None:  # else the weights come from an earlier model
+        values_NF = dense.transform(train.columns, train.length_NC, train.time_us_N)
+        fit_to_facts(model.head.alone, values_NF, train.clicked_N)
+    return model
 
 
 def _channel_lift(train: Impressions) -> torch.Tensor:

@@ -21,6 +21,7 @@ _SHAPE_FIELDS = (
     "deep_width",
     "profile_width",
     "head_width",
+    "facts_width",
     "channels",
     "behavior_ids",
     "item_ids",

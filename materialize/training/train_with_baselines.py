@@ -58,8 +58,9 @@ class Settings:
 
     @classmethod
     def of(cls, dataset: Dataset) -> Settings:
-        """Those of a dataset."""
-        return cls(model=dataset.model, window=dataset.window, training=dataset.training)
+        """Those of a dataset; without numeric features of its own there is no network on facts alone."""
+        model = dataset.model if dataset.features.numeric else replace(dataset.model, facts_width=0)
+        return cls(model=model, window=dataset.window, training=dataset.training)
 
     def fields_affecting_weights(self) -> list[dict[str, Any]]:
         """The settings that make a model_version; how often a checkpoint is written is not among them."""
