@@ -129,6 +129,14 @@ def test_other_vectors_are_refused(trained: Batches, change: dict[str, np.ndarra
         data.check()
 
 
+def test_a_refit_reads_those_of_every_split(trained: Batches) -> None:
+    splits = trained.data.splits
+    every = trained.data.all_to_train_on().splits["train"]
+    for name in WIDTHS:
+        expected = np.concatenate([splits[part].vectors[name] for part in ("train", "validation", "test")])
+        np.testing.assert_array_equal(every.vectors[name], expected)
+
+
 def test_a_warm_start_takes_their_standardisation(trained: Batches, tiny_backbone: Path) -> None:
     artifact = toy_artifact(trained)
     later = with_vectors(toy_data(seed=1))
