@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bahe_core.errors import BadInput
-from bahe_models import Batches, TrainingData, auc, load, train
+from bahe_models import Batches, TrainingData, auc, load, seeded, train
 from bahe_models.trainer.importance import permutation_importance
 from bahe_models.trainer.saved_model import logits_of
 from bahe_models.trainer.warm_start import require_fit, start_from
@@ -37,8 +37,13 @@ def with_vectors(data: TrainingData) -> TrainingData:
 
 @pytest.fixture(scope="module")
 def trained(tiny_backbone: Path) -> Batches:
-    batches = toy_batches(with_vectors(toy_data()), tiny_backbone)
-    train(batches, toy_config())
+    return trained_on(with_vectors(toy_data()), tiny_backbone)
+
+
+def trained_on(data: TrainingData, backbone: Path) -> Batches:
+    with seeded(0):
+        batches = toy_batches(data, backbone)
+        train(batches, toy_config())
     return batches
 
 
@@ -71,8 +76,7 @@ def test_without_any_known_vector_there_is_nothing_to_learn() -> None:
 
 
 def test_a_model_learns_from_them(trained: Batches, tiny_backbone: Path) -> None:
-    without = toy_batches(toy_data(), tiny_backbone)
-    train(without, toy_config())
+    without = trained_on(toy_data(), tiny_backbone)
     scores = {}
     for name, batches in (("with", trained), ("without", without)):
         split = batches.data.splits["test"]
@@ -123,6 +127,14 @@ def test_other_vectors_are_refused(trained: Batches, change: dict[str, np.ndarra
     data = replace(trained.data, splits={**trained.data.splits, "test": replace(split, vectors=given)})
     with pytest.raises(BadInput, match=words):
         data.check()
+
+
+def test_a_refit_reads_those_of_every_split(trained: Batches) -> None:
+    splits = trained.data.splits
+    every = trained.data.all_to_train_on().splits["train"]
+    for name in WIDTHS:
+        expected = np.concatenate([splits[part].vectors[name] for part in ("train", "validation", "test")])
+        np.testing.assert_array_equal(every.vectors[name], expected)
 
 
 def test_a_warm_start_takes_their_standardisation(trained: Batches, tiny_backbone: Path) -> None:
