@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet as pq
 
-from bahe_core.errors import BadInput, Damaged, NotReady, UnknownEntity
+from bahe_core.errors import BadInput, Damaged, NotReady, UnknownEntity, clipped
 from bahe_core.home import Home
 from bahe_core.results import Result
 from bahe_models import column_of, needed_columns
 from bahe_models.artifact_folder import further_features, read_config
+from feast_ducklake.online.features import FeatureReader
 from feast_ducklake.online.rows import Vectors
 from feast_ducklake.online.vectors import VectorReader
 from feature_repo.references import feature_references
@@ -27,12 +29,18 @@ from materialize.release.pointer import DEPLOYMENT
 from serving.request_log import RequestLog, ServedRequest
 
 if TYPE_CHECKING:
+    from feast import FeatureService
+
     from bahe_models import Artifact
     from bahe_models.context import Value
 
 Identifier = str | int
 VECTOR = "embedding"
+UnknownUser = Literal["empty", "refuse"]
+"""What becomes of a user who is not online: the state of one who has done nothing, or UnknownEntity."""
 _KEYS = ("user_id", "item_id")
+_INTEGER = re.compile(r"0|-?[1-9][0-9]*")
+"""As an integer is written by everyone: no sign, blank, underscore or zero that it can do without."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +77,19 @@ class Answer(Result):
 
 
 @dataclass(frozen=True)
+class ItemScores(Result):
+    """Scores of one user by item, in the order that they were asked for."""
+
+    user_id: Identifier
+    model_version: str
+    cold: bool
+    item_ids: list[Identifier]
+    """As the log has them; as they were given where they are not known."""
+    probabilities: list[float | None]
+    """None for an item that is not online."""
+
+
+@dataclass(frozen=True)
 class _Inputs:
     """What a model reads of the online store beside vectors."""
 
@@ -99,13 +120,15 @@ class OnlineLookup:
         self._artifacts: dict[str, Artifact] = {}
         self._inputs = _Inputs("", (), {}, ())
         """Of the last version asked for."""
+        self._empty: tuple[str, np.ndarray] = ("", np.empty(0))
+        """A model_version, and its vector of a user who has done nothing."""
         self._items: dict[Identifier, str] = {}
         self._items_changed = -1
         self._lock = threading.Lock()
 
     def live_version(self) -> str:
         """The model_version that answers now. Raises NotReady before the first publish."""
-        values = self.read(["live_model:live_model_version"], [{"deployment": DEPLOYMENT}])
+        values = self.read(["live_model:live_model_version"], {"deployment": [DEPLOYMENT]})
         version = values["live_model_version"][0]
         if version is None:
             raise NotReady(f"{self._home.root} has nothing published; run `bahe publish` first.")
@@ -176,10 +199,38 @@ class OnlineLookup:
         (user,) = self.users([user_id], version)
         if user is None:
             raise UnknownEntity(
-                f"user {user_id} is not in the online store of {self._home.root}; check the id, or"
+                f"user {clipped(user_id)} is not in the online store of {self._home.root}; check the id, or"
                 " ingest, embed and publish the user first."
             )
         return user
+
+    def user_or_empty(self, user_id: Identifier) -> UserFeatures:
+        """A user's features, or those of one who has done nothing."""
+        try:
+            return self.user(user_id)
+        except UnknownEntity:
+            return self.empty_user(user_id)
+
+    def empty_user(self, user_id: Identifier) -> UserFeatures:
+        """What a user is before the first behavior and impression, under the live model."""
+        from bahe_models import UserState  # torch, which a lookup does without
+
+        version = self.live_version()
+        artifact = self.artifact(version)
+        with self._lock:
+            if self._empty[0] != version:
+                state = UserState.empty(artifact.model, artifact.window)
+                self._empty = version, state.vector().cpu().numpy()
+            vector = self._empty[1]
+        return UserFeatures(
+            user_id=user_id,
+            model_version=version,
+            cold=True,
+            behaviors=0,
+            vector=vector,
+            statistics={column_of(one): None for one in self._inputs_of(version).references["user"]},
+            seen_items=frozenset(),
+        )
 
     def users(self, user_ids: Sequence[Identifier], version: str) -> list[UserFeatures | None]:
         """Features of users under a model_version, in one read; None for one that is not online."""
@@ -192,7 +243,7 @@ class OnlineLookup:
                 "user_embedding:seen_items",
                 *statistics,
             ],
-            [{"user_id": user_id, "model_version": version} for user_id in ids],
+            {"user_id": ids, "model_version": [version] * len(ids)},
         )
         named = [column_of(reference) for reference in statistics]
 
@@ -223,9 +274,10 @@ class OnlineLookup:
     ) -> Answer:
         """Click probabilities of some items for a user, best first.
 
-        `at` is the moment of the request (default now; UTC unless it has a zone), since the time since
-        the last impressions is a feature. `context` has values of the model's context columns; a column
-        left out counts as unknown.
+        `at` is the moment of the request (default now; UTC unless it has a zone). It ages features, since
+        the time since the last impressions is one, and replays nothing: what the user did after it is
+        known all the same. `context` has values of the model's context columns; a column left out counts
+        as unknown.
         Raises UnknownEntity when the user or one of the items is not in the online store, BadInput on
         a context column that the model does not have.
         """
@@ -236,10 +288,38 @@ class OnlineLookup:
         if missing:
             more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
             raise UnknownEntity(
-                f"item {missing[0]}{more} is not in the online store of {self._home.root}; check"
+                f"item {clipped(missing[0])}{more} is not in the online store of {self._home.root}; check"
                 " the id, or ingest, embed and publish the item first."
             )
         return self._answer(user, items, vectors.vectors_ND, statistics, at, context)
+
+    def score_each(
+        self,
+        user_id: Identifier,
+        item_ids: Sequence[Identifier],
+        at: datetime | None = None,
+        *,
+        context: Mapping[str, Value] | None = None,
+        unknown_user: UnknownUser = "empty",
+    ) -> ItemScores:
+        """`score` that answers for each item, also where some are not online, and for any user."""
+        user = self.user(user_id) if unknown_user == "refuse" else self.user_or_empty(user_id)
+        stored_ids = [self._stored_id("item_embedding", "item_id", item) for item in item_ids]
+        items = list(dict.fromkeys(item for item in stored_ids if item is not None))
+        vectors, statistics = self.items(items, user.model_version, user.user_id)
+        known, vectors_NV, values = _found(items, vectors, statistics)
+        answer = self._answer(user, known, vectors_NV, values, at, context)
+        by_item = {score.item_id: score.probability for score in answer.scores}
+        return ItemScores(
+            user_id=user.user_id,
+            model_version=user.model_version,
+            cold=user.cold,
+            item_ids=[
+                given if stored is None else stored
+                for given, stored in zip(item_ids, stored_ids, strict=True)
+            ],
+            probabilities=[None if item is None else by_item.get(item) for item in stored_ids],
+        )
 
     def recommend(
         self,
@@ -249,6 +329,7 @@ class OnlineLookup:
         *,
         include_seen: bool = False,
         context: Mapping[str, Value] | None = None,
+        unknown_user: UnknownUser = "refuse",
     ) -> Answer:
         """The k items with the highest click probability; those the user acted on are left out.
 
@@ -256,19 +337,10 @@ class OnlineLookup:
         """
         if k < 1:
             raise BadInput(f"k is {k}; it must be at least 1.")
-        user = self.user(user_id)
+        user = self.user(user_id) if unknown_user == "refuse" else self.user_or_empty(user_id)
         items = [item for item in self.catalogue() if include_seen or str(item) not in user.seen_items]
         vectors, statistics = self.items(items, user.model_version, user.user_id)
-        stored = np.flatnonzero(vectors.found_N).tolist()
-        return self._answer(
-            user,
-            [items[i] for i in stored],
-            vectors.vectors_ND[stored],
-            {name: [values[i] for i in stored] for name, values in statistics.items()},
-            at,
-            context,
-            best=k,
-        )
+        return self._answer(user, *_found(items, vectors, statistics), at, context, best=k)
 
     def _answer(
         self,
@@ -343,9 +415,9 @@ class OnlineLookup:
         if not items:
             return vectors, {}
         references = self.references(version)
-        values = self.read(references["item"], [{"item_id": item} for item in items])
+        values = self.read(references["item"], {"item_id": items})
         if user_id is not None and references["pair"]:
-            pairs = [{"user_id": user_id, "item_id": item} for item in items]
+            pairs = {"user_id": [user_id] * len(items), "item_id": items}
             values |= self.read(references["pair"], pairs)
         return vectors, {name: column for name, column in values.items() if name not in _KEYS}
 
@@ -353,24 +425,47 @@ class OnlineLookup:
     def _item_vectors(self) -> VectorReader:
         return VectorReader(self._store, "item_embedding", VECTOR)
 
-    def read(self, features: list[str], rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
-        """Any features (`view:feature`) of these entities, by column, as the online store has them."""
+    def read(
+        self, features: list[str] | FeatureService, entities: Mapping[str, Sequence[Any]]
+    ) -> dict[str, list[Any]]:
+        """Any features (`view:feature`) of entities, given as a column for each join key, by column.
+
+        As the online store has them; None where it has nothing.
+        """
         with online_errors(self._home):
-            response = self._store.get_online_features(features, entity_rows=rows)
-        answer: dict[str, list[Any]] = response.to_dict()
-        return answer
+            return self._features.read(features, entities)
+
+    @cached_property
+    def _features(self) -> FeatureReader:
+        return FeatureReader(self._store)
 
     def _as_stored(self, view: str, key: str, value: Identifier) -> Identifier:
-        """The id in the type it has in the log."""
+        """The id in the type it has in the log. Raises UnknownEntity when it cannot be one of them."""
+        stored = self._stored_id(view, key, value)
+        if stored is None:
+            kind = key.removesuffix("_id")
+            raise UnknownEntity(
+                f"{kind} {clipped(value)} is not an integer, as the {kind} ids of this log are."
+                if self._key_types[view, key] == "Int64"
+                else f"{kind} {clipped(ascii(value))} is no id."
+            )
+        return stored
+
+    def _stored_id(self, view: str, key: str, value: Identifier) -> Identifier | None:
+        """The id in the type it has in the log; None when it cannot be one of them.
+
+        An id is exactly what it is: 10 is written "10" or 10, not "1_0", " 10 ", "010" or true.
+        """
+        if isinstance(value, bool):
+            return None
         if self._key_types[view, key] == "Int64":
-            try:
-                return int(value)
-            except ValueError:
-                kind = key.removesuffix("_id")
-                raise UnknownEntity(
-                    f"{kind} {value} is not an integer, as the {kind} ids of this log are."
-                ) from None
-        return str(value)
+            if isinstance(value, str):
+                if len(value) > 20 or not _INTEGER.fullmatch(value):
+                    return None
+                value = int(value)
+            return value if -(2**63) <= value < 2**63 else None
+        text = str(value)
+        return text if text.isascii() or _encodable(text) else None
 
     @cached_property
     def _key_types(self) -> dict[tuple[str, str], str]:
@@ -381,12 +476,32 @@ class OnlineLookup:
         }
 
 
+def _encodable(text: str) -> bool:
+    """False for halves of surrogate pairs, which JSON can say and UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _found(
+    items: list[Identifier], vectors: Vectors, statistics: dict[str, list[Any]]
+) -> tuple[list[Identifier], npt.NDArray[np.float32], dict[str, list[Any]]]:
+    """Ids, vectors and features of those items that are online."""
+    if vectors.found_N.all():
+        return items, vectors.vectors_ND, statistics
+    found = np.flatnonzero(vectors.found_N).tolist()
+    kept = {name: [values[i] for i in found] for name, values in statistics.items()}
+    return [items[i] for i in found], vectors.vectors_ND[found], kept
+
+
 def parsed_context(given: Sequence[str]) -> dict[str, str]:
     """Context written as `column=value`, once each. Raises BadInput on anything else."""
     context: dict[str, str] = {}
     for one in given:
         column, equals, value = one.partition("=")
         if not equals or column in context:
-            raise BadInput(f"context {one} is refused; give each column once, as device=phone.")
+            raise BadInput(f"context {clipped(one)} is refused; give each column once, as device=phone.")
         context[column] = value
     return context

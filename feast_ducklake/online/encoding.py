@@ -110,7 +110,7 @@ def read_floats(values: Sequence[bytes], value_type: ValueType) -> npt.NDArray[n
         return np.empty((0, 0), dtype=np.float32)
     size = len(values[0])
     joined = b"".join(values)
-    header = _header_of(value_type, size)
+    header = list_header(value_type, size)
     if header is None or len(joined) != size * len(values) or (size - len(header)) % dtype.itemsize:
         raise BadInput(
             "these vectors differ in length, or are no lists of floats; read them as features instead."
@@ -157,6 +157,12 @@ def _tag(value_type: ValueType, wire_type: int) -> bytes:
     return _varint(field.number << 3 | wire_type)
 
 
+def number_tag(value_type: ValueType) -> bytes:
+    """What precedes a single number or truth value."""
+    wire_type = {ValueType.FLOAT: _FIXED32, ValueType.DOUBLE: _FIXED64}.get(value_type, _VARINT)
+    return _tag(value_type, wire_type)
+
+
 def _list_header(value_type: ValueType, packed: int) -> bytes:
     """What precedes the packed elements: the value's field and length, the list's field and length."""
     inner = b"\x0a" + _varint(packed) if packed else b""
@@ -164,7 +170,7 @@ def _list_header(value_type: ValueType, packed: int) -> bytes:
 
 
 @cache
-def _header_of(value_type: ValueType, size: int) -> bytes | None:
+def list_header(value_type: ValueType, size: int) -> bytes | None:
     """The header of a list whose wire form has `size` bytes; none when no list has."""
     for packed in range(size - 2, max(size - 24, -1), -1):
         header = _list_header(value_type, packed)
@@ -243,8 +249,7 @@ def _scalar_bytes(column: pa.Array, value_type: ValueType) -> list[bytes]:
         return _sliced(data, bounds, lambda length: tag + _varint(length), valid)
     if value_type in (ValueType.FLOAT, ValueType.DOUBLE):
         valid = valid & ~pc.is_nan(column).fill_null(False).to_numpy(zero_copy_only=False)
-    wire_type = {ValueType.FLOAT: _FIXED32, ValueType.DOUBLE: _FIXED64}.get(value_type, _VARINT)
-    tag = _tag(value_type, wire_type)
+    tag = number_tag(value_type)
     filled = pc.fill_null(column, pa.scalar(0).cast(column.type))
     packed, bounds = _packed(filled, value_type, np.arange(len(column) + 1))
     return _sliced(packed.tobytes(), bounds, lambda _: tag, valid)
