@@ -135,6 +135,8 @@ class LiveLookup(OnlineLookup):
         text: str,
         at: datetime,
         item_id: Identifier | None = None,
+        *,
+        event_id: str | None = None,
     ) -> UserFeatures:
         """Append a behavior (sent twice, it counts twice); returns the user's features with it.
 

@@ -435,6 +435,84 @@ class OnlineLookup:
         with online_errors(self._home):
             return self._features.read(features, entities)
 
+    def features(
+        self,
+        asked: list[str] | str,
+        entities: Mapping[str, Sequence[Identifier]],
+        version: str,
+        full_feature_names: bool = False,
+    ) -> dict[str, list[Any]]:
+        """`read` of references, or of a feature service by name; `version` where a view wants a model's.
+
+        Raises BadInput on what is not registered.
+        """
+        features = self._registered(asked)
+        columns = self._with_version(features, entities, version)
+        with online_errors(self._home):
+            return self._features.read(features, columns, full_feature_names)
+
+    def feast_response(
+        self,
+        asked: list[str] | str,
+        entities: Mapping[str, Sequence[Identifier]],
+        full_feature_names: bool = False,
+    ) -> dict[str, Any]:
+        """What `feast serve` answers. Raises BadInput on what is not registered."""
+        from google.protobuf.json_format import MessageToDict
+
+        features = self._registered(asked)
+        with online_errors(self._home):
+            response = self._store.get_online_features(features, entities, full_feature_names)
+        answer: dict[str, Any] = MessageToDict(response.proto, preserving_proto_field_name=True)
+        return answer
+
+    def _registered(self, asked: list[str] | str) -> list[str] | FeatureService:
+        """References that the store has, or the service of that name."""
+        if isinstance(asked, str):
+            service = {one.name: one for one in self._store.list_feature_services()}.get(asked)
+            if service is None:
+                raise BadInput(f"no feature service is named {clipped(asked)}; correct it.")
+            return service
+        for reference in asked:
+            view, _, feature = reference.partition(":")
+            if feature not in self._view_columns.get(view, {}).get("features", ()):
+                raise BadInput(
+                    f"{clipped(reference)} is no feature of the store; give each as `view:feature`."
+                )
+        return asked
+
+    def _with_version(
+        self,
+        features: list[str] | FeatureService,
+        entities: Mapping[str, Sequence[Identifier]],
+        version: str,
+    ) -> Mapping[str, Sequence[Identifier]]:
+        """The entities, with the model's version where a view is keyed by one and none is given."""
+        names = (
+            [reference.partition(":")[0] for reference in features]
+            if isinstance(features, list)
+            else [projection.name for projection in features.feature_view_projections]
+        )
+        keyed = any("model_version" in self._view_columns.get(name, {}).get("keys", ()) for name in names)
+        if not keyed or "model_version" in entities:
+            return entities
+        rows = len(next(iter(entities.values())))
+        return {**entities, "model_version": [version] * rows}
+
+    @cached_property
+    def _view_columns(self) -> dict[str, dict[str, set[str]]]:
+        """Names of the `features` and `keys` of each view."""
+        columns = {
+            view.name: {
+                "features": {field.name for field in view.features},
+                "keys": {column.name for column in view.entity_columns},
+            }
+            for view in self._store.list_feature_views()
+        }
+        for view in self._store.list_on_demand_feature_views():
+            columns[view.name] = {"features": {field.name for field in view.features}, "keys": set()}
+        return columns
+
     @cached_property
     def _features(self) -> FeatureReader:
         return FeatureReader(self._store)

@@ -16,8 +16,15 @@ from feast.value_type import ValueType
 
 from feast_ducklake.online.encoding import list_header, number_tag
 
-_FIXED = {ValueType.FLOAT: np.dtype("<f4"), ValueType.DOUBLE: np.dtype("<f8")}
-_LISTS = {ValueType.FLOAT_LIST: np.dtype("<f4"), ValueType.DOUBLE_LIST: np.dtype("<f8")}
+_Dtypes = dict[ValueType, np.dtype[Any]]
+_FIXED: _Dtypes = {
+    ValueType.FLOAT: np.dtype("<f4"),
+    ValueType.DOUBLE: np.dtype("<f8"),
+}
+_LISTS: _Dtypes = {
+    ValueType.FLOAT_LIST: np.dtype("<f4"),
+    ValueType.DOUBLE_LIST: np.dtype("<f8"),
+}
 _INTEGERS = {ValueType.INT32, ValueType.INT64}
 _MOST_BYTES = 11
 """Of an integer: a tag and ten septets."""

@@ -73,9 +73,7 @@ class FeatureReader:
         versioned = any("@" in str(reference).partition(":")[0] for reference in references)
         # Else a name that Feast takes with a warning, or a value of the request.
         known = all(name in join_keys and name != DUMMY_ENTITY_ID for name in entities)
-        keyed = all(
-            column.name != DUMMY_ENTITY_ID for view, _ in grouped for column in view.entity_columns
-        )
+        keyed = all(column.name != DUMMY_ENTITY_ID for view, _ in grouped for column in view.entity_columns)
         if on_demand or versioned or not known or not keyed:
             return None
         return [(view, list(names)) for view, names in grouped]

@@ -99,7 +99,7 @@ class GuardedRedisOnlineStoreConfig(FeastConfigBaseModel):
     """As redis-py reads it: redis://, rediss:// (TLS) or unix://, with user and password if needed."""
     read_seconds: float = 2.0
     """How long a read waits for the server, to connect as well as for an answer. A server may be there and
-    say nothing (stopped, swapping, behind a firewall), and a read without an end holds its caller with it."""
+    say nothing (stopped, swapping, behind a firewall), and a read without an end holds its caller, too."""
     write_seconds: float = 60.0
     """The same for a write, whose batches are larger."""
     key_ttl_seconds: int = 0

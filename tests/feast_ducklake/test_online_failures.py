@@ -1,4 +1,4 @@
-"""Online stores that fail: an error in time, never a wait without an end and never the end of the process."""
+"""Online stores that fail: an error in time, no wait without an end, nor the end of the process."""
 
 from __future__ import annotations
 
