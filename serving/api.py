@@ -140,8 +140,10 @@ def create_app(
     """
     limits = limits or Limits()
     log = RequestLog(home, log_requests) if log_requests else None
-    lookup = LiveLookup(home, log) if live else OnlineLookup(home, log)
-    lookup.artifact(lookup.live_version())
+    lookup = (LiveLookup if live else OnlineLookup)(home, log, keep_items=True)
+    version = lookup.live_version()
+    lookup.artifact(version)
+    lookup.items(list(lookup.catalogue())[:1], version)  # so that no request waits for the first read
     service = _Service(lookup, limits)
     app = FastAPI(
         title="bahe",

@@ -23,9 +23,10 @@ from bahe_models.artifact_folder import further_features, read_config
 from feast_ducklake.online.features import FeatureReader
 from feast_ducklake.online.rows import Vectors
 from feast_ducklake.online.vectors import VectorReader
-from feature_repo.references import feature_references
+from feature_repo.references import feature_references, view_of
 from feature_repo.store import online_errors, open_store
 from materialize.release.pointer import DEPLOYMENT
+from serving.item_table import ItemTable
 from serving.request_log import RequestLog, ServedRequest
 
 if TYPE_CHECKING:
@@ -113,10 +114,12 @@ def _the_servers_fault() -> Iterator[None]:
 class OnlineLookup:
     """Reads the live pointer on every request, so that a publish takes effect at once."""
 
-    def __init__(self, home: Home, log: RequestLog | None = None) -> None:
-        """`log` keeps what answers were made of."""
+    def __init__(self, home: Home, log: RequestLog | None = None, *, keep_items: bool = False) -> None:
+        """`log` keeps what answers were made of. `keep_items` keeps vectors and features of all items in
+        memory, for a service; they are read again when the store's tokens say that they changed."""
         self._home, self._log = home, log
         self._store = open_store(home)
+        self._table = ItemTable(self._store, self._read_items) if keep_items else None
         self._artifacts: dict[str, Artifact] = {}
         self._inputs = _Inputs("", (), {}, ())
         """Of the last version asked for."""
@@ -406,19 +409,32 @@ class OnlineLookup:
     def items(
         self, items: Sequence[Identifier], version: str, user_id: Identifier | None = None
     ) -> tuple[Vectors, dict[str, list[Any]]]:
-        """Vectors and features of items (ids in the type that the log has), by column, in one read each.
+        """Vectors and features of items (ids in the type that the log has), by column.
 
         With a user also the features of the pairs.
         """
+        references = self.references(version)
+        kept = None
+        if self._table is not None:
+            views = ["item_embedding", *dict.fromkeys(map(view_of, references["item"]))]
+            with online_errors(self._home):
+                kept = self._table.of(items, version, self.catalogue(), views)
+        vectors, values = kept or self._read_items(items, version)
+        if items and user_id is not None and references["pair"]:
+            pairs = {"user_id": [user_id] * len(items), "item_id": items}
+            of_pairs = self.read(references["pair"], pairs)
+            values |= {name: column for name, column in of_pairs.items() if name not in _KEYS}
+        return vectors, values
+
+    def _read_items(
+        self, items: Sequence[Identifier], version: str
+    ) -> tuple[Vectors, dict[str, list[Any]]]:
+        """One read of the vectors, one of the features."""
         with online_errors(self._home):
             vectors = self._item_vectors.read({"item_id": items, "model_version": [version] * len(items)})
         if not items:
             return vectors, {}
-        references = self.references(version)
-        values = self.read(references["item"], {"item_id": items})
-        if user_id is not None and references["pair"]:
-            pairs = {"user_id": [user_id] * len(items), "item_id": items}
-            values |= self.read(references["pair"], pairs)
+        values = self.read(self.references(version)["item"], {"item_id": items})
         return vectors, {name: column for name, column in values.items() if name not in _KEYS}
 
     @cached_property

@@ -150,6 +150,12 @@ class GuardedRedisOnlineStore(GuardedOnlineStore):
         stored: Any = self._reading(config).get(_version_key(config, view))
         return None if stored is None else bytes(stored).decode()
 
+    def versions(self, config: RepoConfig, views: Sequence[FeatureView]) -> list[str | None]:
+        """`version` of several views, in one round trip."""
+        keys = [_version_key(config, view) for view in views]
+        stored: Any = self._reading(config).mget(keys) if keys else []
+        return [None if token is None else bytes(token).decode() for token in stored]
+
     def read_stored(self, config: RepoConfig, requests: Sequence[Request]) -> list[StoredValues]:
         """What is stored for each request, whatever its age, in one round trip."""
         with self._reading(config).pipeline(transaction=False) as pipe:
