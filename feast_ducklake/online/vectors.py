@@ -12,7 +12,7 @@ from feast.infra.key_encoding_utils import deserialize_entity_key
 from feast.value_type import ValueType
 
 from bahe_core.errors import BadInput
-from feast_ducklake.online.encoding import entity_keys
+from feast_ducklake.online.encoding import entity_keys, few_entity_keys
 from feast_ducklake.online.rows import NO_TIME, StoredValues, Vectors, as_vectors, microseconds, within_ttl
 from feast_ducklake.online.store import GuardedOnlineStore
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from feast import FeatureStore, FeatureView
 
 _ARROW = {ValueType.STRING: pa.string(), ValueType.INT64: pa.int64(), ValueType.INT32: pa.int32()}
+
+_FEW = 200
 
 
 def view_keys(view: FeatureView, keys: Mapping[str, Sequence[Any] | npt.NDArray[Any]]) -> list[bytes]:
@@ -42,8 +44,12 @@ def encoded_keys(
     for name in types:
         if name not in keys:
             raise BadInput(f"view {view} is keyed by {', '.join(types)}; give {name}.")
+    given = {name: keys[name] for name in types}
+    few = few_entity_keys(given, types) if all(len(values) <= _FEW for values in given.values()) else None
+    if few is not None:
+        return few
     return entity_keys(
-        {name: pa.array(keys[name], _ARROW.get(kind)) for name, kind in types.items()}, types
+        {name: pa.array(given[name], _ARROW.get(kind)) for name, kind in types.items()}, types
     )
 
 

@@ -39,7 +39,7 @@ ANY = st.one_of(*KINDS.values())
 def test_a_column_is_what_feast_makes_of_its_values(value_type: ValueType, data: st.DataObject) -> None:
     """Values of another type among them, too: a view's type may have changed since they were written."""
     one = KINDS[value_type] if data.draw(st.booleans()) else ANY
-    values = data.draw(st.lists(st.none() | st.just(Value()) | one, max_size=12))
+    values = data.draw(st.lists(st.none() | st.just(Value()) | one, max_size=24))
     stored = [None if value is None else value.SerializeToString() for value in values]
     wanted = [
         None if value is None else feast_value_type_to_python_type(value, value_type) for value in values
