@@ -395,8 +395,8 @@ class Project:
 
         `log_requests` is the share of users whose requests are kept for `audit`. A request is answered
         within `timeout` seconds, or with 503; `threads` are worked on at once, `waiting` wait, more get 503
-        at once. Raises BadInput when other machines could ask (`host` is not this one) and no API key is
-        made that would tell them apart.
+        at once. Once the home has an API key, every request needs one. Raises BadInput when other machines
+        could ask (`host` is not this one) and there is none.
         """
         import uvicorn
 
@@ -405,7 +405,8 @@ class Project:
         from serving.keys import has_keys
 
         local = host in ("127.0.0.1", "::1", "localhost")
-        if not local and not has_keys(self.home):
+        with_keys = has_keys(self.home)
+        if not local and not with_keys:
             raise BadInput(
                 f"a service on {host} can be asked by other machines, and needs API keys; make one with"
                 " `bahe api-key NAME`, or leave out --host."
@@ -413,7 +414,7 @@ class Project:
         limits = Limits(seconds=timeout, threads=threads, waiting=waiting)
         uvicorn.run(
             create_app(
-                self.home, live=live, log_requests=log_requests, limits=limits, require_keys=not local
+                self.home, live=live, log_requests=log_requests, limits=limits, require_keys=with_keys
             ),
             host=host,
             port=port,

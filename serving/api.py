@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from datetime import datetime
 from functools import partial
 from typing import Annotated, Any, TypeVar
@@ -37,6 +37,7 @@ from serving.messages import (
     BehaviorAnswer,
     BehaviorRequest,
     ColumnsAnswer,
+    FeastRequest,
     FeaturesAnswer,
     FeaturesRequest,
     Id,
@@ -112,9 +113,14 @@ class _Service:
 
         return await self._probe.run(look)
 
+    def _warm(self) -> None:
+        self.lookup.items(list(self.lookup.catalogue())[:1], self.lookup.live_version())
+
     @asynccontextmanager
     async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
-        """Lets go of the threads in the end."""
+        """Reads the items, so that no request waits for it; lets go of the threads in the end."""
+        with suppress(BaheError):  # then requests say so
+            await self.ask(self._warm)
         yield
         self._work.close()
         self._probe.close()
@@ -141,9 +147,7 @@ def create_app(
     limits = limits or Limits()
     log = RequestLog(home, log_requests) if log_requests else None
     lookup = (LiveLookup if live else OnlineLookup)(home, log, keep_items=True)
-    version = lookup.live_version()
-    lookup.artifact(version)
-    lookup.items(list(lookup.catalogue())[:1], version)  # so that no request waits for the first read
+    lookup.artifact(lookup.live_version())
     service = _Service(lookup, limits)
     app = FastAPI(
         title="bahe",
@@ -168,7 +172,7 @@ def create_app(
 
     @app.get("/docs", include_in_schema=False)
     def docs(request: Request) -> HTMLResponse:
-        return HTMLResponse(page(app.openapi(), str(request.base_url).rstrip("/")))
+        return HTMLResponse(page(app.openapi(), clipped(str(request.base_url).rstrip("/"))))
 
     return app
 
@@ -305,15 +309,15 @@ def _feast(service: _Service) -> APIRouter:
     router = APIRouter(tags=["Feast"])
 
     @router.post("/get-online-features", response_class=Response)
-    async def get_online_features(request: FeaturesRequest) -> Response:
-        """As `feast serve` has it, so that its clients work here."""
-        read = partial(
-            service.lookup.feast_response,
-            request.features or request.feature_service or [],
-            request.entities,
-            request.full_feature_names,
-        )
-        return JSONResponse(await service.ask(read))
+    async def get_online_features(request: FeastRequest) -> Response:
+        """As `feast serve` has it, so that Feast's remote online store can read here."""
+
+        def read() -> bytes:
+            asked = request.features or request.feature_service or []
+            answer = service.lookup.feast_response(asked, request.entities, request.full_feature_names)
+            return to_json(answer, inf_nan_mode="null", bytes_mode="base64")
+
+        return Response(await service.ask(read), media_type="application/json")
 
     return router
 

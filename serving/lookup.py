@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -56,6 +57,8 @@ class UserFeatures(Result):
     vector: np.ndarray
     statistics: dict[str, float | str | None]
     seen_items: frozenset[str]
+    known: bool = True
+    """False where the store has nothing of the user, and these are of one who has done nothing."""
 
 
 @dataclass(frozen=True)
@@ -233,6 +236,7 @@ class OnlineLookup:
             vector=vector,
             statistics={column_of(one): None for one in self._inputs_of(version).references["user"]},
             seen_items=frozenset(),
+            known=False,
         )
 
     def users(self, user_ids: Sequence[Identifier], version: str) -> list[UserFeatures | None]:
@@ -389,7 +393,7 @@ class OnlineLookup:
         )
         texts = self.catalogue()
         order = np.argsort(-probability, kind="stable")[:best].tolist()
-        if self._log is not None and self._log.wants(user.user_id):
+        if self._log is not None and user.known and self._log.wants(user.user_id):
             self._log.append(
                 ServedRequest(
                     served_at=datetime.now(UTC),
@@ -474,13 +478,23 @@ class OnlineLookup:
         full_feature_names: bool = False,
     ) -> dict[str, Any]:
         """What `feast serve` answers. Raises BadInput on what is not registered."""
-        from google.protobuf.json_format import MessageToDict
+        from feast.protos.feast.serving.ServingService_pb2 import FieldStatus
 
         features = self._registered(asked)
         with online_errors(self._home):
             response = self._store.get_online_features(features, entities, full_feature_names)
-        answer: dict[str, Any] = MessageToDict(response.proto, preserving_proto_field_name=True)
-        return answer
+        columns, names = response.to_dict(), list(response.proto.metadata.feature_names.val)
+        return {
+            "metadata": {"feature_names": names},
+            "results": [
+                {
+                    "values": columns[name],
+                    "statuses": [FieldStatus.Name(status) for status in result.statuses],
+                    "event_timestamps": [moment.ToJsonString() for moment in result.event_timestamps],
+                }
+                for name, result in zip(names, response.proto.results, strict=True)
+            ],
+        }
 
     def _registered(self, asked: list[str] | str) -> list[str] | FeatureService:
         """References that the store has, or the service of that name."""
@@ -557,7 +571,8 @@ class OnlineLookup:
                 if len(value) > 20 or not _INTEGER.fullmatch(value):
                     return None
                 value = int(value)
-            return value if -(2**63) <= value < 2**63 else None
+            number = operator.index(value)  # an int, also of numpy's
+            return number if -(2**63) <= number < 2**63 else None
         text = str(value)
         return text if text.isascii() or _encodable(text) else None
 

@@ -202,6 +202,12 @@ class FeaturesRequest(Asked):
         return self
 
 
+class FeastRequest(FeaturesRequest):
+    """The same from Feast's clients, which send further fields."""
+
+    model_config = ConfigDict(extra="ignore")
+
+
 class ColumnsAnswer(BaseModel):
     """Features by column, in the order of the entities; null where nothing is stored."""
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from fastapi.routing import APIRoute
 from fastapi.testclient import TestClient
+from feast.infra.online_stores import remote
 from typer.testing import CliRunner
 
 from bahe.cli import app as commands
@@ -123,14 +124,23 @@ def test_features_are_what_feast_says(home: Home, client: TestClient) -> None:
     assert columns == wanted
 
 
-def test_feasts_clients_are_answered_as_by_feast(home: Home, client: TestClient) -> None:
-    asked = {"features": ["item_stats:item_clicks"], "entities": {"item_id": [3, 99]}}
-    answer = client.post("/get-online-features", json=asked).json()
-    assert answer["metadata"]["feature_names"]["val"] == ["item_id", "item_clicks"]
-    assert [column["statuses"] for column in answer["results"]] == [
-        ["PRESENT", "PRESENT"],
-        ["PRESENT", "NOT_FOUND"],
-    ]
+def test_feasts_remote_online_store_reads_here(
+    home: Home, client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        remote,
+        "get_remote_online_features",
+        lambda config, req_body: client.post("/get-online-features", json=req_body),
+    )
+    store = open_store(home)
+    config = store.config.model_copy()
+    config._online_store = remote.RemoteOnlineStoreConfig(type="remote", path="http://elsewhere")
+    asked = ["item_stats:item_clicks", "item_stats:item_click_rate"], {"item_id": [3, 99, 4]}
+    theirs = remote.RemoteOnlineStore().get_online_features(config, *asked, store.registry, store.project)
+    ours = store.get_online_features(*asked)
+    assert theirs.to_dict() == ours.to_dict()
+    statuses = [[list(column.statuses) for column in answer.proto.results] for answer in (theirs, ours)]
+    assert statuses[0] == statuses[1]
 
 
 def test_a_users_state(client: TestClient) -> None:
@@ -242,23 +252,16 @@ def test_a_deprecated_route_says_so(client: TestClient) -> None:
 def test_no_path_of_the_server_is_in_an_answer(home: Home, tmp_path: Path) -> None:
     served = copy_of(home, tmp_path)
     client = TestClient(create_app(served))
+    other = TestClient(create_app(served))
     served.catalogue_of_items.unlink()
     gone = client.post("/v1/recommend", json={"user_id": "u1"})
     version = client.get("/readyz").json()["model_version"]
     (served.models / version).rename(tmp_path / "elsewhere")
-    other = TestClient(create_app_without_artifact(served))
     for answer in (gone, client.get("/v1/users/nobody"), other.get("/v1/users/u1")):
         assert answer.status_code in (404, 503)
         assert str(tmp_path) not in answer.text
         assert str(tmp_path.parent) not in answer.text
     assert gone.headers["retry-after"] == "1"
-
-
-def create_app_without_artifact(home: Home) -> Any:
-    """A service whose model went away after it started."""
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(OnlineLookup, "artifact", lambda self, version: None)
-        return create_app(home)
 
 
 def test_a_store_that_is_broken_is_503_and_the_process_lives(home: Home, tmp_path: Path) -> None:
