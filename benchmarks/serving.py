@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import http.client
 import json
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
 CANDIDATES = 100
 SCORE_P50, SCORE_P99 = 3.0, 10.0
 """Milliseconds over HTTP."""
+PUSH_P50 = 10.0
 PEER = "get_online_features"
 
 
@@ -137,6 +141,30 @@ def over_http(home: Home, user: Identifier, items: list[Identifier], turns: int)
                 )
 
 
+def pushed(home: Home, user: Identifier, count: int) -> Row:
+    """A behavior taken in: on the disk, encoded, and in the user's vector; on a copy of the home."""
+    from serving.live import LiveLookup
+
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Home(Path(shutil.copytree(home.root, Path(folder) / "home")))
+        lookup = LiveLookup(copy, keep_items=True)
+        (channel, *_) = lookup.artifact(lookup.live_version()).dense.channels
+        at, taken = datetime.now(UTC) - timedelta(days=1), list[float]()
+        behaviors = lookup.user(user).behaviors
+        for number in range(count + 3):
+            start = time.perf_counter()
+            lookup.append(user, channel, f"something new, {number}", at + timedelta(seconds=number))
+            if number >= 3:
+                taken.append((time.perf_counter() - start) * 1e3)
+    return Row(
+        metric=f"a behavior pushed, durable, to a user of {behaviors:,}, p50",
+        value=median(taken),
+        unit="ms",
+        goal=f"at most {PUSH_P50:g} ms",
+        holds=median(taken) <= PUSH_P50,
+    )
+
+
 STATISTICS = [
     f"item_stats:item_{name}" for name in ("impressions", "clicks", "click_rate", "last_impression_us")
 ]
@@ -174,6 +202,7 @@ def measure(quick: bool, home_path: Path) -> Iterable[Row]:
         turns,
     )
     yield from over_http(home, user, some, 4 * turns)
+    yield pushed(home, user, turns)
 
 
 def _user(home: Home) -> Identifier:

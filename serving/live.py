@@ -204,7 +204,7 @@ class LiveLookup(OnlineLookup):
                 event_id=event_id,
             )
             pushed = self._pushes.of_user(stored.user_id)
-            fresh = self._fresh_of(stored, pushed) or self._from_lake(stored, artifact)
+            fresh = self._fresh_of(stored, pushed) or self._keep(stored, self._from_lake(stored, artifact))
             again = (channel, atom_id, behavior.time_us) in fresh.in_lake
             if not again and not any(behavior.is_again(one) for one in pushed):
                 if not fresh.state.takes(channels.index(channel), behavior.time_us):
@@ -232,12 +232,15 @@ class LiveLookup(OnlineLookup):
                 with self._fresh_lock:
                     self._fresh.pop(stored.user_id, None)
                 return None
-            with self._fresh_lock:
-                self._fresh[stored.user_id] = fresh
-                self._fresh.move_to_end(stored.user_id)
-                while len(self._fresh) > self._most:
-                    self._fresh.popitem(last=False)
-            return fresh
+            return self._keep(stored, fresh)
+
+    def _keep(self, stored: UserFeatures, fresh: _Fresh) -> _Fresh:
+        with self._fresh_lock:
+            self._fresh[stored.user_id] = fresh
+            self._fresh.move_to_end(stored.user_id)
+            while len(self._fresh) > self._most:
+                self._fresh.popitem(last=False)
+        return fresh
 
     def _kept(self, stored: UserFeatures) -> _Fresh | None:
         """The user's state, unless a publish has overtaken it."""
@@ -258,15 +261,20 @@ class LiveLookup(OnlineLookup):
         """The state with the behaviors that it does not have yet."""
         self._check_encoder(artifact)
         channels, acts = artifact.dense.channels, list(fresh.acts)
-        for one in pushed[fresh.taken :]:
-            if one.channel not in channels or (one.channel, one.atom_id, one.time_us) in fresh.in_lake:
-                continue
+        lacking = [
+            one
+            for one in pushed[fresh.taken :]
+            if one.channel in channels and (one.channel, one.atom_id, one.time_us) not in fresh.in_lake
+        ]
+        # All of them before the state is touched, which a failure must not leave half done.
+        encode = self._encoder.encode
+        atoms_ND = encode([o.channel for o in lacking], [o.text for o in lacking]) if lacking else ()
+        for one, atom_D in zip(lacking, atoms_ND, strict=True):
             number = channels.index(one.channel)
             # In order when it came, but the log has got later ones since: an ingest puts it in its place.
             if not fresh.state.takes(number, one.time_us):
                 continue
-            atom_D = torch.from_numpy(self._encoder.encode([one.channel], [one.text])[0])
-            fresh.state.append(number, atom_D, one.time_us, one.atom_id)
+            fresh.state.append(number, torch.from_numpy(atom_D), one.time_us, one.atom_id)
             items = [one.item_id] if one.item_id is not None else self._items_of(one.text)
             acts.append(_Act(frozenset(map(str, items)), one.item_id is not None, one.channel, one.time_us))
         return replace(
