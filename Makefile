@@ -51,6 +51,7 @@ bench: install ## every figure of the README, briefly; a whole one: python -m be
 	$(BIN)/python -m benchmarks.freshness --quick
 	$(BIN)/python -m benchmarks.consistency --quick
 	$(BIN)/python -m benchmarks.neighbour --quick
+	$(BIN)/python -m benchmarks.serving --quick # of the demo's home
 
 schema: install ## write the JSON schema of dataset.yaml, for editors
 	$(BIN)/python -c 'import json; from materialize.config.dataset import json_schema; print(json.dumps(json_schema(), indent=2))' > dataset.schema.json.new

@@ -381,22 +381,61 @@ class Project:
             return _say(audit(self.home, requests=requests, last=last, sample=sample, device_name=device))
 
     def serve(
-        self, *, host: str = "127.0.0.1", port: int = 8000, live: bool = False, log_requests: float = 0
+        self,
+        *,
+        host: str = "127.0.0.1",
+        port: int = 8000,
+        live: bool = False,
+        log_requests: float = 0,
+        timeout: float = 10.0,
+        threads: int = 4,
+        waiting: int = 32,
     ) -> None:
         """Serve the live model over HTTP until interrupted; `live` also takes behaviors as they happen.
 
-        `log_requests` is the share of users whose requests are kept for `audit`.
+        `log_requests` is the share of users whose requests are kept for `audit`. A request is answered
+        within `timeout` seconds, or with 503; `threads` are worked on at once, `waiting` wait, more get 503
+        at once. Once the home has an API key, every request needs one. Raises BadInput when other machines
+        could ask (`host` is not this one) and there is none.
         """
         import uvicorn
 
         from serving.api import create_app
+        from serving.guards import Limits
+        from serving.keys import has_keys
 
+        local = host in ("127.0.0.1", "::1", "localhost")
+        with_keys = has_keys(self.home)
+        if not local and not with_keys:
+            raise BadInput(
+                f"a service on {host} can be asked by other machines, and needs API keys; make one with"
+                " `bahe api-key NAME`, or leave out --host."
+            )
+        limits = Limits(seconds=timeout, threads=threads, waiting=waiting)
         uvicorn.run(
-            create_app(self.home, live=live, log_requests=log_requests),
+            create_app(
+                self.home, live=live, log_requests=log_requests, limits=limits, require_keys=with_keys
+            ),
             host=host,
             port=port,
             log_level="warning",
+            access_log=False,
+            server_header=False,
+            # Connections beyond it get 503 before they are read.
+            limit_concurrency=1000,
         )
+
+    def new_api_key(self, name: str, scopes: Sequence[str] = ("read", "score")) -> str:
+        """Make a key for the service; only its hash is kept. Scopes are read, score and write."""
+        from serving.keys import new_key
+
+        return new_key(self.home, name, scopes)
+
+    def revoke_api_key(self, name: str) -> None:
+        """Forget a key; running services refuse it at once."""
+        from serving.keys import revoke_key
+
+        revoke_key(self.home, name)
 
     @cached_property
     def _online(self) -> OnlineLookup:

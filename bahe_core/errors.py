@@ -90,6 +90,12 @@ def one_line(error: BaseException) -> str:
     return " ".join(message.split("\n", 1)[0].split()).rstrip(".")
 
 
+def clipped(value: object, most: int = 100) -> str:
+    """A value as a message repeats it: not longer than `most` characters, whatever was sent."""
+    text = str(value)
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
 def last_line(error: Exception) -> str:
     """The last non-blank line of a library's error message, where the first is only context."""
     lines = [line for line in str(error).splitlines() if line.strip() and not line.startswith("\t")]

@@ -131,6 +131,16 @@ class Home:
         return self.root / "requests"
 
     @property
+    def pushed(self) -> Path:
+        """Behaviors that live services took in, as JSON lines."""
+        return self.root / "pushed"
+
+    @property
+    def api_keys(self) -> Path:
+        """Hashes of the service's API keys."""
+        return self.root / "api_keys.json"
+
+    @property
     def reports(self) -> Path:
         """Data Docs and training reports."""
         return self.root / "reports"

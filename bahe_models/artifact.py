@@ -170,7 +170,8 @@ class Artifact:
         do not suffice (see `score_timelines`).
         """
         require_vectors_suffice(self.model_version, self.model.config)
-        self.model.eval()
+        if self.model.training:  # asked first, since setting it visits every layer: 1 ms
+            self.model.eval()
         hashed_NX = self._hashed(context, len(user_NV))
         given = check_vectors(self.vectors, vectors, len(user_NV))
         dense_NF = torch.from_numpy(self.dense.transform(columns, length_NC, now_us_N))

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from bahe_core.errors import BadInput
+from bahe_core.errors import BadInput, clipped
 from bahe_models.timelines import Int64
 
 Value = str | int | float | bool | None
@@ -61,7 +61,7 @@ def refuse_unknown(columns: Sequence[str], given: Mapping[str, object]) -> None:
     for name in given:
         if name not in columns:
             hint = f"choose from {', '.join(columns)}" if columns else "the model has none"
-            raise BadInput(f"{name} is not a context column of the model; {hint}.")
+            raise BadInput(f"{clipped(name)} is not a context column of the model; {hint}.")
 
 
 def _hash(column: str, value: object) -> int:

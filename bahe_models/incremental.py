@@ -117,6 +117,11 @@ class UserState:
         sequence.append(channel, _copied(self.model, atom_D), time_us, id_row)
         self._lengths[channel] += 1
 
+    def takes(self, channel: int, time_us: int) -> bool:
+        """Whether a behavior of a channel at a time would be in order."""
+        latest = self._sequences[0 if self.model.config.merged else channel].latest
+        return latest is None or (time_us, channel) >= latest
+
     @torch.inference_mode()
     def vector(self) -> torch.Tensor:
         """The user vector [V + K] after the behaviors so far."""

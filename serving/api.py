@@ -1,168 +1,413 @@
-"""The HTTP API: health, features, score, recommend, and behaviors where the service is live."""
+"""The HTTP API: its routes, and how errors become answers."""
 
 from __future__ import annotations
 
+import asyncio
+import re
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
 from datetime import datetime
-from typing import Annotated, Any
+from functools import partial
+from typing import Annotated, Any, TypeVar
 
-from fastapi import FastAPI, Query, Request
-from fastapi.responses import JSONResponse
-from pydantic import BaseModel, Field
+from fastapi import APIRouter, FastAPI, Query, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, Response
+from pydantic_core import to_json
+from starlette.exceptions import HTTPException
 
-from bahe_core.errors import BaheError, Damaged, NotReady, UnknownEntity, Unreachable
+from bahe_core.errors import (
+    BaheError,
+    Busy,
+    Damaged,
+    NotReady,
+    NotWritable,
+    UnknownEntity,
+    Unreachable,
+    clipped,
+    one_line,
+    storage_problem,
+)
 from bahe_core.home import Home
-from bahe_models.context import Value
+from serving.guards import Guard, Limits, Refused
+from serving.keys import ApiKeys
 from serving.live import LiveLookup
-from serving.lookup import Answer, Identifier, OnlineLookup, parsed_context
+from serving.lookup import Answer, OnlineLookup, UserFeatures, parsed_context
+from serving.messages import (
+    BehaviorAnswer,
+    BehaviorRequest,
+    ColumnsAnswer,
+    FeastRequest,
+    FeaturesAnswer,
+    FeaturesRequest,
+    Id,
+    ItemAnswer,
+    K,
+    RecommendRequest,
+    Refusal,
+    ScoreAnswer,
+    ScoredItem,
+    ScoreItemsAnswer,
+    ScoreItemsRequest,
+    ScoreRequest,
+    UserAnswer,
+)
+from serving.metrics import Metrics
+from serving.page import page
 from serving.request_log import RequestLog
+from serving.work import RETRY_AFTER, Work
 
-_STATUS = {UnknownEntity: 404, NotReady: 503, Damaged: 503, Unreachable: 503}
+T = TypeVar("T")
+
+_STATUS = {
+    UnknownEntity: 404,
+    NotReady: 503,
+    Damaged: 503,
+    Unreachable: 503,
+    NotWritable: 503,
+    Busy: 503,
+}
 """HTTP status by error; any other error of bahe's is the request's fault (400)."""
 
+_OPEN = {"/healthz", "/readyz", "/docs", "/openapi.json"}
+"""Probes, and what is the same for every service of this version."""
+_SCOPES = {
+    "/v1/score": "score",
+    "/v1/recommend": "score",
+    "/score": "score",
+    "/recommend": "score",
+    "/v1/behaviors": "write",
+    "/behaviors": "write",
+}
+"""Scope that a path asks of an API key; others ask for `read`."""
 
-class ScoreRequest(BaseModel):
-    """Which items to score for which user."""
+_PATH = re.compile(r"(?<![\w:/.])/(?:[^\s/:;,()'\"]+/)+([^\s/:;,()'\"]*)")
+"""An absolute path of files, of which an answer shows the last part."""
 
-    user_id: Identifier
-    item_ids: Annotated[list[Identifier], Field(min_length=1, max_length=10_000)]
-    at: datetime | None = None
-    """Moment of the request; now when left out."""
-    context: dict[str, Value] = Field(default_factory=dict)
-    """Values of the model's context columns; one that is left out counts as unknown."""
-
-
-class ScoredItem(BaseModel):
-    """One item of an answer."""
-
-    item_id: Identifier
-    text: str
-    probability: float
-
-
-class ScoreAnswer(BaseModel):
-    """Scores, best first."""
-
-    user_id: Identifier
-    model_version: str
-    cold: bool
-    """The user has no history; the empty state answered."""
-    scores: list[ScoredItem]
+_REFUSALS: dict[int | str, dict[str, Any]] = {
+    status: {"model": Refusal} for status in (400, 401, 403, 404, 413, 422, 503)
+}
 
 
-class BehaviorRequest(BaseModel):
-    """One thing that a user did, as a row of the log's behaviors."""
+class _Service:
+    """What the routes share: the lookup, and the threads that ask it."""
 
-    user_id: Identifier
-    channel: str
-    text: str
-    event_timestamp: datetime
-    """UTC unless it says otherwise; not before the user's latest behavior."""
-    item_id: Identifier | None = None
-    """The item acted on, which is then recommended no more."""
+    def __init__(self, lookup: OnlineLookup, limits: Limits) -> None:
+        self.lookup, self.metrics = lookup, Metrics()
+        self._work = Work("work", threads=limits.threads, waiting=limits.waiting, seconds=limits.seconds)
+        # Of its own, so that a service with much to do is still seen to be ready.
+        self._probe = Work("probe", threads=1, waiting=8, seconds=min(3.0, limits.seconds))
+        self.metrics.watch(lambda: self._work.admitted)
+
+    async def ask(self, function: Callable[[], T]) -> T:
+        """What the lookup says, from a thread."""
+        return await self._work.run(function)
+
+    async def health(self) -> dict[str, Any]:
+        """Whether the store answers, and which model is live."""
+
+        def look() -> dict[str, Any]:
+            version = self.lookup.live_version()
+            encoder = self.lookup.artifact(version).encoder_version
+            return {"status": "ok", "model_version": version, "encoder_version": encoder}
+
+        return await self._probe.run(look)
+
+    def _warm(self) -> None:
+        self.lookup.items(list(self.lookup.catalogue())[:1], self.lookup.live_version())
+
+    @asynccontextmanager
+    async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
+        """Reads the items, so that no request waits for it; lets go of the threads in the end."""
+        with suppress(BaheError):  # then requests say so
+            await self.ask(self._warm)
+        yield
+        self._work.close()
+        self._probe.close()
 
 
-class BehaviorAnswer(BaseModel):
-    """The user after the behavior."""
-
-    user_id: Identifier
-    model_version: str
-    behaviors: int
+def scope_of(path: str) -> str | None:
+    """The scope that a path asks of an API key; None where it asks for no key."""
+    return None if path in _OPEN else _SCOPES.get(path, "read")
 
 
-class FeaturesAnswer(BaseModel):
-    """What the online store holds of a user."""
+def create_app(
+    home: Home,
+    *,
+    live: bool = False,
+    log_requests: float = 0,
+    limits: Limits | None = None,
+    require_keys: bool = False,
+) -> FastAPI:
+    """The application for one home; `live` adds /v1/behaviors, which needs the shallow layers in memory.
 
-    user_id: Identifier
-    model_version: str
-    cold: bool
-    behaviors: int
-    statistics: dict[str, float | str | None]
-    vectors: dict[str, list[float] | None]
-    """Those of `features.vectors` that are the user's, by `view:feature`."""
-    embedding: list[float]
-
-
-def create_app(home: Home, *, live: bool = False, log_requests: float = 0) -> FastAPI:
-    """The application for one home; `live` adds /behaviors, which needs the shallow layers in memory.
-
-    `log_requests` is the share of users whose requests are kept for `bahe audit`. Raises NotReady before
-    the first publish.
+    `log_requests` is the share of users whose requests are kept for `bahe audit`; `require_keys` answers
+    only those with an API key of the home. Raises NotReady before the first publish.
     """
+    limits = limits or Limits()
     log = RequestLog(home, log_requests) if log_requests else None
-    lookup = LiveLookup(home, log) if live else OnlineLookup(home, log)
+    lookup = (LiveLookup if live else OnlineLookup)(home, log, keep_items=True)
     lookup.artifact(lookup.live_version())
+    service = _Service(lookup, limits)
     app = FastAPI(
         title="bahe",
         summary="Click predictions from long logs of what people do, in words.",
+        docs_url=None,
+        redoc_url=None,
+        lifespan=service.lifespan,
+        responses=_REFUSALS,
     )
+    app.add_middleware(
+        Guard,
+        limits=limits,
+        metrics=service.metrics,
+        scope_of=scope_of,
+        keys=ApiKeys(home) if require_keys else None,
+    )
+    _add_errors(app, home)
+    app.include_router(_probes(service))
+    app.include_router(_version_1(service))
+    app.include_router(_feast(service))
+    app.include_router(_of_before(service))
+
+    @app.get("/docs", include_in_schema=False)
+    def docs(request: Request) -> HTMLResponse:
+        return HTMLResponse(page(app.openapi(), clipped(str(request.base_url).rstrip("/"))))
+
+    return app
+
+
+def _add_errors(app: FastAPI, home: Home) -> None:
+    def refusal(
+        request: Request, status: int, detail: str, headers: dict[str, str] | None = None
+    ) -> Response:
+        detail = _PATH.sub(r"\1", detail.replace(str(home.root), "the home"))
+        request.state.reason = detail
+        answer = Refusal(detail=detail, request_id=request.state.request_id)
+        return JSONResponse(answer.model_dump(), status_code=status, headers=headers)
 
     @app.exception_handler(BaheError)
-    def refused(request: Request, error: BaheError) -> JSONResponse:
+    async def of_ours(request: Request, error: BaheError) -> Response:
+        if isinstance(error, Refused):
+            return refusal(request, error.status, str(error), error.headers)
         status = _STATUS.get(type(error), 400)
-        return JSONResponse({"detail": str(error)}, status_code=status)
+        return refusal(request, status, str(error), RETRY_AFTER if status == 503 else None)
 
-    @app.get("/health")
-    def health() -> dict[str, Any]:
-        """Whether the store answers, and which model is live."""
-        version = lookup.live_version()
-        encoder = lookup.artifact(version).encoder_version
-        return {"status": "ok", "model_version": version, "encoder_version": encoder}
+    @app.exception_handler(RequestValidationError)
+    async def not_as_it_should_be(request: Request, error: RequestValidationError) -> Response:
+        # The first one, and without the input, which may be anything.
+        first = error.errors()[0]
+        where = clipped(".".join(str(part) for part in first["loc"] if part != "body") or "the body")
+        return refusal(request, 422, f"{where}: {first['msg']}; correct it.")
 
-    @app.get("/features")
-    def features(user_id: Identifier) -> FeaturesAnswer:
-        """A user's vector and statistics under the live model."""
-        user = lookup.user(user_id)
-        return FeaturesAnswer(
-            user_id=user.user_id,
-            model_version=user.model_version,
-            cold=user.cold,
-            behaviors=user.behaviors,
-            statistics=user.statistics,
-            vectors={
-                reference: None if vector is None else vector.tolist()
-                for reference, vector in user.vectors.items()
-            },
-            embedding=user.vector.tolist(),
+    @app.exception_handler(HTTPException)
+    async def of_the_framework(request: Request, error: HTTPException) -> Response:
+        return refusal(request, error.status_code, str(error.detail), dict(error.headers or {}))
+
+    @app.exception_handler(OSError)
+    async def of_the_system(request: Request, error: OSError) -> Response:
+        problem = storage_problem(error)
+        if problem is None:
+            raise error
+        return refusal(request, 503, one_line(problem), RETRY_AFTER)
+
+
+def _probes(service: _Service) -> APIRouter:
+    router = APIRouter(tags=["probes"])
+
+    @router.get("/healthz")
+    async def healthz() -> dict[str, str]:
+        """Whether the process is alive. No store is looked at: one that is away is no reason to kill it."""
+        return {"status": "ok"}
+
+    @router.get("/readyz")
+    async def readyz() -> dict[str, Any]:
+        """Whether the store answers, and which model is live; 503 where requests would be in vain."""
+        return await service.health()
+
+    @router.get("/metrics", response_class=Response)
+    async def metrics() -> Response:
+        """Latency by route, answers by status, requests in work: for Prometheus."""
+        return Response(service.metrics.text(), media_type=service.metrics.content_type)
+
+    return router
+
+
+def _version_1(service: _Service) -> APIRouter:
+    router, lookup = APIRouter(prefix="/v1", tags=["v1"]), service.lookup
+
+    @router.post("/score")
+    async def score(request: ScoreItemsRequest) -> ScoreItemsAnswer:
+        """Click probabilities of the items for the user, each with its status, in the order asked for."""
+        found = await service.ask(
+            partial(
+                lookup.score_each,
+                request.user_id,
+                request.item_ids,
+                request.at,
+                context=request.context,
+                unknown_user=request.unknown_user,
+            )
+        )
+        return ScoreItemsAnswer(
+            user_id=_echoed(found.user_id),
+            model_version=found.model_version,
+            cold=found.cold,
+            items=[
+                ItemAnswer(item_id=_echoed(item), status="unknown", probability=None)
+                if probability is None
+                else ItemAnswer(item_id=item, status="ok", probability=probability)
+                for item, probability in zip(found.item_ids, found.probabilities, strict=True)
+            ],
         )
 
-    @app.post("/score")
-    def score(request: ScoreRequest) -> ScoreAnswer:
-        """Click probabilities of the items for the user."""
-        return _answer(lookup.score(request.user_id, request.item_ids, request.at, context=request.context))
+    @router.post("/recommend")
+    async def recommend(request: RecommendRequest) -> ScoreAnswer:
+        """The k items that the user will most likely click, best first."""
+        answer = await service.ask(
+            partial(
+                lookup.recommend,
+                request.user_id,
+                request.k,
+                request.at,
+                include_seen=request.include_seen,
+                context=request.context,
+                unknown_user=request.unknown_user,
+            )
+        )
+        return _scores(answer)
 
-    @app.get("/recommend")
-    def recommend(
-        user_id: Identifier,
-        k: Annotated[int, Query(ge=1, le=1000)] = 10,
+    @router.post("/features", response_model=ColumnsAnswer)
+    async def features(request: FeaturesRequest) -> Response:
+        """Any features of the online store, of many entities; without what was pushed to a live service."""
+
+        def read() -> bytes:
+            version = lookup.live_version()
+            columns = lookup.features(
+                request.features or request.feature_service or [],
+                request.entities,
+                version,
+                request.full_feature_names,
+            )
+            answer = {"model_version": version, "columns": columns}
+            return to_json(answer, inf_nan_mode="null", bytes_mode="base64")
+
+        return Response(await service.ask(read), media_type="application/json")
+
+    @router.get("/users/{user_id:path}")
+    async def user(user_id: Id) -> UserAnswer:
+        """A user's state under the live model, with what was pushed to this service."""
+        found = await service.ask(partial(lookup.user, user_id))
+        return UserAnswer(**_features(found), seen_items=sorted(found.seen_items))
+
+    if isinstance(lookup, LiveLookup):
+        router.post("/behaviors")(_taking_in(service, lookup))
+    return router
+
+
+def _feast(service: _Service) -> APIRouter:
+    router = APIRouter(tags=["Feast"])
+
+    @router.post("/get-online-features", response_class=Response)
+    async def get_online_features(request: FeastRequest) -> Response:
+        """As `feast serve` has it, so that Feast's remote online store can read here."""
+
+        def read() -> bytes:
+            asked = request.features or request.feature_service or []
+            answer = service.lookup.feast_response(asked, request.entities, request.full_feature_names)
+            return to_json(answer, inf_nan_mode="null", bytes_mode="base64")
+
+        return Response(await service.ask(read), media_type="application/json")
+
+    return router
+
+
+def _of_before(service: _Service) -> APIRouter:
+    """Routes that /v1 replaces."""
+    router, lookup = APIRouter(deprecated=True, tags=["deprecated"]), service.lookup
+
+    @router.get("/health")
+    async def health() -> dict[str, Any]:
+        """See /readyz."""
+        return await service.health()
+
+    @router.get("/features")
+    async def features(user_id: Annotated[Id, Query()]) -> FeaturesAnswer:
+        """See /v1/users."""
+        return FeaturesAnswer(**_features(await service.ask(partial(lookup.user, user_id))))
+
+    @router.post("/score")
+    async def score(request: ScoreRequest) -> ScoreAnswer:
+        """See /v1/score. Here one unknown item refuses them all, and answers are best first."""
+        asked = partial(
+            lookup.score, request.user_id, request.item_ids, request.at, context=request.context
+        )
+        return _scores(await service.ask(asked))
+
+    @router.get("/recommend")
+    async def recommend(
+        user_id: Annotated[Id, Query()],
+        k: Annotated[int, Query(ge=1, le=K)] = 10,
         include_seen: bool = False,
         at: datetime | None = None,
         context: Annotated[list[str] | None, Query(description="device=phone; may be repeated")] = None,
     ) -> ScoreAnswer:
-        """The k items that the user will most likely click."""
+        """See /v1/recommend."""
         values = parsed_context(context or ())
-        return _answer(lookup.recommend(user_id, k, at, include_seen=include_seen, context=values))
+        asked = partial(lookup.recommend, user_id, k, at, include_seen=include_seen, context=values)
+        return _scores(await service.ask(asked))
 
     if isinstance(lookup, LiveLookup):
-        _add_behaviors(app, lookup)
-    return app
+        router.post("/behaviors")(_taking_in(service, lookup))
+    return router
 
 
-def _add_behaviors(app: FastAPI, lookup: LiveLookup) -> None:
-    @app.post("/behaviors")
-    def behaviors(request: BehaviorRequest) -> BehaviorAnswer:
-        """Take in what a user just did: until the next publish, this process answers with it."""
-        user = lookup.append(
-            request.user_id, request.channel, request.text, request.event_timestamp, request.item_id
+def _taking_in(service: _Service, lookup: LiveLookup) -> Callable[..., Any]:
+    async def behaviors(request: BehaviorRequest) -> BehaviorAnswer:
+        """Take in what a user just did: on disk before the answer, and in the answers of every worker."""
+        take = partial(
+            lookup.append,
+            request.user_id,
+            request.channel,
+            request.text,
+            request.event_timestamp,
+            request.item_id,
+            event_id=request.event_id,
         )
+        # A behavior that is being written is not given up because its sender went away.
+        user = await asyncio.shield(asyncio.ensure_future(service.ask(take)))
+        service.metrics.pushed()
         return BehaviorAnswer(
             user_id=user.user_id, model_version=user.model_version, behaviors=user.behaviors
         )
 
+    return behaviors
 
-def _answer(answer: Answer) -> ScoreAnswer:
+
+def _features(user: UserFeatures) -> dict[str, Any]:
+    return {
+        "user_id": user.user_id,
+        "model_version": user.model_version,
+        "cold": user.cold,
+        "behaviors": user.behaviors,
+        "statistics": user.statistics,
+        "vectors": {
+            reference: None if vector is None else vector.tolist()
+            for reference, vector in user.vectors.items()
+        },
+        "embedding": user.vector.tolist(),
+    }
+
+
+def _scores(answer: Answer) -> ScoreAnswer:
     return ScoreAnswer(
-        user_id=answer.user_id,
+        user_id=_echoed(answer.user_id),
         model_version=answer.model_version,
         cold=answer.cold,
         scores=[ScoredItem(**vars(score)) for score in answer.scores],
     )
+
+
+def _echoed(identifier: str | int) -> str | int:
+    """An id that is not known to be one: not more of it than an answer repeats of its request."""
+    return identifier if isinstance(identifier, int) else clipped(identifier)

@@ -234,9 +234,9 @@ def _asked_now(
     by_attributes = lookup.read_by_attributes(version, {**columns, **in_pairs})
     values |= {one: by_attributes[column_of(one)] for one in references["attribute"]}
     if references["pair"]:
-        of_pairs = lookup.read(references["pair"], pairs.to_pylist())
+        of_pairs = lookup.read(references["pair"], pairs.to_pydict())
         values |= {reference: of_pairs[column_of(reference)] for reference in references["pair"]}
-    histories = lookup.read([HISTORY], [{"user_id": user} for user in ids])[column_of(HISTORY)]
+    histories = lookup.read([HISTORY], {"user_id": ids})[column_of(HISTORY)]
     values[HISTORY] = [histories[i] for i in user_N]
     now = datetime.now(UTC)
     moments = pa.array([now] * len(pairs), pa.timestamp("us", "UTC"))

@@ -2,39 +2,49 @@
 
 from __future__ import annotations
 
+import operator
+import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet as pq
 
-from bahe_core.errors import BadInput, Damaged, NotReady, UnknownEntity
+from bahe_core.errors import BadInput, Damaged, NotReady, UnknownEntity, clipped
 from bahe_core.home import Home
 from bahe_core.results import Result
 from bahe_models import column_of, needed_columns
 from bahe_models.artifact_folder import further_features, read_config
+from feast_ducklake.online.features import FeatureReader
 from feast_ducklake.online.rows import Vectors
 from feast_ducklake.online.vectors import VectorReader
 from feature_repo.item_keys import ItemKeys, item_keys, reference_of
-from feature_repo.references import feature_references
+from feature_repo.references import feature_references, view_of
 from feature_repo.store import online_errors, open_store
 from materialize.release.pointer import DEPLOYMENT
+from serving.item_table import ItemTable
 from serving.request_log import RequestLog, ServedRequest
 
 if TYPE_CHECKING:
+    from feast import FeatureService
+
     from bahe_models import Artifact
     from bahe_models.context import Value
 
 Identifier = str | int
 Vector = npt.NDArray[np.float32]
 VECTOR = "embedding"
+UnknownUser = Literal["empty", "refuse"]
+"""What becomes of a user who is not online: the state of one who has done nothing, or UnknownEntity."""
 _KEYS = ("user_id", "item_id")
+_INTEGER = re.compile(r"0|-?[1-9][0-9]*")
+"""As an integer is written by everyone: no sign, blank, underscore or zero that it can do without."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +61,8 @@ class UserFeatures(Result):
     seen_items: frozenset[str]
     vectors: Mapping[str, Vector | None] = field(default_factory=dict)
     """Those of `features.vectors` that are the user's, by `view:feature`."""
+    known: bool = True
+    """False where the store has nothing of the user, and these are of one who has done nothing."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +82,19 @@ class Answer(Result):
     model_version: str
     cold: bool
     scores: list[Score]
+
+
+@dataclass(frozen=True)
+class ItemScores(Result):
+    """Scores of one user by item, in the order that they were asked for."""
+
+    user_id: Identifier
+    model_version: str
+    cold: bool
+    item_ids: list[Identifier]
+    """As the log has them; as they were given where they are not known."""
+    probabilities: list[float | None]
+    """None for an item that is not online."""
 
 
 @dataclass(frozen=True)
@@ -102,20 +127,24 @@ def _the_servers_fault() -> Iterator[None]:
 class OnlineLookup:
     """Reads the live pointer on every request, so that a publish takes effect at once."""
 
-    def __init__(self, home: Home, log: RequestLog | None = None) -> None:
-        """`log` keeps what answers were made of."""
+    def __init__(self, home: Home, log: RequestLog | None = None, *, keep_items: bool = False) -> None:
+        """`log` keeps what answers were made of. `keep_items` keeps vectors and features of all items in
+        memory, for a service; they are read again when the store's tokens say that they changed."""
         self._home, self._log = home, log
         self._store = open_store(home)
+        self._table = ItemTable(self._store, self._read_items) if keep_items else None
         self._artifacts: dict[str, Artifact] = {}
         self._inputs = _Inputs("", (), {}, (), {}, {}, {})
         """Of the last version asked for."""
+        self._empty: tuple[str, np.ndarray] = ("", np.empty(0))
+        """A model_version, and its vector of a user who has done nothing."""
         self._items: dict[Identifier, str] = {}
         self._items_changed = -1
         self._lock = threading.Lock()
 
     def live_version(self) -> str:
         """The model_version that answers now. Raises NotReady before the first publish."""
-        values = self.read(["live_model:live_model_version"], [{"deployment": DEPLOYMENT}])
+        values = self.read(["live_model:live_model_version"], {"deployment": [DEPLOYMENT]})
         version = values["live_model_version"][0]
         if version is None:
             raise NotReady(f"{self._home.root} has nothing published; run `bahe publish` first.")
@@ -208,10 +237,39 @@ class OnlineLookup:
         (user,) = self.users([user_id], version)
         if user is None:
             raise UnknownEntity(
-                f"user {user_id} is not in the online store of {self._home.root}; check the id, or"
+                f"user {clipped(user_id)} is not in the online store of {self._home.root}; check the id, or"
                 " ingest, embed and publish the user first."
             )
         return user
+
+    def user_or_empty(self, user_id: Identifier) -> UserFeatures:
+        """A user's features, or those of one who has done nothing."""
+        try:
+            return self.user(user_id)
+        except UnknownEntity:
+            return self.empty_user(user_id)
+
+    def empty_user(self, user_id: Identifier) -> UserFeatures:
+        """What a user is before the first behavior and impression, under the live model."""
+        from bahe_models import UserState  # torch, which a lookup does without
+
+        version = self.live_version()
+        artifact = self.artifact(version)
+        with self._lock:
+            if self._empty[0] != version:
+                state = UserState.empty(artifact.model, artifact.window)
+                self._empty = version, state.vector().cpu().numpy()
+            vector = self._empty[1]
+        return UserFeatures(
+            user_id=user_id,
+            model_version=version,
+            cold=True,
+            behaviors=0,
+            vector=vector,
+            statistics={column_of(one): None for one in self._inputs_of(version).references["user"]},
+            seen_items=frozenset(),
+            known=False,
+        )
 
     def users(self, user_ids: Sequence[Identifier], version: str) -> list[UserFeatures | None]:
         """Features of users under a model_version, in one read; None for one that is not online."""
@@ -224,7 +282,7 @@ class OnlineLookup:
                 "user_embedding:seen_items",
                 *statistics,
             ],
-            [{"user_id": user_id, "model_version": version} for user_id in ids],
+            {"user_id": ids, "model_version": [version] * len(ids)},
         )
         named = [column_of(reference) for reference in statistics]
         vectors = self.read_vectors("user", version, {"user_id": ids})
@@ -257,9 +315,10 @@ class OnlineLookup:
     ) -> Answer:
         """Click probabilities of some items for a user, best first.
 
-        `at` is the moment of the request (default now; UTC unless it has a zone), since the time since
-        the last impressions is a feature. `context` has values of the model's context columns; a column
-        left out counts as unknown.
+        `at` is the moment of the request (default now; UTC unless it has a zone). It ages features, since
+        the time since the last impressions is one, and replays nothing: what the user did after it is
+        known all the same. `context` has values of the model's context columns; a column left out counts
+        as unknown.
         Raises UnknownEntity when the user or one of the items is not in the online store, BadInput on
         a context column that the model does not have.
         """
@@ -270,10 +329,38 @@ class OnlineLookup:
         if missing:
             more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
             raise UnknownEntity(
-                f"item {missing[0]}{more} is not in the online store of {self._home.root}; check"
+                f"item {clipped(missing[0])}{more} is not in the online store of {self._home.root}; check"
                 " the id, or ingest, embed and publish the item first."
             )
         return self._answer(user, items, vectors.vectors_ND, statistics, at, context)
+
+    def score_each(
+        self,
+        user_id: Identifier,
+        item_ids: Sequence[Identifier],
+        at: datetime | None = None,
+        *,
+        context: Mapping[str, Value] | None = None,
+        unknown_user: UnknownUser = "empty",
+    ) -> ItemScores:
+        """`score` that answers for each item, also where some are not online, and for any user."""
+        user = self.user(user_id) if unknown_user == "refuse" else self.user_or_empty(user_id)
+        stored_ids = [self._stored_id("item_embedding", "item_id", item) for item in item_ids]
+        items = list(dict.fromkeys(item for item in stored_ids if item is not None))
+        vectors, statistics = self.items(items, user.model_version, user.user_id)
+        known, vectors_NV, values = _found(items, vectors, statistics)
+        answer = self._answer(user, known, vectors_NV, values, at, context)
+        by_item = {score.item_id: score.probability for score in answer.scores}
+        return ItemScores(
+            user_id=user.user_id,
+            model_version=user.model_version,
+            cold=user.cold,
+            item_ids=[
+                given if stored is None else stored
+                for given, stored in zip(item_ids, stored_ids, strict=True)
+            ],
+            probabilities=[None if item is None else by_item.get(item) for item in stored_ids],
+        )
 
     def recommend(
         self,
@@ -283,6 +370,7 @@ class OnlineLookup:
         *,
         include_seen: bool = False,
         context: Mapping[str, Value] | None = None,
+        unknown_user: UnknownUser = "refuse",
     ) -> Answer:
         """The k items with the highest click probability; those the user acted on are left out.
 
@@ -290,19 +378,10 @@ class OnlineLookup:
         """
         if k < 1:
             raise BadInput(f"k is {k}; it must be at least 1.")
-        user = self.user(user_id)
+        user = self.user(user_id) if unknown_user == "refuse" else self.user_or_empty(user_id)
         items = [item for item in self.catalogue() if include_seen or str(item) not in user.seen_items]
         vectors, statistics = self.items(items, user.model_version, user.user_id)
-        stored = np.flatnonzero(vectors.found_N).tolist()
-        return self._answer(
-            user,
-            [items[i] for i in stored],
-            vectors.vectors_ND[stored],
-            {name: [values[i] for i in stored] for name, values in statistics.items()},
-            at,
-            context,
-            best=k,
-        )
+        return self._answer(user, *_found(items, vectors, statistics), at, context, best=k)
 
     def _answer(
         self,
@@ -353,7 +432,7 @@ class OnlineLookup:
         )
         texts = self.catalogue()
         order = np.argsort(-probability, kind="stable")[:best].tolist()
-        if self._log is not None and self._log.wants(user.user_id):
+        if self._log is not None and user.known and self._log.wants(user.user_id):
             self._log.append(
                 ServedRequest(
                     served_at=datetime.now(UTC),
@@ -373,26 +452,38 @@ class OnlineLookup:
     def items(
         self, items: Sequence[Identifier], version: str, user_id: Identifier | None = None
     ) -> tuple[Vectors, dict[str, list[Any]]]:
-        """Vectors and features of items (ids in the type that the log has), by column, in one read each.
+        """Vectors and features of items (ids in the type that the log has), by column.
 
         With a user also the features of the pairs. Those of `features.vectors` are by `view:feature`.
         """
+        references = self.references(version)
+        kept = None
+        if self._table is not None:
+            further = [*references["item"], *self._inputs_of(version).vectors["item"]]
+            views = ["item_embedding", *dict.fromkeys(map(view_of, further))]
+            with online_errors(self._home):
+                kept = self._table.of(items, version, self.catalogue(), views)
+        vectors, values = kept or self._read_items(items, version)
+        if items and user_id is not None:
+            pairs = {"user_id": [user_id] * len(items), "item_id": items}
+            if references["pair"]:
+                of_pairs = self.read(references["pair"], pairs)
+                values |= {name: column for name, column in of_pairs.items() if name not in _KEYS}
+            values |= self.read_vectors("pair", version, pairs)
+            values |= self.read_by_attributes(version, {**values, **pairs})
+        return vectors, values
+
+    def _read_items(
+        self, items: Sequence[Identifier], version: str
+    ) -> tuple[Vectors, dict[str, list[Any]]]:
+        """One read of the vectors, one of the features."""
         with online_errors(self._home):
             vectors = self._item_vectors.read({"item_id": items, "model_version": [version] * len(items)})
         if not items:
             return vectors, {}
-        references = self.references(version)
-        values = self.read(references["item"], [{"item_id": item} for item in items])
-        if user_id is not None and references["pair"]:
-            pairs = [{"user_id": user_id, "item_id": item} for item in items]
-            values |= self.read(references["pair"], pairs)
+        values = self.read(self.references(version)["item"], {"item_id": items})
         found = {name: column for name, column in values.items() if name not in _KEYS}
-        found |= self.read_vectors("item", version, {"item_id": items})
-        if user_id is not None:
-            of_pairs = {"user_id": [user_id] * len(items), "item_id": items}
-            found |= self.read_vectors("pair", version, of_pairs)
-            found |= self.read_by_attributes(version, {**found, **of_pairs})
-        return vectors, found
+        return vectors, found | self.read_vectors("item", version, {"item_id": items})
 
     @cached_property
     def _item_vectors(self) -> VectorReader:
@@ -415,7 +506,8 @@ class OnlineLookup:
             ]
             rows = list(zip(*given, strict=True))
             place = {row: number for number, row in enumerate(dict.fromkeys(rows))}
-            values = self.read(references, [dict(zip(names, row, strict=True)) for row in place])
+            distinct = dict(zip(names, map(list, zip(*place, strict=True)), strict=True))
+            values = self.read(references, distinct)
             for column in map(column_of, references):
                 found[column] = [values[column][place[row]] for row in rows]
         return found
@@ -434,24 +526,136 @@ class OnlineLookup:
                 ]
         return found
 
-    def read(self, features: list[str], rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
-        """Any features (`view:feature`) of these entities, by column, as the online store has them."""
+    def read(
+        self, features: list[str] | FeatureService, entities: Mapping[str, Sequence[Any]]
+    ) -> dict[str, list[Any]]:
+        """Any features (`view:feature`) of entities, given as a column for each join key, by column.
+
+        As the online store has them; None where it has nothing.
+        """
         with online_errors(self._home):
-            response = self._store.get_online_features(features, entity_rows=rows)
-        answer: dict[str, list[Any]] = response.to_dict()
-        return answer
+            return self._features.read(features, entities)
+
+    def features(
+        self,
+        asked: list[str] | str,
+        entities: Mapping[str, Sequence[Identifier]],
+        version: str,
+        full_feature_names: bool = False,
+    ) -> dict[str, list[Any]]:
+        """`read` of references, or of a feature service by name; `version` where a view wants a model's.
+
+        Raises BadInput on what is not registered.
+        """
+        features = self._registered(asked)
+        columns = self._with_version(features, entities, version)
+        with online_errors(self._home):
+            return self._features.read(features, columns, full_feature_names)
+
+    def feast_response(
+        self,
+        asked: list[str] | str,
+        entities: Mapping[str, Sequence[Identifier]],
+        full_feature_names: bool = False,
+    ) -> dict[str, Any]:
+        """What `feast serve` answers. Raises BadInput on what is not registered."""
+        from feast.protos.feast.serving.ServingService_pb2 import FieldStatus
+
+        features = self._registered(asked)
+        with online_errors(self._home):
+            response = self._store.get_online_features(features, entities, full_feature_names)
+        columns, names = response.to_dict(), list(response.proto.metadata.feature_names.val)
+        return {
+            "metadata": {"feature_names": names},
+            "results": [
+                {
+                    "values": columns[name],
+                    "statuses": [FieldStatus.Name(status) for status in result.statuses],
+                    "event_timestamps": [moment.ToJsonString() for moment in result.event_timestamps],
+                }
+                for name, result in zip(names, response.proto.results, strict=True)
+            ],
+        }
+
+    def _registered(self, asked: list[str] | str) -> list[str] | FeatureService:
+        """References that the store has, or the service of that name."""
+        if isinstance(asked, str):
+            service = {one.name: one for one in self._store.list_feature_services()}.get(asked)
+            if service is None:
+                raise BadInput(f"no feature service is named {clipped(asked)}; correct it.")
+            return service
+        for reference in asked:
+            view, _, feature = reference.partition(":")
+            if feature not in self._view_columns.get(view, {}).get("features", ()):
+                raise BadInput(
+                    f"{clipped(reference)} is no feature of the store; give each as `view:feature`."
+                )
+        return asked
+
+    def _with_version(
+        self,
+        features: list[str] | FeatureService,
+        entities: Mapping[str, Sequence[Identifier]],
+        version: str,
+    ) -> Mapping[str, Sequence[Identifier]]:
+        """The entities, with the model's version where a view is keyed by one and none is given."""
+        names = (
+            [reference.partition(":")[0] for reference in features]
+            if isinstance(features, list)
+            else [projection.name for projection in features.feature_view_projections]
+        )
+        keyed = any("model_version" in self._view_columns.get(name, {}).get("keys", ()) for name in names)
+        if not keyed or "model_version" in entities:
+            return entities
+        rows = len(next(iter(entities.values())))
+        return {**entities, "model_version": [version] * rows}
+
+    @cached_property
+    def _view_columns(self) -> dict[str, dict[str, set[str]]]:
+        """Names of the `features` and `keys` of each view."""
+        columns = {
+            view.name: {
+                "features": {field.name for field in view.features},
+                "keys": {column.name for column in view.entity_columns},
+            }
+            for view in self._store.list_feature_views()
+        }
+        for view in self._store.list_on_demand_feature_views():
+            columns[view.name] = {"features": {field.name for field in view.features}, "keys": set()}
+        return columns
+
+    @cached_property
+    def _features(self) -> FeatureReader:
+        return FeatureReader(self._store)
 
     def _as_stored(self, view: str, key: str, value: Identifier) -> Identifier:
-        """The id in the type it has in the log."""
+        """The id in the type it has in the log. Raises UnknownEntity when it cannot be one of them."""
+        stored = self._stored_id(view, key, value)
+        if stored is None:
+            kind = key.removesuffix("_id")
+            raise UnknownEntity(
+                f"{kind} {clipped(value)} is not an integer, as the {kind} ids of this log are."
+                if self._key_types[view, key] == "Int64"
+                else f"{kind} {clipped(ascii(value))} is no id."
+            )
+        return stored
+
+    def _stored_id(self, view: str, key: str, value: Identifier) -> Identifier | None:
+        """The id in the type it has in the log; None when it cannot be one of them.
+
+        An id is exactly what it is: 10 is written "10" or 10, not "1_0", " 10 ", "010" or true.
+        """
+        if isinstance(value, bool):
+            return None
         if self._key_types[view, key] == "Int64":
-            try:
-                return int(value)
-            except ValueError:
-                kind = key.removesuffix("_id")
-                raise UnknownEntity(
-                    f"{kind} {value} is not an integer, as the {kind} ids of this log are."
-                ) from None
-        return str(value)
+            if isinstance(value, str):
+                if len(value) > 20 or not _INTEGER.fullmatch(value):
+                    return None
+                value = int(value)
+            number = operator.index(value)  # an int, also of numpy's
+            return number if -(2**63) <= number < 2**63 else None
+        text = str(value)
+        return text if text.isascii() or _encodable(text) else None
 
     @cached_property
     def _key_types(self) -> dict[tuple[str, str], str]:
@@ -475,12 +679,32 @@ def _matrix(vectors: Sequence[Vector | None], width: int) -> npt.NDArray[np.floa
     return np.stack(rows)
 
 
+def _encodable(text: str) -> bool:
+    """False for halves of surrogate pairs, which JSON can say and UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _found(
+    items: list[Identifier], vectors: Vectors, statistics: dict[str, list[Any]]
+) -> tuple[list[Identifier], npt.NDArray[np.float32], dict[str, list[Any]]]:
+    """Ids, vectors and features of those items that are online."""
+    if vectors.found_N.all():
+        return items, vectors.vectors_ND, statistics
+    found = np.flatnonzero(vectors.found_N).tolist()
+    kept = {name: [values[i] for i in found] for name, values in statistics.items()}
+    return [items[i] for i in found], vectors.vectors_ND[found], kept
+
+
 def parsed_context(given: Sequence[str]) -> dict[str, str]:
     """Context written as `column=value`, once each. Raises BadInput on anything else."""
     context: dict[str, str] = {}
     for one in given:
         column, equals, value = one.partition("=")
         if not equals or column in context:
-            raise BadInput(f"context {one} is refused; give each column once, as device=phone.")
+            raise BadInput(f"context {clipped(one)} is refused; give each column once, as device=phone.")
         context[column] = value
     return context

@@ -118,10 +118,13 @@ def audit(
 @app.command()
 def serve(
     home: HomeOption = None,
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; for other machines to ask, make an API key first.")
+    ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
     live: Annotated[
-        bool, typer.Option("--live", help="Also take behaviors at /behaviors; loads the language model.")
+        bool,
+        typer.Option("--live", help="Also take behaviors at /v1/behaviors; loads the language model."),
     ] = False,
     log_requests: Annotated[
         float,
@@ -129,7 +132,40 @@ def serve(
             "--log-requests", help="Share of users, 0 to 1, whose requests are kept for `bahe audit`."
         ),
     ] = 0,
+    timeout: Annotated[float, typer.Option(help="Seconds within which a request is answered.")] = 10.0,
+    threads: Annotated[int, typer.Option(min=1, help="Requests that are worked on at once.")] = 4,
+    waiting: Annotated[int, typer.Option(min=0, help="Requests that wait; more get 503 at once.")] = 32,
 ) -> None:
-    """Serve the live model over HTTP: /health, /features, /score, /recommend, and /docs to try them."""
+    """Serve the live model over HTTP: /v1/score, /v1/recommend, /v1/features, and /docs with all routes."""
     say(f"  http://{host}:{port}/docs")
-    bahe.open(home).serve(host=host, port=port, live=live, log_requests=log_requests)
+    bahe.open(home).serve(
+        host=host,
+        port=port,
+        live=live,
+        log_requests=log_requests,
+        timeout=timeout,
+        threads=threads,
+        waiting=waiting,
+    )
+
+
+@app.command("api-key")
+def api_key(
+    name: Annotated[str, typer.Argument(help="Whose key it is.")],
+    home: HomeOption = None,
+    scope: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="read: features; score: scores and recommendations; write: pushing behaviors. May be"
+            " repeated.",
+            show_default="read and score",
+        ),
+    ] = None,
+    revoke: Annotated[bool, typer.Option("--revoke", help="Forget the key instead.")] = False,
+) -> None:
+    """Make a key for the service and print it, this once: only its hash is kept."""
+    project = bahe.open(home)
+    if revoke:
+        project.revoke_api_key(name)
+        return
+    typer.echo(project.new_api_key(name, scope or ("read", "score")))

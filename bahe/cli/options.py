@@ -48,7 +48,8 @@ UserOption = Annotated[str, typer.Option("--user", help="A user_id of the log.")
 AtOption = Annotated[
     datetime | None,
     typer.Option(
-        help="Moment of the request, UTC; features know how long ago things were.",
+        help="Moment of the request, UTC: features know how long ago things were. Nothing is replayed; what"
+        " happened after it is known all the same.",
         show_default="now",
     ),
 ]

@@ -38,7 +38,7 @@ def fit_to_facts(
     )
     network.train()
     for _ in range(EPOCHS):
-        for rows in torch.randperm(len(target_N)).split(size):
+        for rows in torch.split(torch.randperm(len(target_N)), size):
             optimizer.zero_grad(set_to_none=True)
             loss = nn.functional.binary_cross_entropy_with_logits(
                 network(facts_NF[rows]).squeeze(-1), target_N[rows]

@@ -11,6 +11,7 @@ import struct
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -93,6 +94,27 @@ def entity_keys(
     return [prefix + b"".join(row) for row in zip(*parts, strict=True)]
 
 
+def few_entity_keys(
+    columns: Mapping[str, Sequence[Any] | npt.NDArray[Any]], types: Mapping[str, ValueType]
+) -> list[bytes] | None:
+    """`entity_keys` of Python values, for a request of a few; none where a value is not of its type.
+
+    Arrow takes longer to begin than this for some dozens, and on a busy machine waits for its threads.
+    """
+    names = sorted(columns)
+    prefix, parts = _key_prefix(names), []
+    for name in names:
+        kind = types[name]
+        if kind == ValueType.STRING and all(type(value) is str for value in columns[name]):
+            texts = [value.encode() for value in columns[name]]
+            parts.append([struct.pack("<II", WireType.STRING, len(text)) + text for text in texts])
+        elif kind == ValueType.INT64 and all(type(value) is int for value in columns[name]):
+            parts.append([struct.pack("<IIq", WireType.INT64, 8, value) for value in columns[name]])
+        else:
+            return None
+    return [prefix + b"".join(row) for row in zip(*parts, strict=True)]
+
+
 def varint_fields(numbers: Int64, number: int) -> list[bytes]:
     """A protocol buffer's integer field of each row; zero is left out, as it is by default."""
     packed, bounds = _varints(numbers)
@@ -110,7 +132,7 @@ def read_floats(values: Sequence[bytes], value_type: ValueType) -> npt.NDArray[n
         return np.empty((0, 0), dtype=np.float32)
     size = len(values[0])
     joined = b"".join(values)
-    header = _header_of(value_type, size)
+    header = list_header(value_type, size)
     if header is None or len(joined) != size * len(values) or (size - len(header)) % dtype.itemsize:
         raise BadInput(
             "these vectors differ in length, or are no lists of floats; read them as features instead."
@@ -157,6 +179,12 @@ def _tag(value_type: ValueType, wire_type: int) -> bytes:
     return _varint(field.number << 3 | wire_type)
 
 
+def number_tag(value_type: ValueType) -> bytes:
+    """What precedes a single number or truth value."""
+    wire_type = {ValueType.FLOAT: _FIXED32, ValueType.DOUBLE: _FIXED64}.get(value_type, _VARINT)
+    return _tag(value_type, wire_type)
+
+
 def _list_header(value_type: ValueType, packed: int) -> bytes:
     """What precedes the packed elements: the value's field and length, the list's field and length."""
     inner = b"\x0a" + _varint(packed) if packed else b""
@@ -164,7 +192,7 @@ def _list_header(value_type: ValueType, packed: int) -> bytes:
 
 
 @cache
-def _header_of(value_type: ValueType, size: int) -> bytes | None:
+def list_header(value_type: ValueType, size: int) -> bytes | None:
     """The header of a list whose wire form has `size` bytes; none when no list has."""
     for packed in range(size - 2, max(size - 24, -1), -1):
         header = _list_header(value_type, packed)
@@ -243,8 +271,7 @@ def _scalar_bytes(column: pa.Array, value_type: ValueType) -> list[bytes]:
         return _sliced(data, bounds, lambda length: tag + _varint(length), valid)
     if value_type in (ValueType.FLOAT, ValueType.DOUBLE):
         valid = valid & ~pc.is_nan(column).fill_null(False).to_numpy(zero_copy_only=False)
-    wire_type = {ValueType.FLOAT: _FIXED32, ValueType.DOUBLE: _FIXED64}.get(value_type, _VARINT)
-    tag = _tag(value_type, wire_type)
+    tag = number_tag(value_type)
     filled = pc.fill_null(column, pa.scalar(0).cast(column.type))
     packed, bounds = _packed(filled, value_type, np.arange(len(column) + 1))
     return _sliced(packed.tobytes(), bounds, lambda _: tag, valid)

@@ -14,7 +14,7 @@ from feast.infra.registry.base_registry import BaseRegistry
 from feast.protos.feast.types.Value_pb2 import Value
 from feast.value_type import ValueType
 
-from bahe_core.errors import BadInput
+from bahe_core.errors import BadInput, clipped
 
 _BITS = {ValueType.INT32: 32, ValueType.INT64: 64}
 
@@ -89,11 +89,15 @@ def _values(name: str, values: Any, kind: ValueType) -> Any:
         return values  # protocol buffers, from Feast's servers
     if kind in _BITS:
         bits = _BITS[kind]
+        if all(type(value) is int for value in values) and _fit(values, bits):
+            return values  # thousands of ids would take as long to look at singly as to read
         return [_integer(name, value, bits) for value in values]
     if kind == ValueType.STRING:
         for value in values:
             if not isinstance(value, str):
-                raise BadInput(f"the lookup's {name} is {value!r}, but it is text; put it in quotes.")
+                raise BadInput(
+                    f"the lookup's {name} is {clipped(repr(value))}, but it is text; put it in quotes."
+                )
     return values
 
 
@@ -103,11 +107,16 @@ def _integer(name: str, value: Any, bits: int) -> int:
     whole = whole or (isinstance(value, Real) and float(value).is_integer())
     whole = whole or (isinstance(value, str) and re.fullmatch(r"-?\d+", value, re.ASCII) is not None)
     number = int(value) if whole and not isinstance(value, bool) else None
-    if number is None or not -(2 ** (bits - 1)) <= number < 2 ** (bits - 1):
+    if number is None or not _fit([number], bits):
         raise BadInput(
-            f"the lookup's {name} is {value!r}, but it is a whole number of {bits} bits; correct it."
+            f"the lookup's {name} is {clipped(repr(value))}, but it is a whole number of {bits} bits;"
+            " correct it."
         )
     return number
+
+
+def _fit(numbers: Sequence[int], bits: int) -> bool:
+    return not numbers or (min(numbers) >= -(2 ** (bits - 1)) and max(numbers) < 2 ** (bits - 1))
 
 
 def _listed(names: Any) -> str:

@@ -16,12 +16,15 @@ from typing import Any, Literal
 import numpy as np
 import redis
 import redis.asyncio
+import redis.asyncio.retry
+import redis.retry
 from feast import Entity, FeatureView
 from feast.feature_view import DUMMY_ENTITY_ID
 from feast.infra.key_encoding_utils import serialize_entity_key_prefix
 from feast.infra.online_stores.helpers import _mmh3, compute_versioned_name
 from feast.repo_config import FeastConfigBaseModel, RepoConfig
 from google.protobuf.timestamp_pb2 import Timestamp
+from redis.backoff import NoBackoff
 
 from feast_ducklake.online.encoding import varint_fields
 from feast_ducklake.online.rows import NO_TIME, EncodedRows, Request, StoredValues
@@ -29,6 +32,10 @@ from feast_ducklake.online.store import GuardedOnlineStore
 
 _ROWS_PER_CALL = 256
 """Few, since the server answers no one else while it runs a call of the script."""
+
+_WORTH_A_RETRY = (redis.ConnectionError,)
+"""Connections of before the server was started anew. A server that says nothing is not asked again, which
+would only double the wait."""
 
 # KEYS: entities. ARGV: seconds until a key expires (0: never), number of fields, names of the fields (the
 # time's last), then for each entity as many values. Returns how many entities were written.
@@ -90,6 +97,11 @@ class GuardedRedisOnlineStoreConfig(FeastConfigBaseModel):
     ] = "feast_ducklake.GuardedRedisOnlineStore"
     url: str = "redis://127.0.0.1:6379/0"
     """As redis-py reads it: redis://, rediss:// (TLS) or unix://, with user and password if needed."""
+    read_seconds: float = 2.0
+    """How long a read waits for the server, to connect as well as for an answer. A server may be there and
+    say nothing (stopped, swapping, behind a firewall), and a read without an end holds its caller, too."""
+    write_seconds: float = 60.0
+    """The same for a write, whose batches are larger."""
     key_ttl_seconds: int = 0
     """Redis drops an entity that was not written for this many seconds; 0 keeps it for ever."""
 
@@ -99,7 +111,8 @@ class GuardedRedisOnlineStore(GuardedOnlineStore):
 
     def __init__(self) -> None:
         super().__init__()
-        self._client: redis.Redis | None = None
+        self._clients: dict[float, redis.Redis] = {}
+        """By the seconds that they wait."""
         self._async_client: redis.asyncio.Redis | None = None
         self._process = 0
 
@@ -109,7 +122,7 @@ class GuardedRedisOnlineStore(GuardedOnlineStore):
         keys = [key + project for key in rows.keys]
         values: list[list[bytes]] = [*rows.values.values(), _times(rows)]
         head: list[bytes | int] = [_settings(config).key_ttl_seconds, len(fields), *fields]
-        client = self._connected(config)
+        client = self._writing(config)
         write = client.register_script(_WRITE)
         with client.pipeline(transaction=False) as pipe:
             for start in range(0, len(keys), _ROWS_PER_CALL):
@@ -121,25 +134,31 @@ class GuardedRedisOnlineStore(GuardedOnlineStore):
 
     def forget(self, config: RepoConfig, view: FeatureView, keys: Sequence[bytes]) -> None:
         """Remove the view's values of these entities; those that are not there are passed over."""
-        client, project = self._connected(config), config.project.encode()
+        client, project = self._writing(config), config.project.encode()
         _delete(client, config, view, [key + project for key in keys])
         client.set(_version_key(config, view), uuid.uuid4().hex)
 
     def scan(self, config: RepoConfig, view: FeatureView, feature: str) -> tuple[list[bytes], StoredValues]:
         """Keys of all entities of a view, and what is stored of one feature."""
-        client, project = self._connected(config), config.project.encode()
+        client, project = self._writing(config), config.project.encode()
         keys = [key[: -len(project)] for key in _entities(client, config, view)]
         (stored,) = self.read_stored(config, [Request(view, keys, [feature])])
         return keys, stored
 
     def version(self, config: RepoConfig, view: FeatureView) -> str | None:
         """A token that changes with each write to the view; None when nothing is stored."""
-        stored: Any = self._connected(config).get(_version_key(config, view))
+        stored: Any = self._reading(config).get(_version_key(config, view))
         return None if stored is None else bytes(stored).decode()
+
+    def versions(self, config: RepoConfig, views: Sequence[FeatureView]) -> list[str | None]:
+        """`version` of several views, in one round trip."""
+        keys = [_version_key(config, view) for view in views]
+        stored: Any = self._reading(config).mget(keys) if keys else []
+        return [None if token is None else bytes(token).decode() for token in stored]
 
     def read_stored(self, config: RepoConfig, requests: Sequence[Request]) -> list[StoredValues]:
         """What is stored for each request, whatever its age, in one round trip."""
-        with self._connected(config).pipeline(transaction=False) as pipe:
+        with self._reading(config).pipeline(transaction=False) as pipe:
             _ask(pipe, config, requests)
             return _stored_values(requests, pipe.execute())
 
@@ -148,7 +167,13 @@ class GuardedRedisOnlineStore(GuardedOnlineStore):
     ) -> list[StoredValues]:
         """`read_stored` on Redis's own asynchronous client."""
         if self._async_client is None:
-            self._async_client = redis.asyncio.Redis.from_url(_settings(config).url)
+            settings = _settings(config)
+            self._async_client = redis.asyncio.Redis.from_url(
+                settings.url,
+                socket_timeout=settings.read_seconds,
+                socket_connect_timeout=settings.read_seconds,
+                retry=redis.asyncio.retry.Retry(NoBackoff(), 1, _WORTH_A_RETRY),
+            )
         async with self._async_client.pipeline(transaction=False) as pipe:
             _ask(pipe, config, requests)
             return _stored_values(requests, await pipe.execute())
@@ -169,7 +194,7 @@ class GuardedRedisOnlineStore(GuardedOnlineStore):
         partial: bool,
     ) -> None:
         """Forget the values of the views to delete; the others need no preparation."""
-        client = self._connected(config)
+        client = self._writing(config)
         for view in tables_to_delete:
             keys = _entities(client, config, view)
             while some := list(islice(keys, 1000)):
@@ -182,11 +207,25 @@ class GuardedRedisOnlineStore(GuardedOnlineStore):
         """Forget the values of these views."""
         self.update(config, tables, [], [], [], partial=False)
 
-    def _connected(self, config: RepoConfig) -> redis.Redis:
-        if self._client is None or self._process != os.getpid():
-            self._client = redis.Redis.from_url(_settings(config).url)
-            self._process = os.getpid()
-        return self._client
+    def _reading(self, config: RepoConfig) -> redis.Redis:
+        return self._connected(config, _settings(config).read_seconds)
+
+    def _writing(self, config: RepoConfig) -> redis.Redis:
+        return self._connected(config, _settings(config).write_seconds)
+
+    def _connected(self, config: RepoConfig, seconds: float) -> redis.Redis:
+        if self._process != os.getpid():
+            self._clients, self._process = {}, os.getpid()
+        client = self._clients.get(seconds)
+        if client is None:
+            client = redis.Redis.from_url(
+                _settings(config).url,
+                socket_timeout=seconds,
+                socket_connect_timeout=min(seconds, _settings(config).read_seconds),
+                retry=redis.retry.Retry(NoBackoff(), 1, _WORTH_A_RETRY),
+            )
+            self._clients[seconds] = client
+        return client
 
 
 def _settings(config: RepoConfig) -> GuardedRedisOnlineStoreConfig:

@@ -73,6 +73,10 @@ class GuardedOnlineStore(OnlineStore):
     def version(self, config: RepoConfig, view: FeatureView) -> str | None:
         """A token that changes with each write to the view; None when nothing is stored."""
 
+    def versions(self, config: RepoConfig, views: Sequence[FeatureView]) -> list[str | None]:
+        """`version` of several views."""
+        return [self.version(config, view) for view in views]
+
     async def read_stored_async(
         self, config: RepoConfig, requests: Sequence[Request]
     ) -> list[StoredValues]:

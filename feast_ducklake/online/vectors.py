@@ -12,7 +12,7 @@ from feast.infra.key_encoding_utils import deserialize_entity_key
 from feast.value_type import ValueType
 
 from bahe_core.errors import BadInput
-from feast_ducklake.online.encoding import entity_keys
+from feast_ducklake.online.encoding import entity_keys, few_entity_keys
 from feast_ducklake.online.rows import NO_TIME, StoredValues, Vectors, as_vectors, microseconds, within_ttl
 from feast_ducklake.online.store import GuardedOnlineStore
 
@@ -21,27 +21,35 @@ if TYPE_CHECKING:
 
 _ARROW = {ValueType.STRING: pa.string(), ValueType.INT64: pa.int64(), ValueType.INT32: pa.int32()}
 
+_FEW = 200
+
 
 def view_keys(view: FeatureView, keys: Mapping[str, Sequence[Any] | npt.NDArray[Any]]) -> list[bytes]:
     """Each row's entity key as stores know it, of a column for each join key.
 
     Raises BadInput when a join key is missing.
     """
-    return _encoded_keys(view.name, _key_types(view), keys)
+    return encoded_keys(view.name, key_types(view), keys)
 
 
-def _key_types(view: FeatureView) -> dict[str, ValueType]:
+def key_types(view: FeatureView) -> dict[str, ValueType]:
+    """Types of a view's join keys."""
     return {column.name: column.dtype.to_value_type() for column in view.entity_columns}
 
 
-def _encoded_keys(
+def encoded_keys(
     view: str, types: Mapping[str, ValueType], keys: Mapping[str, Sequence[Any] | npt.NDArray[Any]]
 ) -> list[bytes]:
+    """`view_keys` where the types are known. Raises BadInput when a join key is missing."""
     for name in types:
         if name not in keys:
             raise BadInput(f"view {view} is keyed by {', '.join(types)}; give {name}.")
+    given = {name: keys[name] for name in types}
+    few = few_entity_keys(given, types) if all(len(values) <= _FEW for values in given.values()) else None
+    if few is not None:
+        return few
     return entity_keys(
-        {name: pa.array(keys[name], _ARROW.get(kind)) for name, kind in types.items()}, types
+        {name: pa.array(given[name], _ARROW.get(kind)) for name, kind in types.items()}, types
     )
 
 
@@ -54,7 +62,7 @@ class VectorReader:
         self._view = store.get_feature_view(view)
         self._feature = feature
         # Once: it would cost each read of a single entity a tenth of its time.
-        self._key_types = _key_types(self._view)
+        self._key_types = key_types(self._view)
 
     def read(self, keys: Mapping[str, Sequence[Any] | npt.NDArray[Any]]) -> Vectors:
         """Vectors of entities given as a column for each join key, in their order.
@@ -62,10 +70,10 @@ class VectorReader:
         On our stores no number becomes a Python object on the way; on others each does.
         Raises BadInput when a join key is missing, or the stored vectors differ in length.
         """
-        encoded_keys = _encoded_keys(self._view.name, self._key_types, keys)
+        rows = encoded_keys(self._view.name, self._key_types, keys)
         if isinstance(self._online, GuardedOnlineStore):
-            return self._online.read_vectors(self._config, self._view, encoded_keys, self._feature)
-        return self._by_feast(encoded_keys)
+            return self._online.read_vectors(self._config, self._view, rows, self._feature)
+        return self._by_feast(rows)
 
     def _by_feast(self, keys: Sequence[bytes]) -> Vectors:
         entities = [deserialize_entity_key(key) for key in keys]

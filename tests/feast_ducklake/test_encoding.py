@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bahe_core.errors import BadInput
-from feast_ducklake.online.encoding import entity_keys, read_floats, value_bytes
+from feast_ducklake.online.encoding import entity_keys, few_entity_keys, read_floats, value_bytes
 
 EXACT = 2**53
 FLOAT32 = st.floats(width=32)
@@ -147,6 +147,19 @@ def test_lists_and_sets(
 def test_nested_types(value_type: ValueType, kind: pa.DataType, values: list[Any]) -> None:
     column = pa.array(values, kind)
     assert value_bytes(column, value_type) == by_feast(column, value_type)
+
+
+@given(rows=st.lists(st.tuples(INT64, TEXT), max_size=5))
+def test_keys_of_a_few_python_values(rows: list[tuple[int, str]]) -> None:
+    types = {"user_id": ValueType.INT64, "version": ValueType.STRING}
+    columns = {"version": [text for _, text in rows], "user_id": [number for number, _ in rows]}
+    arrow_columns = {
+        "version": pa.array(columns["version"], pa.string()),
+        "user_id": pa.array(columns["user_id"], pa.int64()),
+    }
+    assert few_entity_keys(columns, types) == entity_keys(arrow_columns, types)
+    if rows:
+        assert few_entity_keys({**columns, "user_id": [True] * len(rows)}, types) is None
 
 
 def test_every_value_type_is_covered() -> None:

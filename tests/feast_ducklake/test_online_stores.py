@@ -28,6 +28,7 @@ from bahe_core.errors import BadInput
 from bahe_core.home import Home
 from bahe_lake.connection import lake
 from feast_ducklake.offline.source import DuckLakeSource
+from feast_ducklake.online.features import FeatureReader
 from feast_ducklake.online.vectors import VectorReader, view_keys
 from tests.support.services import require_service
 
@@ -254,6 +255,39 @@ def test_a_service_is_answered_under_full_names(store: FeatureStore) -> None:
         store.get_online_features(["never_applied:x"], asked)
     with pytest.raises(KeyError, match="nothing"):
         store.get_online_features(["profile:nothing"], asked)
+
+
+def test_a_reader_answers_as_get_online_features_does(store: FeatureStore) -> None:
+    materialize(store)
+    service = FeatureService(
+        name="served", features=[profile[["clicks", "name"]], short_lived.with_name("late")]
+    )
+    renamed = FeatureService(
+        name="renamed",
+        features=[short_lived.with_name("theirs").with_join_key_map({"user_id": "friend_id"})],
+    )
+    store.apply([service, renamed])
+    rows = pd.concat([profiles(), profiles().iloc[[3, 4, 3]], profiles().head(2).assign(user_id=999)])
+    asked = {name: rows[name].tolist() for name in ("user_id", "model_version")}
+    names = [field.name for field in profile.features]
+    reader = FeatureReader(store)
+    for features, keys in (
+        ([f"profile:{name}" for name in names], asked),
+        (["short_lived:score", "profile:embedding"], asked),
+        (["short_lived:score"], {"user_id": [1, 2, 2, 7]}),
+        (["short_lived:score"], {"user_id": ["1", "2"]}),
+        (service, asked),
+        (renamed, {"friend_id": [2, 1, 2]}),
+        (["doubled:twice"], asked),
+        (["everyone:total"], {"user_id": [1]}),
+    ):
+        for full in (False, True):
+            wanted = store.get_online_features(features, keys, full).to_dict()
+            assert reader.read(features, keys, full) == wanted
+    with pytest.raises(FeatureViewNotFoundException):
+        reader.read(["never_applied:x"], asked)
+    with pytest.raises(KeyError, match="nothing"):
+        reader.read(["profile:nothing"], asked)
 
 
 @pytest.mark.parametrize("length", [3, 5])

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import signal
+import subprocess
+import sys
+import textwrap
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +26,7 @@ from tests.support.cli import call
 from tests.support.home_contents import copy_of
 from tests.support.logs import small_log, write_dataset
 
+JSON = {"Content-Type": "application/json"}
 LATER = "2024-06-01T12:00:00Z"
 
 
@@ -112,7 +119,7 @@ def test_a_behavior_is_in_the_next_answer_and_equals_what_the_log_gives_later(
     caught_up_scores = client.post("/score", json=request).json()["scores"]
     assert caught_up_scores != scores["scores"]
 
-    # Another model goes live: no vector of the old one is left in the process.
+    # Another model goes live: no vector of the old one is left, and the new one knows what was pushed.
     later = behavior(event_timestamp="2024-06-03T00:00:00Z")
     assert client.post("/behaviors", json=later).json()["behaviors"] == live["behaviors"] + 1
     dataset.write_text(dataset.read_text().replace("epochs: 2", "epochs: 1"))
@@ -121,16 +128,18 @@ def test_a_behavior_is_in_the_next_answer_and_equals_what_the_log_gives_later(
     call("publish", home=home)
     flipped = client.get("/features", params={"user_id": "u1"}).json()
     assert flipped["model_version"] != live["model_version"]
-    assert flipped["behaviors"] == live["behaviors"]
-    np.testing.assert_array_equal(np.float32(flipped["embedding"]), OnlineLookup(home).user("u1").vector)
+    assert flipped["behaviors"] == live["behaviors"] + 1
+    assert len(flipped["embedding"]) == len(OnlineLookup(home).user("u1").vector)
     answer = client.post("/behaviors", json=later).json()
     assert answer["model_version"] == flipped["model_version"]
-    assert answer["behaviors"] == flipped["behaviors"] + 1
+    assert answer["behaviors"] == flipped["behaviors"], "sent again, it counts once"
 
 
-def test_pairs_of_a_live_service_know_when_whatever_came_first(filled: tuple[Home, Path]) -> None:
+def test_pairs_of_a_live_service_know_when_whatever_came_first(
+    filled: tuple[Home, Path], tmp_path: Path
+) -> None:
     """Channels that are read apart take behaviors out of order between them."""
-    lookup = LiveLookup(filled[0])
+    lookup = LiveLookup(copy_of(filled[0], tmp_path))
     at = pd.Timestamp(LATER)
     lookup.append("u1", "liked", "liked something", at.to_pydatetime(), 7)
     (state,) = lookup._fresh.values()
@@ -139,7 +148,7 @@ def test_pairs_of_a_live_service_know_when_whatever_came_first(filled: tuple[Hom
     text_only = replace(acts[0], item_ids=frozenset({"8"}), named=False)
     lookup._fresh["u1"] = replace(state, acts=(*acts, text_only))
     version = lookup.live_version()
-    before = OnlineLookup(filled[0]).items([7, 8], version, "u1")[1]
+    before = OnlineLookup(lookup._home).items([7, 8], version, "u1")[1]
     pairs = lookup.items([7, 8], version, "u1")[1]
     assert pairs["pair_behaviors"] == [
         (before["pair_behaviors"][0] or 0) + 3,
@@ -152,42 +161,143 @@ def test_pairs_of_a_live_service_know_when_whatever_came_first(filled: tuple[Hom
     assert ("8" in seen) == ("8" in OnlineLookup(filled[0]).user("u1").seen_items)
 
 
-def test_what_cannot_be_taken_in_is_refused_in_one_sentence(filled: tuple[Home, Path]) -> None:
-    client = TestClient(create_app(filled[0], live=True))
+def test_what_cannot_be_taken_in_is_refused_in_one_sentence(
+    filled: tuple[Home, Path], tmp_path: Path
+) -> None:
+    home = copy_of(filled[0], tmp_path)
+    client = TestClient(create_app(home, live=True))
+    soon = datetime.now(UTC) + timedelta(hours=1)
     before = client.get("/features", params={"user_id": "u1"}).json()
     for changes, status, words in (
         ({"channel": "bought"}, 400, "choose from liked, disliked"),
         ({"text": " \n "}, 400, "is empty"),
         ({"event_timestamp": "2023-01-01T00:00:00Z"}, 400, "does not follow the latest of user u1"),
         ({"user_id": "nobody"}, 404, "nobody is not in the online store"),
+        ({"event_timestamp": soon.isoformat()}, 400, "has not happened yet"),
+        ({"event_timestamp": "9999-12-31T23:59:59Z"}, 400, "has not happened yet"),
+        ({"item_id": 999}, 404, "item 999 is not among the items"),
+        ({"item_id": "1_0"}, 404, "item 1_0 is not an integer"),
+        ({"channel": "c" * 256}, 400, "cc… is not known"),
     ):
         answer = client.post("/behaviors", json=behavior(**changes))
         assert answer.status_code == status
         assert words in answer.json()["detail"]
         assert answer.json()["detail"].count(". ") == 0
     assert client.post("/behaviors", json=behavior(event_timestamp="soon")).status_code == 422
+    for changes in ({"text": "x" * 10_001}, {"text": "\ud800"}, {"user_id": True}, {"event_id": ""}):
+        content = json.dumps(behavior(**changes))
+        answer = client.post("/v1/behaviors", content=content, headers=JSON)
+        assert answer.status_code == 422
+        assert len(answer.text) < 300
     assert client.get("/features", params={"user_id": "u1"}).json() == before
+    assert not list(home.pushed.glob("*.jsonl"))
 
 
-def test_the_first_behavior_of_a_cold_user(filled: tuple[Home, Path]) -> None:
-    client = TestClient(create_app(filled[0], live=True))
+def test_what_is_sent_again_counts_once(filled: tuple[Home, Path], tmp_path: Path) -> None:
+    client = TestClient(create_app(copy_of(filled[0], tmp_path), live=True))
+
+    def behaviors(**changes: object) -> int:
+        answer = client.post("/v1/behaviors", json=behavior(**changes))
+        assert answer.status_code == 200, answer.text
+        count: int = answer.json()["behaviors"]
+        return count
+
+    first = behaviors(event_id="a")
+    assert behaviors(event_id="a") == first
+    assert behaviors() == first, "the same content"
+    assert behaviors(event_id="b", text="liked  " + behavior()["text"].removeprefix("liked ")) == first
+    assert behaviors(event_id="c", item_id=7) == first + 1, "with an item it says more"
+    assert behaviors(event_timestamp="2024-06-01T12:00:01Z") == first + 2
+    assert behaviors(event_id="a", event_timestamp="2024-06-01T12:00:02Z") == first + 2
+    # What the lake has already is not sent anew either.
+    log = small_log()["behaviors"]
+    last = log[log["user_id"] == "u2"].sort_values("event_timestamp").iloc[-1]
+    stored = client.get("/v1/users/u2").json()["behaviors"]
+    again = {name: last[name] for name in ("user_id", "channel", "text")}
+    assert behaviors(**again, event_timestamp=last["event_timestamp"].isoformat()) == stored
+
+
+def test_every_worker_answers_with_what_any_of_them_took_in(
+    filled: tuple[Home, Path], tmp_path: Path
+) -> None:
+    home = copy_of(filled[0], tmp_path)
+    one, other = (TestClient(create_app(home, live=True)) for _ in range(2))
+    sent = [(one, behavior(item_id=7)), (other, behavior(text="liked another", event_id="b"))]
+    counts = [client.post("/v1/behaviors", json=body).json()["behaviors"] for client, body in sent]
+    assert counts == [counts[0], counts[0] + 1]
+    # One that is started later makes the state anew, from the lake and the log.
+    states = [
+        client.get("/v1/users/u1").json()
+        for client in (one, other, TestClient(create_app(home, live=True)))
+    ]
+    for state in states[1:]:
+        np.testing.assert_allclose(state.pop("embedding"), states[0]["embedding"], atol=1e-4)
+        assert state == {key: value for key, value in states[0].items() if key != "embedding"}
+    assert "7" in states[0]["seen_items"]
+
+
+def test_a_kill_loses_nothing_that_was_answered(filled: tuple[Home, Path], tmp_path: Path) -> None:
+    """The process ends right after its last answer, without a word, and leaves half a line behind."""
+    home = copy_of(filled[0], tmp_path)
+    before = OnlineLookup(home).user("u1").behaviors
+    code = f"""
+        import os, signal
+        from datetime import datetime, timedelta
+        from bahe_core.home import Home
+        from serving.live import LiveLookup
+
+        lookup = LiveLookup(Home.at({str(home.root)!r}))
+        at = datetime(2024, 6, 1)
+        for number in range(20):
+            lookup.append("u1", "liked", f"liked {{number}}", at + timedelta(minutes=number))
+            print(number, flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.split() == [str(number) for number in range(20)], done.stderr
+    assert done.returncode == -signal.SIGKILL
+    (path,) = home.pushed.glob("*.jsonl")
+    with path.open("a") as file:
+        file.write(path.read_text().splitlines()[0][:40])
+    lookup = LiveLookup(home)
+    assert lookup.user("u1").behaviors == before + 20
+    # The next one is not lost behind the half line.
+    lookup.append("u1", "liked", "liked the end", datetime(2024, 6, 2))
+    assert LiveLookup(home).user("u1").behaviors == before + 21
+
+
+def test_the_first_behavior_of_a_cold_user(filled: tuple[Home, Path], tmp_path: Path) -> None:
+    client = TestClient(create_app(copy_of(filled[0], tmp_path), live=True))
     before = client.get("/recommend", params={"user_id": "u_cold", "k": 3}).json()
     assert before["cold"]
     assert client.post("/behaviors", json=behavior(user_id="u_cold")).json()["behaviors"] == 1
     assert not client.get("/recommend", params={"user_id": "u_cold", "k": 3}).json()["cold"]
 
 
-def test_only_so_many_states_are_kept(filled: tuple[Home, Path]) -> None:
-    lookup = LiveLookup(filled[0], states=2)
+def test_only_so_many_states_are_kept_and_others_are_made_anew(
+    filled: tuple[Home, Path], tmp_path: Path
+) -> None:
+    home = copy_of(filled[0], tmp_path)
+    lookup = LiveLookup(home, states=2)
     at = pd.Timestamp(LATER).to_pydatetime()
-    stored = {user: OnlineLookup(filled[0]).user(user).behaviors for user in ("u1", "u2", "u3")}
+    stored = {user: OnlineLookup(home).user(user).behaviors for user in ("u1", "u2", "u3")}
     for user in ("u1", "u2"):
         lookup.append(user, "liked", "word1", at)
     lookup.user("u1")  # used since, so that u2 is the one to go
     lookup.append("u3", "liked", "word1", at)
+    assert set(lookup._fresh) == {"u1", "u3"}
     extra = {user: lookup.user(user).behaviors - count for user, count in stored.items()}
-    assert extra == {"u1": 1, "u2": 0, "u3": 1}
+    assert extra == {"u1": 1, "u2": 1, "u3": 1}
+    assert len(lookup._fresh) == 2
 
 
 def test_a_service_that_is_not_live_takes_no_behaviors(filled: tuple[Home, Path]) -> None:
-    assert TestClient(create_app(filled[0])).post("/behaviors", json=behavior()).status_code == 404
+    client = TestClient(create_app(filled[0]))
+    for route in ("/behaviors", "/v1/behaviors"):
+        assert client.post(route, json=behavior()).status_code == 404

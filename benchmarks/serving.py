@@ -1,0 +1,222 @@
+"""Requests of a running service: features, scores and recommendations, against Feast's own call.
+
+The peer is the same lookup on the same home, reading with `get_online_features` what ours reads by the
+column from the store's bytes; both in turn, with the same threads. Then over HTTP, by one client that keeps
+its connection: what the bare function call takes, and what HTTP adds.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from bahe_core.errors import Unreachable
+from bahe_core.home import Home
+from benchmarks.harness import Row, main
+from serving.lookup import Identifier, OnlineLookup
+
+if TYPE_CHECKING:
+    from feast import FeatureService
+
+CANDIDATES = 100
+SCORE_P50, SCORE_P99 = 3.0, 10.0
+"""Milliseconds over HTTP."""
+PUSH_P50 = 10.0
+PEER = "get_online_features"
+
+
+class ByFeast(OnlineLookup):
+    """The lookup as it was: features and vectors come through Feast's own call."""
+
+    def read(
+        self, features: list[str] | FeatureService, entities: Mapping[str, Sequence[Any]]
+    ) -> dict[str, list[Any]]:
+        """Feast's call in place of the reader of bytes."""
+        answer: dict[str, list[Any]] = self._store.get_online_features(features, entities).to_dict()
+        return answer
+
+
+def in_turn(calls: Mapping[str, Callable[[], object]], turns: int) -> dict[str, list[float]]:
+    """Milliseconds of each call, in random order within a turn; the first turns warm the caches."""
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    rng = np.random.default_rng(0)
+    for turn in range(turns + 3):
+        for name in rng.permutation(list(calls)).tolist():
+            start = time.perf_counter()
+            calls[name]()
+            if turn >= 3:
+                taken[name].append((time.perf_counter() - start) * 1e3)
+    return taken
+
+
+def compared(metric: str, ours: Callable[[], object], feast: Callable[[], object], turns: int) -> Row:
+    """Our milliseconds beside Feast's."""
+    taken = in_turn({"ours": ours, "feast": feast}, turns)
+    return Row(
+        metric=metric,
+        value=median(taken["ours"]),
+        unit="ms",
+        peer=f"{PEER}, ms",
+        peer_value=median(taken["feast"]),
+    )
+
+
+@contextmanager
+def served(home: Home) -> Iterator[http.client.HTTPConnection]:
+    """A service of the home in a process of its own, and a connection to it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "bahe", "serve", "--home", str(home.root), "--port", str(port)]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    try:
+        for _ in range(600):
+            try:
+                connection.request("GET", "/readyz")
+                connection.getresponse().read()
+                break
+            except OSError:
+                connection.close()
+                time.sleep(0.1)
+        else:
+            raise Unreachable(f"the service on port {port} does not answer; see `bahe serve`.")
+        yield connection
+    finally:
+        connection.close()
+        process.terminate()
+        process.wait()
+
+
+def over_http(home: Home, user: Identifier, items: list[Identifier], turns: int) -> Iterable[Row]:
+    """Percentiles of what one client sees."""
+    asked: dict[str, tuple[str, dict[str, Any]]] = {
+        f"POST /v1/score, {len(items)} candidates": ("/v1/score", {"user_id": user, "item_ids": items}),
+        "POST /v1/recommend, 10 of all items": ("/v1/recommend", {"user_id": user, "k": 10}),
+        "POST /v1/features, 4 of 1 item": (
+            "/v1/features",
+            {"features": STATISTICS, "entities": {"item_id": items[:1]}},
+        ),
+        f"POST /v1/features, 4 of {len(items)} items": (
+            "/v1/features",
+            {"features": STATISTICS, "entities": {"item_id": items}},
+        ),
+    }
+    with served(home) as connection:
+
+        def call(path: str, body: dict[str, Any]) -> None:
+            connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+            answer = connection.getresponse()
+            content = answer.read()
+            assert answer.status == 200, content
+
+        for metric, (path, body) in asked.items():
+            taken = in_turn({"": partial(call, path, body)}, turns)[""]
+            for name, value, goal in (
+                ("p50", float(np.percentile(taken, 50)), SCORE_P50),
+                ("p99", float(np.percentile(taken, 99)), SCORE_P99),
+            ):
+                goals = path == "/v1/score"
+                yield Row(
+                    metric=f"{metric}, {name}",
+                    value=value,
+                    unit="ms",
+                    goal=f"at most {goal:g} ms" if goals else None,
+                    holds=value <= goal if goals else None,
+                )
+
+
+def pushed(home: Home, user: Identifier, count: int) -> Row:
+    """A behavior taken in: on the disk, encoded, and in the user's vector; on a copy of the home."""
+    from serving.live import LiveLookup
+
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Home(Path(shutil.copytree(home.root, Path(folder) / "home")))
+        lookup = LiveLookup(copy, keep_items=True)
+        (channel, *_) = lookup.artifact(lookup.live_version()).dense.channels
+        at, taken = datetime.now(UTC) - timedelta(days=1), list[float]()
+        behaviors = lookup.user(user).behaviors
+        for number in range(count + 3):
+            start = time.perf_counter()
+            lookup.append(user, channel, f"something new, {number}", at + timedelta(seconds=number))
+            if number >= 3:
+                taken.append((time.perf_counter() - start) * 1e3)
+    return Row(
+        metric=f"a behavior pushed, durable, to a user of {behaviors:,}, p50",
+        value=median(taken),
+        unit="ms",
+        goal=f"at most {PUSH_P50:g} ms",
+        holds=median(taken) <= PUSH_P50,
+    )
+
+
+STATISTICS = [
+    f"item_stats:item_{name}" for name in ("impressions", "clicks", "click_rate", "last_impression_us")
+]
+
+
+def measure(quick: bool, home_path: Path) -> Iterable[Row]:
+    """Milliseconds; `quick` repeats less."""
+    home, turns = Home.at(home_path), 30 if quick else 200
+    ours, feast = OnlineLookup(home), ByFeast(home)
+    service = OnlineLookup(home, keep_items=True)
+    every = list(ours.catalogue())
+    user = _user(home)
+    rng = np.random.default_rng(0)
+    some = [every[i] for i in rng.choice(len(every), CANDIDATES, replace=False).tolist()]
+    for items in (some[:1], some, every):
+        asked = {"item_id": items}
+        assert ours.read(STATISTICS, asked) == feast.read(STATISTICS, asked)
+        yield compared(
+            f"4 statistics of {len(items):,} items",
+            partial(ours.read, STATISTICS, asked),
+            partial(feast.read, STATISTICS, asked),
+            turns,
+        )
+    yield compared("a user's features", partial(ours.user, user), partial(feast.user, user), turns)
+    yield compared(
+        f"score {CANDIDATES} candidates",
+        partial(service.score, user, some),
+        partial(feast.score, user, some),
+        turns,
+    )
+    yield compared(
+        f"recommend 10 of {len(every):,} items",
+        partial(service.recommend, user, 10),
+        partial(feast.recommend, user, 10),
+        turns,
+    )
+    yield from over_http(home, user, some, 4 * turns)
+    yield pushed(home, user, turns)
+
+
+def _user(home: Home) -> Identifier:
+    """The user with most impressions, whose history is long."""
+    from bahe_lake.connection import lake
+
+    with lake(home) as connection:
+        row = connection.execute(
+            "SELECT user_id FROM impressions GROUP BY user_id ORDER BY count(*) DESC, user_id LIMIT 1"
+        ).fetchone()
+    assert row is not None
+    user: Identifier = row[0]
+    return user
+
+
+if __name__ == "__main__":
+    main("serving", __doc__ or "", measure)

@@ -1,0 +1,232 @@
+"""Requests and answers of the HTTP API, with the limits of each field."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+    StrictStr,
+    model_validator,
+)
+
+IDS = 10_000
+"""Items of one request to be scored."""
+ROWS = 1_000
+"""Entities of one request of features."""
+FEATURES = 200
+"""References of one request of features."""
+K = 1_000
+"""Recommendations of one request."""
+
+Id = Annotated[
+    Annotated[StrictStr, Field(min_length=1, max_length=256)]
+    | Annotated[StrictInt, Field(ge=-(2**63), lt=2**63)],
+    Field(
+        description='An id as the log has it; where ids are integers, 10 and "10" are, and "010" is none.'
+    ),
+]
+Ids = Annotated[list[Id], Field(min_length=1, max_length=IDS)]
+Name = Annotated[StrictStr, Field(min_length=1, max_length=256)]
+Text = Annotated[StrictStr, Field(min_length=1, max_length=10_000)]
+Context = Annotated[
+    dict[Name, Annotated[StrictStr, Field(max_length=1000)] | StrictBool | StrictInt | StrictFloat | None],
+    Field(
+        max_length=100,
+        default_factory=dict,
+        description="Values of the model's context columns; one that is left out counts as unknown.",
+    ),
+]
+At = Annotated[
+    datetime | None,
+    Field(
+        description="Moment of the request (default: now; UTC unless it says otherwise). It ages features,"
+        " since the time since the last impression is one. It replays nothing: what happened after it is"
+        " known all the same."
+    ),
+]
+
+
+class Asked(BaseModel):
+    """A request of /v1: a field that it does not have is refused, since it was meant to do something."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class ScoreRequest(BaseModel):
+    """Which items to score for which user."""
+
+    user_id: Id
+    item_ids: Ids
+    at: At = None
+    context: Context
+
+
+class ScoredItem(BaseModel):
+    """One item of an answer."""
+
+    item_id: str | int
+    text: str
+    probability: float
+
+
+class ScoreAnswer(BaseModel):
+    """Scores, best first."""
+
+    user_id: str | int
+    model_version: str
+    cold: bool
+    """The user has no history; the empty state answered."""
+    scores: list[ScoredItem]
+
+
+class BehaviorRequest(BaseModel):
+    """One thing that a user did, as a row of the log's behaviors."""
+
+    user_id: Id
+    channel: Name
+    text: Text
+    event_timestamp: datetime
+    """UTC unless it says otherwise; not before the user's latest behavior, nor in the future."""
+    item_id: Id | None = None
+    """The item acted on, which is then recommended no more."""
+    event_id: Name | None = None
+    """The sender's name for the event. Sent again, it counts once; so does one of the same content."""
+
+
+class BehaviorAnswer(BaseModel):
+    """The user after the behavior."""
+
+    user_id: str | int
+    model_version: str
+    behaviors: int
+
+
+class FeaturesAnswer(BaseModel):
+    """What the online store holds of a user."""
+
+    user_id: str | int
+    model_version: str
+    cold: bool
+    behaviors: int
+    statistics: dict[str, float | str | None]
+    vectors: dict[str, list[float] | None]
+    """Those of `features.vectors` that are the user's, by `view:feature`."""
+    embedding: list[float]
+
+
+class ScoreItemsRequest(Asked):
+    """Which items to score for which user."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        json_schema_extra={"examples": [{"user_id": 1, "item_ids": [10, 11], "context": {}}]},
+    )
+
+    user_id: Id
+    item_ids: Ids
+    at: At = None
+    context: Context
+    unknown_user: Annotated[
+        Literal["empty", "refuse"],
+        Field(
+            description="A user who is not known is one without history (`empty`), or gets 404 (`refuse`)."
+        ),
+    ] = "empty"
+
+
+class ItemAnswer(BaseModel):
+    """One item of the request."""
+
+    item_id: str | int
+    status: Literal["ok", "unknown"]
+    probability: float | None
+
+
+class ScoreItemsAnswer(BaseModel):
+    """Scores by item, in the order of the request."""
+
+    user_id: str | int
+    model_version: str
+    cold: bool
+    """The user has no history, or is not known; the empty state answered."""
+    items: list[ItemAnswer]
+
+
+class RecommendRequest(Asked):
+    """How many items to recommend to which user."""
+
+    model_config = ConfigDict(
+        extra="forbid", json_schema_extra={"examples": [{"user_id": 1, "k": 10, "context": {}}]}
+    )
+
+    user_id: Id
+    k: Annotated[StrictInt, Field(ge=1, le=K)] = 10
+    include_seen: StrictBool = False
+    """Also items that the user has acted on."""
+    at: At = None
+    context: Context
+    unknown_user: Literal["empty", "refuse"] = "empty"
+
+
+class FeaturesRequest(Asked):
+    """Which features of which entities, as Feast's /get-online-features has it."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        json_schema_extra={
+            "examples": [{"features": ["item_stats:item_click_rate"], "entities": {"item_id": [10, 11]}}]
+        },
+    )
+
+    features: Annotated[list[Name], Field(min_length=1, max_length=FEATURES)] | None = None
+    """As `view:feature`."""
+    feature_service: Name | None = None
+    entities: Annotated[
+        dict[Name, Annotated[list[Id], Field(min_length=1, max_length=ROWS)]],
+        Field(min_length=1, max_length=20),
+    ]
+    """A column for each join key; `model_version` is the live one where it is needed and left out."""
+    full_feature_names: StrictBool = False
+
+    @model_validator(mode="after")
+    def _whole(self) -> FeaturesRequest:
+        if (self.features is None) == (self.feature_service is None):
+            raise ValueError("give either `features` or `feature_service`")
+        if len({len(column) for column in self.entities.values()}) > 1:
+            raise ValueError("the columns of `entities` differ in length")
+        return self
+
+
+class FeastRequest(FeaturesRequest):
+    """The same from Feast's clients, which send further fields."""
+
+    model_config = ConfigDict(extra="ignore")
+
+
+class ColumnsAnswer(BaseModel):
+    """Features by column, in the order of the entities; null where nothing is stored."""
+
+    model_version: str
+    """The live one."""
+    columns: dict[str, list[Any]]
+
+
+class UserAnswer(FeaturesAnswer):
+    """A user's state under the live model."""
+
+    seen_items: list[str]
+    """Items that are recommended only on request."""
+
+
+class Refusal(BaseModel):
+    """Why there is no answer, in one sentence."""
+
+    detail: str
+    request_id: str

@@ -1,0 +1,77 @@
+"""What a service tells Prometheus of itself.
+
+Written here, since Feast puts the process's prometheus_client into its multi-process mode, where two
+services of one process, and services one after another, would add up.
+https://prometheus.io/docs/instrumenting/exposition_formats/#text-based-format
+"""
+
+from __future__ import annotations
+
+import threading
+from bisect import bisect_left
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from itertools import accumulate
+
+_BUCKETS = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+"""Seconds."""
+
+
+class Metrics:
+    """Of one application; several may be in one process."""
+
+    content_type = "text/plain; version=0.0.4; charset=utf-8"
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._answers: Counter[tuple[str, int]] = Counter()
+        self._in_bucket: dict[str, list[int]] = defaultdict(lambda: [0] * (len(_BUCKETS) + 1))
+        self._seconds: defaultdict[str, float] = defaultdict(float)
+        self._pushed = 0
+        self._in_work: Callable[[], int] = lambda: 0
+
+    def answered(self, route: str, status: int, seconds: float) -> None:
+        """Count an answer; routes are few, since they are templates and not what was asked for."""
+        with self._lock:
+            self._answers[route, status] += 1
+            self._in_bucket[route][bisect_left(_BUCKETS, seconds)] += 1
+            self._seconds[route] += seconds
+
+    def pushed(self) -> None:
+        """Count a behavior that was taken in."""
+        with self._lock:
+            self._pushed += 1
+
+    def watch(self, in_work: Callable[[], int]) -> None:
+        """Ask this for the requests in work, whenever somebody looks."""
+        self._in_work = in_work
+
+    def text(self) -> str:
+        """Prometheus's text format."""
+        with self._lock:
+            return "\n".join([*self._lines(), ""])
+
+    def _lines(self) -> Iterator[str]:
+        yield from _head("bahe_requests_total", "counter", "Answers; 499 are clients that went away.")
+        for (route, status), count in sorted(self._answers.items()):
+            yield f'bahe_requests_total{{route="{_escaped(route)}",status="{status}"}} {count}'
+        yield from _head("bahe_request_seconds", "histogram", "From a request's head to its answer's end.")
+        for route, counts in sorted(self._in_bucket.items()):
+            label = f'route="{_escaped(route)}"'
+            totals = list(accumulate(counts))
+            for bound, total in zip((*map(str, _BUCKETS), "+Inf"), totals, strict=True):
+                yield f'bahe_request_seconds_bucket{{{label},le="{bound}"}} {total}'
+            yield f"bahe_request_seconds_sum{{{label}}} {self._seconds[route]}"
+            yield f"bahe_request_seconds_count{{{label}}} {totals[-1]}"
+        yield from _head("bahe_requests_in_work", "gauge", "Requests that have a thread or wait for one.")
+        yield f"bahe_requests_in_work {self._in_work()}"
+        yield from _head("bahe_behaviors_pushed_total", "counter", "Behaviors that were taken in.")
+        yield f"bahe_behaviors_pushed_total {self._pushed}"
+
+
+def _head(name: str, kind: str, about: str) -> tuple[str, str]:
+    return f"# HELP {name} {about}", f"# TYPE {name} {kind}"
+
+
+def _escaped(label: str) -> str:
+    return label.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
