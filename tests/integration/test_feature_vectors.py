@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -214,7 +215,26 @@ def test_people_see_them(project: bahe.Project) -> None:
     assert json.loads(shown.stdout)["taste:embedding"] == embedding.tolist()
     with TestClient(create_app(project.home)) as client:
         answer = client.get("/features", params={"user_id": "u1"}).json()
+        asked = {"user_id": "u1", "item_ids": list(range(25)), "at": "2030-01-01T00:00:00Z"}
+        scored = client.post("/score", json=asked).json()["scores"]
+    mine = OnlineLookup(project.home).score("u1", list(range(25)), datetime(2030, 1, 1, tzinfo=UTC))
+    assert [(one["item_id"], one["probability"]) for one in scored] == [
+        (one.item_id, pytest.approx(one.probability, abs=1e-6)) for one in mine.scores
+    ]
     assert answer["vectors"] == {"taste:embedding": embedding.tolist()}
+
+
+def test_a_running_service_answers_with_what_is_published(project: bahe.Project) -> None:
+    with TestClient(create_app(project.home)) as client:
+        asked = {"user_id": "u1", "item_ids": list(range(25)), "at": "2030-01-01T00:00:00Z"}
+        before = client.post("/score", json=asked).json()["scores"]
+        with _changed(project, "picture", lambda vector: -vector):
+            project.publish()
+            after = client.post("/score", json=asked).json()["scores"]
+        project.publish()
+        again = client.post("/score", json=asked).json()["scores"]
+    assert before != after
+    assert again == before
 
 
 def test_changed_vectors_are_found_by_the_audit_and_published(project: bahe.Project) -> None:
@@ -307,7 +327,8 @@ def _changed(project: bahe.Project, view: str, change: object) -> Iterator[None]
     assert callable(change)
     try:
         rows = before.copy()
-        rows["embedding"] = [None if v is None else change(v) for v in before["embedding"]]
+        column = "pixels" if view == "picture" else "embedding"
+        rows[column] = [None if v is None else change(v) for v in before[column]]
         schema = pq.read_schema(path)
         pq.write_table(pa.Table.from_pandas(rows, schema), path)
         yield

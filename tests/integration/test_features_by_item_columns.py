@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -125,8 +127,23 @@ def project(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> ba
     return project
 
 
-def test_they_are_joined_by_the_item_of_the_moment(project: bahe.Project) -> None:
+@contextmanager
+def _changed(project: bahe.Project, **sections: object) -> Iterator[None]:
+    """Another dataset.yaml in the home."""
+    path = project.home.root / "dataset.yaml"
+    before = path.read_text()
+    try:
+        path.write_text(yaml.safe_dump(yaml.safe_load(before) | sections))
+        yield
+    finally:
+        path.write_text(before)
+
+
+@pytest.mark.parametrize("freshness", ["nightly", "live"])
+def test_they_are_joined_by_the_item_of_the_moment(freshness: str, project: bahe.Project) -> None:
     """Each row against brute force: the item's last version strictly before, then the key's last value."""
+    with _changed(project, freshness=freshness):
+        project.frame()
     log = Path(yaml.safe_load((project.home.root / "dataset.yaml").read_text())["feature_repo"]).parent
     items = pd.read_parquet(log / "items.parquet")
     views = {name: pd.read_parquet(log / "features" / f"{name}.parquet") for name in ("habit", "rent")}
@@ -143,7 +160,7 @@ def test_they_are_joined_by_the_item_of_the_moment(project: bahe.Project) -> Non
     assert "shelf" not in frame  # a key that no list names
     known = {"visits": 0, "cost": 0, "category": 0}
     for row in frame.to_dict("records"):
-        moment = row["event_timestamp"]
+        moment = row["event_timestamp"].floor("D") if freshness == "nightly" else row["event_timestamp"]
         item = last_before(items, moment, item_id=row["item_id"])
         category, shelf = (None, None) if item is None else (item["category"], item["shelf"])
         habit = last_before(views["habit"], moment, user_id=row["user_id"], category=category)
@@ -191,16 +208,11 @@ def test_the_online_values_are_those_of_the_items_now(project: bahe.Project) -> 
 
 
 def test_a_key_that_no_list_names_is_no_column(project: bahe.Project) -> None:
-    path = project.home.root / "dataset.yaml"
-    before = path.read_text()
     listed = pq.read_table(latest_frame(project.home).path)
-    try:
-        path.write_text(yaml.safe_dump(yaml.safe_load(before) | {"features": {"numeric": ["habit"]}}))
+    with _changed(project, features={"numeric": ["habit"]}):
         project.frame()
         frame = pq.read_table(latest_frame(project.home).path)
-    finally:
-        path.write_text(before)
-        project.frame()
+    project.frame()
     assert "category" not in frame.column_names
     assert frame["visits"].equals(listed["visits"])
     assert frame["impression_id"].equals(listed["impression_id"])
@@ -214,11 +226,5 @@ def test_a_key_that_no_list_names_is_no_column(project: bahe.Project) -> None:
     ],
 )
 def test_other_keys_are_refused(features: dict[str, list[str]], words: str, project: bahe.Project) -> None:
-    path = project.home.root / "dataset.yaml"
-    before = path.read_text()
-    try:
-        path.write_text(yaml.safe_dump(yaml.safe_load(before) | {"features": features}))
-        with pytest.raises(BadInput, match=words):
-            project.frame()
-    finally:
-        path.write_text(before)
+    with _changed(project, features=features), pytest.raises(BadInput, match=words):
+        project.frame()
