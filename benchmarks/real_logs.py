@@ -45,8 +45,8 @@ def measure(quick: bool, home_path: Path) -> Iterable[Row]:
         ", without what a user did with the item": ({"features": features | {"numeric": without}}, seeds),
     }
     if not quick:
-        variants[", without a network on the features alone"] = ({"model": model | {"facts_width": 0}}, seeds)
-        ids = {"behavior_ids": True, "item_ids": True}
+        without_it, ids = {"facts_width": 0}, {"behavior_ids": True, "item_ids": True}
+        variants[", without a network on the features alone"] = ({"model": model | without_it}, seeds)
         variants[", with embeddings of IDs"] = ({"model": model | ids}, seeds)
         # They take ten times as long.
         variants[", with deep layers"] = ({"model": model | {"deep": True}}, SEEDS[:1])
