@@ -168,7 +168,7 @@ def create_app(
     app.include_router(_probes(service))
     app.include_router(_version_1(service))
     app.include_router(_feast(service))
-    app.include_router(_of_before(service))
+    app.include_router(_deprecated(service))
 
     @app.get("/docs", include_in_schema=False)
     def docs(request: Request) -> HTMLResponse:
@@ -322,7 +322,7 @@ def _feast(service: _Service) -> APIRouter:
     return router
 
 
-def _of_before(service: _Service) -> APIRouter:
+def _deprecated(service: _Service) -> APIRouter:
     """Routes that /v1 replaces."""
     router, lookup = APIRouter(deprecated=True, tags=["deprecated"]), service.lookup
 

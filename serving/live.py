@@ -210,7 +210,7 @@ class LiveLookup(OnlineLookup):
             pushed = self._pushes.of_user(stored.user_id)
             fresh = self._fresh_of(stored, pushed) or self._keep(stored, self._from_lake(stored, artifact))
             again = (channel, atom_id, behavior.time_us) in fresh.in_lake
-            if not again and not any(behavior.is_again(one) for one in pushed):
+            if not again and not any(behavior.repeats(one) for one in pushed):
                 if not fresh.state.takes(channels.index(channel), behavior.time_us):
                     raise BadInput(
                         f"a behavior at {at.isoformat()} does not follow the latest of user"

@@ -54,8 +54,8 @@ def score(client: TestClient, **changes: Any) -> Any:
 
 
 def test_scores_come_by_item_in_the_order_asked_for(client: TestClient) -> None:
-    of_before = client.post("/score", json={"user_id": "u1", "item_ids": [3, 4, 5], "at": NOON}).json()
-    wanted = {one["item_id"]: one["probability"] for one in of_before["scores"]}
+    older = client.post("/score", json={"user_id": "u1", "item_ids": [3, 4, 5], "at": NOON}).json()
+    wanted = {one["item_id"]: one["probability"] for one in older["scores"]}
     answer = score(client, item_ids=[5, 99, 3, "4", 5, "three", "x" * 200]).json()
     assert [one["item_id"] for one in answer["items"]] == [5, 99, 3, 4, 5, "three", "x" * 99 + "…"]
     assert [one["status"] == "ok" for one in answer["items"]] == [
@@ -91,7 +91,7 @@ def test_an_unknown_user_is_one_without_history_and_refused_on_request(client: T
         assert "user never seen is not in the online store" in answer.json()["detail"]
 
 
-def test_recommendations_are_those_of_before(client: TestClient) -> None:
+def test_recommendations_are_those_older(client: TestClient) -> None:
     asked = {"user_id": "u1", "k": 5, "at": NOON}
     context = {"context": {"device": "phone"}}
     assert (
@@ -144,10 +144,10 @@ def test_feasts_remote_online_store_reads_here(
 
 
 def test_a_users_state(client: TestClient) -> None:
-    of_before = client.get("/features", params={"user_id": "u1"}).json()
+    older = client.get("/features", params={"user_id": "u1"}).json()
     state = client.get("/v1/users/u1").json()
     log = small_log(users=12, rows=400)["behaviors"]
-    assert {key: state[key] for key in of_before} == of_before
+    assert {key: state[key] for key in older} == older
     assert set(state["seen_items"]) >= {str(i) for i in set(log[log["user_id"] == "u1"]["item_id"])}
 
 
