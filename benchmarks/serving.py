@@ -203,7 +203,7 @@ def measure(quick: bool, home_path: Path) -> Iterable[Row]:
     )
     yield from over_http(home, user, some, 4 * turns)
     yield pushed(home, user, turns, "a new text", lambda number: f"something new, {number}")
-    yield pushed(home, user, turns, "a text pushed lately", lambda _: "the same again")
+    yield pushed(home, user, turns, "a known text", lambda _: "the same again")
 
 
 def _user(home: Home) -> Identifier:
