@@ -289,7 +289,9 @@ def _version_1(service: _Service) -> APIRouter:
                 version,
                 request.full_feature_names,
             )
-            answer = {"model_version": version, "columns": columns}
+            keys = {*request.entities, "model_version"}
+            values = {name: column for name, column in columns.items() if name not in keys}
+            answer = {"model_version": version, "columns": values}
             return to_json(answer, inf_nan_mode="null", bytes_mode="base64")
 
         return Response(await service.ask(read), media_type="application/json")
