@@ -18,6 +18,7 @@ import yaml
 from bahe_core.errors import BadInput, Damaged, NotReady, one_line
 from bahe_core.files import replace_atomically
 from bahe_core.home import Home
+from bahe_core.lake_location import bound_postgres_wait
 from bahe_lake.catalogue import tables
 from bahe_lake.connection import lake, require_catalogue
 from feast_ducklake.quick_import import import_feast
@@ -138,6 +139,7 @@ def open_store(home: Home) -> FeatureStore:
             f"{home.feature_store_yaml} is gone, and with it which online store this home uses; run `bahe"
             " apply`, with --target unless that was SQLite."
         )
+    bound_postgres_wait()  # an online store there, whose own settings have no limit
     import_feast()
     from feast import FeatureStore
     from google.protobuf.message import DecodeError

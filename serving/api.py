@@ -168,7 +168,7 @@ def create_app(
     app.include_router(_probes(service))
     app.include_router(_version_1(service))
     app.include_router(_feast(service))
-    app.include_router(_of_before(service))
+    app.include_router(_deprecated(service))
 
     @app.get("/docs", include_in_schema=False)
     def docs(request: Request) -> HTMLResponse:
@@ -289,7 +289,9 @@ def _version_1(service: _Service) -> APIRouter:
                 version,
                 request.full_feature_names,
             )
-            answer = {"model_version": version, "columns": columns}
+            keys = {*request.entities, "model_version"}
+            values = {name: column for name, column in columns.items() if name not in keys}
+            answer = {"model_version": version, "columns": values}
             return to_json(answer, inf_nan_mode="null", bytes_mode="base64")
 
         return Response(await service.ask(read), media_type="application/json")
@@ -322,7 +324,7 @@ def _feast(service: _Service) -> APIRouter:
     return router
 
 
-def _of_before(service: _Service) -> APIRouter:
+def _deprecated(service: _Service) -> APIRouter:
     """Routes that /v1 replaces."""
     router, lookup = APIRouter(deprecated=True, tags=["deprecated"]), service.lookup
 

@@ -70,6 +70,8 @@ class ItemTable:
         if views is None:
             return None
         tokens = tuple(self._online.versions(self._store.config, views))
+        if None in tokens:  # nothing was written, or a server short of memory let go of the token
+            return None
         kept = self._items
         if (
             kept is None

@@ -38,6 +38,8 @@ from serving.request_log import RequestLog
 
 STATES = 256
 """Users whose states are kept; with SmolLM2 a full window of 512 behaviors takes about 3 MB."""
+ATOMS = 10_000
+"""Atoms whose vectors are kept, 23 MB with SmolLM2."""
 AGAIN = 512
 """Latest behaviors of a channel in which one that is sent again, or was ingested since, is sought."""
 AHEAD = timedelta(minutes=5)
@@ -92,6 +94,8 @@ class LiveLookup(OnlineLookup):
         self._fresh_lock = threading.Lock()
         self._appending = threading.RLock()  # a state belongs to one thread at a time
         self._pushes = PushLog(home)
+        self._atoms: dict[int, np.ndarray] = {}
+        """Vectors of the encoder, the newest last."""
         self._by_text: tuple[dict[Identifier, str], dict[str, list[Identifier]]] = ({}, {})
         """A catalogue, and the items of each of its texts."""
         self._sql = duckdb.connect()
@@ -206,7 +210,7 @@ class LiveLookup(OnlineLookup):
             pushed = self._pushes.of_user(stored.user_id)
             fresh = self._fresh_of(stored, pushed) or self._keep(stored, self._from_lake(stored, artifact))
             again = (channel, atom_id, behavior.time_us) in fresh.in_lake
-            if not again and not any(behavior.is_again(one) for one in pushed):
+            if not again and not any(behavior.repeats(one) for one in pushed):
                 if not fresh.state.takes(channels.index(channel), behavior.time_us):
                     raise BadInput(
                         f"a behavior at {at.isoformat()} does not follow the latest of user"
@@ -267,14 +271,13 @@ class LiveLookup(OnlineLookup):
             if one.channel in channels and (one.channel, one.atom_id, one.time_us) not in fresh.in_lake
         ]
         # All of them before the state is touched, which a failure must not leave half done.
-        encode = self._encoder.encode
-        atoms_ND = encode([o.channel for o in lacking], [o.text for o in lacking]) if lacking else ()
-        for one, atom_D in zip(lacking, atoms_ND, strict=True):
+        atoms = self._encoded(lacking)
+        for one in lacking:
             number = channels.index(one.channel)
             # In order when it came, but the log has got later ones since: an ingest puts it in its place.
             if not fresh.state.takes(number, one.time_us):
                 continue
-            fresh.state.append(number, torch.from_numpy(atom_D), one.time_us, one.atom_id)
+            fresh.state.append(number, torch.from_numpy(atoms[one.atom_id]), one.time_us, one.atom_id)
             items = [one.item_id] if one.item_id is not None else self._items_of(one.text)
             acts.append(_Act(frozenset(map(str, items)), one.item_id is not None, one.channel, one.time_us))
         return replace(
@@ -284,6 +287,17 @@ class LiveLookup(OnlineLookup):
             taken=len(pushed),
             acts=tuple(acts),
         )
+
+    def _encoded(self, behaviors: Sequence[Pushed]) -> dict[int, np.ndarray]:
+        """Vectors by atom; those of late are kept, since many people do the same things."""
+        new = {one.atom_id: one for one in behaviors if one.atom_id not in self._atoms}
+        if new:
+            channels, texts = [o.channel for o in new.values()], [o.text for o in new.values()]
+            self._atoms |= dict(zip(new, self._encoder.encode(channels, texts), strict=True))
+        found = {one.atom_id: self._atoms[one.atom_id] for one in behaviors}
+        for atom in list(self._atoms)[:-ATOMS]:
+            del self._atoms[atom]
+        return found
 
     def _items_of(self, text: str) -> list[Identifier]:
         catalogue = self.catalogue()
@@ -339,6 +353,7 @@ class LiveLookup(OnlineLookup):
         """Load the live model's encoder when a publish has changed it."""
         if self._encoder_version != artifact.encoder_version:
             self._encoder, self._encoder_version = self._load_encoder(artifact)
+            self._atoms = {}
         if self._encoder_version != artifact.encoder_version:
             raise NotReady(
                 f"{artifact.model_version} reads vectors of {artifact.encoder_version}, but"

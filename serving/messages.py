@@ -216,6 +216,7 @@ class ColumnsAnswer(BaseModel):
     model_version: str
     """The live one."""
     columns: dict[str, list[Any]]
+    """Of the features; the join keys are those of the request."""
 
 
 class UserAnswer(FeaturesAnswer):

@@ -32,8 +32,8 @@ class Pushed:
     item_id: str | int | None
     event_id: str | None
 
-    def is_again(self, other: Pushed) -> bool:
-        """Whether this is another one sent once more: by the sender's name for it, or the same content."""
+    def repeats(self, other: Pushed) -> bool:
+        """Whether this is the other one, sent again: by the sender's name for it, or the same content."""
         if self.event_id is not None and self.event_id == other.event_id:
             return True
         return (self.channel, self.atom_id, self.time_us, self.item_id) == (

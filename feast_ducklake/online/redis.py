@@ -34,8 +34,8 @@ _ROWS_PER_CALL = 256
 """Few, since the server answers no one else while it runs a call of the script."""
 
 _WORTH_A_RETRY = (redis.ConnectionError,)
-"""Connections of before the server was started anew. A server that says nothing is not asked again, which
-would only double the wait."""
+"""A connection may be from before a restart of the server. A server that says nothing is not asked again,
+which would only double the wait."""
 
 # KEYS: entities. ARGV: seconds until a key expires (0: never), number of fields, names of the fields (the
 # time's last), then for each entity as many values. Returns how many entities were written.

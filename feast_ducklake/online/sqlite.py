@@ -209,9 +209,9 @@ def _connect(path: Path, busy_seconds: float) -> sqlite3.Connection:
     # change again and again, and a materialization takes a seventh less time.
     connection.execute("PRAGMA wal_autocheckpoint = 4000")
     # No mmap: a file that is truncated in place (a backup copied over it) would kill the process (SIGBUS)
-    # where a read only fails.
+    # where a read only fails. 100 of 50,000 vectors of 1 kB take 0.56 ms so, and took 0.34 with it.
     connection.execute("PRAGMA mmap_size = 0")
-    # In kilobytes, for each thread: what mmap left to the system, at a third to a half of the time more.
+    # 16 MiB for each connection: a small home's items stay in it.
     connection.execute("PRAGMA cache_size = -16384")
     return connection
 

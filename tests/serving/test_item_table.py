@@ -74,6 +74,17 @@ def test_what_is_written_to_the_store_is_in_the_next_answer(published: Home, tmp
     assert [i for i, a, b in zip(every, before, after, strict=True) if a != b] == [3]
 
 
+def test_a_token_that_is_gone_is_no_token(published: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two lost tokens are alike, and what they stood for need not be."""
+    keeping = Counted(published, keep_items=True)
+    assert keeping._table is not None
+    monkeypatch.setattr(keeping._table._online, "versions", lambda config, views: [None for _ in views])
+    version = keeping.live_version()
+    for _ in range(2):
+        keeping.items([3, 4], version)
+    assert keeping.read_items == 4
+
+
 def test_while_a_store_is_written_to_a_few_items_are_read_by_themselves(
     published: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -63,6 +63,21 @@ def test_it_scores(port: int) -> None:
     assert [one["status"] for one in json.loads(body)["items"]] == ["ok", "unknown"]
 
 
+def test_the_example_ranks_and_goes_without(port: int) -> None:
+    def rank(service: str, user: str) -> tuple[list[str], str]:
+        command = [sys.executable, "examples/serving/rank.py", service, user, "999", "3", "4"]
+        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+        return done.stdout.split(), done.stderr
+
+    body = ask(port, "POST", "/v1/score", b'{"user_id": "u1", "item_ids": [3, 4]}')[1]
+    best = sorted(json.loads(body)["items"], key=lambda one: -one["probability"])
+    assert rank(f"http://127.0.0.1:{port}", "u1")[0] == [*(str(one["item_id"]) for one in best), "999"]
+    for service, user in ((f"http://127.0.0.1:{port}", "u" * 300), ("http://127.0.0.1:1", "u1")):
+        order, said = rank(service, user)
+        assert order == ["999", "3", "4"]
+        assert said.startswith("unranked: ")
+
+
 def test_a_million_ids_are_refused_before_they_are_read(port: int) -> None:
     body = json.dumps({"user_id": "u1", "item_ids": list(range(10**6))}).encode()
     with socket.create_connection(("127.0.0.1", port), timeout=60) as client:

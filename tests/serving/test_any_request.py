@@ -1,0 +1,133 @@
+"""Whatever is sent to whatever route: an answer, or a refusal in one short sentence, and never a 500."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from bahe_core.home import Home
+from serving.api import create_app
+from tests.support.cli import call
+from tests.support.logs import small_log, write_dataset
+
+VALID: dict[str, dict[str, Any]] = {
+    "/v1/score": {"user_id": "u1", "item_ids": [3, 4], "at": "2024-06-01T12:00:00Z"},
+    "/score": {"user_id": "u1", "item_ids": [3, 4], "context": {}},
+    "/v1/recommend": {"user_id": "u1", "k": 3, "include_seen": True, "unknown_user": "refuse"},
+    "/v1/features": {
+        "features": ["item_stats:item_clicks", "user_embedding:embedding"],
+        "entities": {"item_id": [3], "user_id": ["u1"]},
+    },
+    "/get-online-features": {"feature_service": "ctr_online", "entities": {"item_id": [3]}},
+    "/v1/behaviors": {
+        "user_id": "u1",
+        "channel": "liked",
+        "text": "liked that",
+        "event_timestamp": "2024-06-01T12:00:00Z",
+        "item_id": 3,
+        "event_id": "a",
+    },
+}
+TEXTS = st.one_of(
+    st.text(max_size=8),
+    st.sampled_from(
+        [
+            "",
+            "\ud800",
+            "\0",
+            "u1",
+            "3",
+            "item_stats:x",
+            ":",
+            "x" * 300,
+            "2024-06-01",
+            "0001-01-01T00:00+23:59",
+        ]
+    ),
+)
+NUMBERS = st.one_of(
+    st.integers(), st.sampled_from([0, -1, 2**63, -(2**63), 2**64, 10**400, 253402300800, -62135596801])
+)
+VALUES = st.recursive(
+    st.none() | st.booleans() | NUMBERS | st.floats() | TEXTS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> TestClient:
+    folder = tmp_path_factory.mktemp("any")
+    home = Home.at(folder / "home")
+    dataset = write_dataset(folder / "log", small_log(users=12, rows=400), tiny_backbone)
+    call("run", dataset, "--tracker", "none", home=home)
+    return TestClient(create_app(home, live=True))
+
+
+@st.composite
+def requests(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
+    """A valid request with some fields changed, left out, or more of them, at any depth."""
+    route = draw(st.sampled_from(sorted(VALID)))
+    body = json.loads(json.dumps(VALID[route]))
+    for _ in range(draw(st.integers(1, 3))):
+        place: Any = body
+        while isinstance(place, dict) and place:
+            key = draw(st.sampled_from(sorted(place)))
+            if isinstance(place[key], dict | list) and place[key] and draw(st.booleans()):
+                place = place[key]
+                continue
+            if draw(st.integers(0, 4)) == 0:
+                del place[key]
+            else:
+                place[key] = draw(VALUES)
+            break
+        else:
+            if isinstance(place, list):
+                place.append(draw(VALUES))
+            else:
+                body[draw(TEXTS)] = draw(VALUES)
+    return route, body
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(request=requests())
+def test_a_request_with_anything_in_it(client: TestClient, request: tuple[str, dict[str, Any]]) -> None:
+    route, body = request
+    answer = client.post(route, content=json.dumps(body), headers={"Content-Type": "application/json"})
+    assert answer.status_code in (200, 400, 404, 422), answer.text
+    if answer.status_code != 200:
+        assert isinstance(answer.json()["detail"], str)
+        assert len(answer.text) < 500
+        assert "/tmp" not in answer.text
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    route=st.sampled_from(
+        ["/features", "/recommend", "/v1/users/", "/docs", "/openapi.json", "/metrics", "/x"]
+    ),
+    query=st.dictionaries(
+        st.sampled_from(["user_id", "k", "at", "context", "include_seen", "x"]),
+        TEXTS.filter(lambda text: text.isprintable() and "\ud800" not in text) | NUMBERS,
+    ),
+)
+def test_an_address_with_anything_in_it(client: TestClient, route: str, query: dict[str, Any]) -> None:
+    if route == "/v1/users/":
+        route += str(query.get("user_id", "")).replace("?", "").replace("#", "")
+    answer = client.get(route, params=query)
+    assert answer.status_code in (200, 307, 400, 404, 405, 422), answer.text
+    if answer.status_code >= 400:
+        assert len(answer.text) < 500
+
+
+@pytest.mark.parametrize(
+    "path", ["/v1/users/%ff%fe", "/v1/users/%ed%a0%80", "/features?user_id=%ff", "/%00"]
+)
+def test_an_address_that_is_no_text(client: TestClient, path: str) -> None:
+    assert client.get(path).status_code in (400, 404, 422)
