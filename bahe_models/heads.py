@@ -42,6 +42,15 @@ def facts_network(dense: int, hidden: int, dropout: float) -> nn.Sequential:
     )
 
 
+@torch.no_grad()
+def silence(network: nn.Sequential) -> None:
+    """Let a network answer 0 until it has learned something."""
+    last = network[-1]
+    assert isinstance(last, nn.Linear)
+    last.weight.zero_()
+    last.bias.zero_()
+
+
 class Head(nn.Module):
     """A DNN on user, item, their product and the facts (`dnn`), after cross layers with `dcn`.
 
@@ -79,13 +88,9 @@ class Head(nn.Module):
         self.wide.weight[0] = weights_F
         self.wide.bias.fill_(bias)
 
-    @torch.no_grad()
     def start_with_facts_alone(self) -> None:
         """Let the DNN add nothing at first: what it reads at random would drown what is fitted already."""
-        last = self.hidden[-1]
-        assert isinstance(last, nn.Linear)
-        last.weight.zero_()
-        last.bias.zero_()
+        silence(self.hidden)
 
     def forward(
         self,

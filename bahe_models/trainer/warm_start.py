@@ -10,6 +10,7 @@ import torch
 from bahe_core.errors import BadInput
 from bahe_models.artifact import Artifact
 from bahe_models.config import ModelConfig
+from bahe_models.heads import silence
 from bahe_models.timelines import Int64
 from bahe_models.trainer.ctr_training import Batches, table_ids
 
@@ -21,7 +22,6 @@ _SHAPE_FIELDS = (
     "deep_width",
     "profile_width",
     "head_width",
-    "facts_width",
     "channels",
     "behavior_ids",
     "item_ids",
@@ -77,6 +77,11 @@ def require_fit(
         raise BadInput(
             f"{artifact.model_version} reads time gaps; set model.time_gaps to true, or {_AFRESH}."
         )
+    if artifact.model.config.facts_width not in (0, config.facts_width):
+        raise BadInput(
+            f"{artifact.model_version} has model.facts_width {artifact.model.config.facts_width}, not"
+            f" {config.facts_width}; set it back, or {_AFRESH}."
+        )
     of_head = ("cross_layers",) if config.head == "dcn" else ()
     for name in (*_SHAPE_FIELDS, *of_head, *(_CONTEXT_FIELDS if context else ())):
         their_value, our_value = (getattr(c, name) for c in (artifact.model.config, config))
@@ -96,9 +101,10 @@ def start_from(artifact: Artifact, batches: Batches, *, encoder_version: str) ->
     """Make a fresh model predict what the artifact does, before its first step.
 
     Weights are copied where their shapes agree. Rows of the ID tables are matched by id; a new item or
-    behavior starts at zero, like the artifact's row for unseen ones; so do embeddings of time gaps that
-    the artifact does not have. The dense features take the artifact's standardisation, which its weights
-    depend on. Raises BadInput when the two do not fit together.
+    behavior starts at zero, like the artifact's row for unseen ones; so do embeddings of time gaps, and
+    what a network on the facts alone says, that the artifact does not have. The dense features take the
+    artifact's standardisation, which its weights depend on. Raises BadInput when the two do not fit
+    together.
     """
     require_fit(
         artifact,
@@ -123,5 +129,7 @@ def start_from(artifact: Artifact, batches: Batches, *, encoder_version: str) ->
         # Row 0, for unseen ids, is zero; ids that the artifact has not seen start from it.
         with_unseen = torch.cat([torch.zeros(1, dtype=torch.long), rows[name]])
         own[name].copy_(theirs[name].cpu()[with_unseen])
+    if artifact.model.head.alone is None and batches.model.head.alone is not None:
+        silence(batches.model.head.alone)
     batches.dense = artifact.dense
     batches.logit_shift = artifact.logit_shift

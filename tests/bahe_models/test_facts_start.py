@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from bahe_core.errors import BadInput
-from bahe_models import BaheModel, ModelConfig, TrainingData, auc, load
-from bahe_models.trainer.warm_start import require_fit
+from bahe_models import ModelConfig, TrainingData, auc, load
+from bahe_models.trainer.warm_start import start_from
 from tests.support.toy import toy_artifact, toy_batches, toy_data
 
 TWO = ("shop:left", "shop:right")
@@ -76,14 +76,20 @@ def test_an_artifact_keeps_it_and_an_older_one_has_none(tiny_backbone: Path, tmp
     config = json.loads(path.read_text())
     del config["model"]["facts_width"]  # as it was written before there was one
     path.write_text(json.dumps(config))
-    assert isinstance(load(tmp_path / "older").model, BaheModel)
-    with pytest.raises(BadInput, match=r"model\.facts_width 0, not 128; .* train afresh"):
-        require_fit(
-            load(tmp_path / "older"),
-            encoder_version=loaded.encoder_version,
-            channels=loaded.dense.channels,
-            context=(),
-            numeric=TWO,
-            vectors={},
-            config=batches.model.config,
-        )
+    artifact = load(tmp_path / "older")
+    assert artifact.model.head.alone is None
+
+    # A night after the upgrade starts from it, and predicts what it did until it has learned more.
+    night = toy_batches(data, tiny_backbone)
+    start_from(artifact, night, encoder_version=artifact.encoder_version)
+    assert night.model.head.alone is not None
+    np.testing.assert_allclose(night.predict(split), older.predict(split), atol=1e-5)
+
+
+def test_a_network_of_another_width_is_no_start(tiny_backbone: Path) -> None:
+    data = with_a_corner(toy_data())
+    artifact = toy_artifact(toy_batches(data, tiny_backbone))
+    for width in (0, 64):
+        other = toy_batches(data, tiny_backbone, facts_width=width)
+        with pytest.raises(BadInput, match=rf"model\.facts_width 128, not {width}; .* train afresh"):
+            start_from(artifact, other, encoder_version=artifact.encoder_version)
