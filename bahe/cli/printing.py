@@ -12,23 +12,24 @@ from bahe_core.progress import say
 
 
 def print_results(results: list[dict[str, Any]]) -> None:
-    """The results table, narrow enough for 80 columns, the width of a pipe.
+    """The results table, narrow enough for 80 columns, the width of a pipe: log loss, seconds of training.
 
-    Log loss and calibration are in the report.
+    Peak memory is in the report.
     """
     from materialize.training.report import shown, shown_auc
 
     names = {"floor": "floor", "id_only": "ID-only", "bahe": "BAHE"}
     print_table(
-        ("model", "split", "AUC [95 %]", "GAUC", "train s", "peak MiB"),
+        ("model", "split", "AUC [95 %]", "GAUC", "loss", "ECE", "s"),
         [
             (
                 names[row["model"]],
                 row["split"],
                 shown_auc(row),
                 shown(row["gauc"]),
-                f"{row['train_seconds']:.1f}",
-                f"{row['peak_memory_mb']:.0f}",
+                shown(row.get("log_loss")),
+                shown(row.get("ece"), 3),
+                f"{row['train_seconds']:.0f}",
             )
             for row in results
         ],

@@ -24,6 +24,8 @@ REPEATS = 3
 TOO_GOOD = 0.95
 """A feature that alone ranks clicks so well has most likely seen them."""
 HISTORY, ITEM = "user history", "item text and ID"
+DEEP = "user history, deep part"
+"""What the deep layers say of a user, apart from the sums; of a model that has such layers."""
 REQUEST = "impressions.context"
 
 
@@ -65,7 +67,8 @@ def permutation_importance(
         shuffled = [parts.scores(*parts.shuffled(split, names, columns, rng)) for _ in range(REPEATS)]
         return whole - float(np.mean([auc(split.clicked_N, scores) for scores in shuffled]))
 
-    single = [_single(name, columns, split, lost([name])) for name in [*columns, HISTORY, ITEM]]
+    of_model = [HISTORY, ITEM] if batches.model.aggregator.deep is None else [HISTORY, DEEP, ITEM]
+    single = [_single(name, columns, split, lost([name])) for name in [*columns, *of_model]]
     views: dict[str, list[str]] = {}
     for name in columns:
         views.setdefault(name.partition(":")[0], []).append(name)
@@ -105,17 +108,25 @@ class _Parts:
         self.interest_NT = torch.cat(interests)[place] if interests else None
 
     def scores(
-        self, split: Impressions, users: Int64 | None = None, items: Int64 | None = None
+        self,
+        split: Impressions,
+        users: Int64 | None = None,
+        items: Int64 | None = None,
+        deep: Int64 | None = None,
     ) -> npt.NDArray[np.float64]:
-        """Logits [N], with the vectors of other rows where they are given."""
+        """Logits [N], with the vectors (of `deep` the deep part of users') of other rows where given."""
         batches, device = self._batches, self._batches.device
         every = np.arange(len(split))
         of_user = torch.from_numpy(every if users is None else users).to(device)
         of_item = torch.from_numpy(every if items is None else items).to(device)
         context = split.context_NX
+        user_NV = self.user_NV[of_user]
+        if deep is not None:
+            width = batches.model.config.deep_width
+            user_NV[:, :width] = self.user_NV[torch.from_numpy(deep).to(device), :width]
         with torch.no_grad():
             logits = batches.model.score(
-                self.user_NV[of_user],
+                user_NV,
                 self.item_NV[of_item],
                 batches.dense_features(split),
                 None if context is None else torch.from_numpy(context).to(device),
@@ -130,11 +141,12 @@ class _Parts:
         names: Sequence[str],
         columns: Mapping[str, str | int],
         rng: np.random.Generator,
-    ) -> tuple[Impressions, Int64 | None, Int64 | None]:
+    ) -> tuple[Impressions, Int64 | None, Int64 | None, Int64 | None]:
         """The arguments of `scores` with these features of other rows, the same rows for all of them."""
         order = rng.permutation(len(split))
         users = order if HISTORY in names else None
         items = order if ITEM in names else None
+        deep = order if DEEP in names else None
         channels = self._batches.dense.channels
         values, lengths = dict(split.columns), split.length_NC.copy()
         vectors = dict(split.vectors)
@@ -152,7 +164,7 @@ class _Parts:
                 channel = channels.index(where)
                 lengths[:, channel] = lengths[order, channel]
         shuffled = replace(split, columns=values, length_NC=lengths, context_NX=context, vectors=vectors)
-        return shuffled, users, items
+        return shuffled, users, items, deep
 
 
 def _columns(batches: Batches, categorical: Sequence[str]) -> dict[str, str | int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
@@ -34,7 +34,7 @@ _PAGE = """<!doctype html>
 <table class="results"><thead><tr><th>Model</th><th>Split</th><th>AUC</th><th>GAUC</th><th>Log loss</th>
 <th>ECE</th><th>Training, s</th><th>Peak memory, MiB</th></tr></thead><tbody>{rows}</tbody></table>
 <h2>Is BAHE better?</h2>
-<ul>{differences}</ul>
+<ul>{differences}{advice}</ul>
 <h2>By length of the user's history, test split</h2>
 {segments}
 <h2>What the features are worth, validation split</h2>
@@ -94,8 +94,9 @@ def write_report(
     dataset: str,
     version: str,
     outcome: Outcome,
+    advice: Sequence[str] = (),
 ) -> None:
-    """Write the page; it needs no other file and no network."""
+    """Write the page; it needs no other file and no network. `advice` is that of `advice.advice`."""
     results, evaluations = outcome.results, outcome.evaluations
     floor = next(r["auc"] for r in results if r["model"] == "floor" and r["split"] == "validation")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -106,6 +107,7 @@ def write_report(
             when=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
             rows=_results(results),
             differences="".join(f"<li>{_difference(row)}</li>" for row in results if "bahe_gain" in row),
+            advice="".join(f"<li>{escape(one[0].upper() + one[1:])}</li>" for one in advice),
             segments=_segments(evaluations["test"]),
             reliability=reliability_plot(evaluations),
             curves=training_curves(outcome.histories, floor),

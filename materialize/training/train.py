@@ -36,6 +36,7 @@ from materialize.frames.frame import JOB as FRAME
 from materialize.frames.frame import REWRITTEN, latest_frame
 from materialize.gate import require_gates
 from materialize.training import tracking
+from materialize.training.advice import advice
 from materialize.training.report import results_table, write_report
 from materialize.training.train_with_baselines import Outcome, Settings, train_with_baselines
 from materialize.training.training_data import context_of, read_training_data
@@ -181,10 +182,13 @@ def train_models(
                     artifact.save(artifact_path)
                 checkpoint.delete()  # not before: a kill between the two would cost the whole training
                 done = _with_rewritten(done, runs.last(connection, FRAME))
-                write_report(report, dataset.name, version, done)
+                said = advice(results, done.histories["bahe"], done.importance, settings.training)
+                write_report(report, dataset.name, version, done, said)
                 for one in done.importance:
                     if one.warning is not None:
                         say(f"  feature {one.name} {one.warning}", feature=one.name)
+                for sentence in said:
+                    say(f"  {sentence}")
                 log.results(results)
                 log.files([artifact_path, report])
             learned = {"results": results, "encoder_version": encoder, "frame_id": frame.frame_id}

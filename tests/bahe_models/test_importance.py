@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from bahe_models import Batches
-from bahe_models.trainer.importance import HISTORY, ITEM, permutation_importance
-from tests.support.toy import toy_batches, toy_data
+from bahe_models import Batches, train
+from bahe_models.trainer.importance import DEEP, HISTORY, ITEM, permutation_importance
+from tests.support.toy import toy_batches, toy_config, toy_data
 
 USED, UNUSED, CLICKS, EMPTY, CONSTANT = (
     "shop:used",
@@ -67,3 +67,27 @@ def test_what_is_suspicious_is_named(batches: Batches) -> None:
     assert warnings.pop(EMPTY) == "has no value at all"
     assert warnings.pop(CONSTANT) == "is constant"
     assert {name.partition(":")[0] for name in warnings} <= {"user_stats", "item_stats"}
+
+
+def test_the_deep_part_of_a_history_is_told_apart(tiny_backbone: Path) -> None:
+    """Of two models one reads only the deep part of the user vector, one only its sums."""
+    found = {}
+    for part in ("deep", "sums"):
+        made = toy_batches(toy_data(), tiny_backbone)
+        train(made, toy_config())
+        width, head = made.model.config.deep_width, made.model.head
+        with torch.no_grad():
+            if part == "deep":
+                head.wide.weight[0, len(made.dense.names) :] = 0  # the inner products of the sums
+            else:
+                first = head.hidden[0]
+                assert isinstance(first, torch.nn.Linear)
+                first.weight[:, :width] = 0
+                first.weight[:, 2 * width : 3 * width] = 0
+        rows = permutation_importance(made, made.data.splits["validation"])
+        found[part] = {one.name: one.auc_lost for one in rows}
+    assert found["sums"][DEEP] == 0
+    assert found["sums"][HISTORY] > 0.01
+    assert found["deep"][DEEP] != 0
+    without = toy_batches(toy_data(), tiny_backbone, deep=False)
+    assert DEEP not in {one.name for one in permutation_importance(without, without.data.splits["test"])}

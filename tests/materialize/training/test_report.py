@@ -43,7 +43,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> str:
         evaluations=evaluations,
         importance=[worth, replace(worth, name="shop", features=2, alone=None, warning=None)],
     )
-    write_report(path, "a <shop>", "bahe-1", outcome)
+    write_report(path, "a <shop>", "bahe-1", outcome, ["raise <epochs>."])
     return path.read_text()
 
 
@@ -52,6 +52,7 @@ def test_differences_are_told_in_words(report: str) -> None:
     assert "0.0000 above that of the ID-only network, but" in sentences
     assert sentences.count("do not tell the two apart") == 2
     assert sentences.count("so it is more than chance") == 2
+    assert sentences.endswith("<li>Raise &lt;epochs&gt;.</li>")
 
 
 def test_the_page_has_its_parts(report: str) -> None:
