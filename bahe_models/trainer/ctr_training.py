@@ -252,11 +252,13 @@ def build_model(
     item_row_I: Int64,
     *,
     also_known: Int64 | None = None,
+    on_facts: Callable[[int], object] = lambda impressions: None,
 ) -> BaheModel:
     """A fresh model whose profile and wide part start from the training data.
 
     Its collaborative part knows the behaviors before the training impressions, and the atoms in the
-    rows `also_known`, which a warm start brings; it brings the head's weights as well.
+    rows `also_known`, which a warm start brings; it brings the head's weights as well. `on_facts` is the
+    `on_step` of `fit_to_facts`.
     """
     train = data.splits["train"]
     if not dense.numeric:
@@ -297,7 +299,7 @@ def build_model(
     model.head.start_with_facts_alone()
     if also_known is None:  # else the weights come from an earlier model
         values_NF = dense.transform(train.columns, train.length_NC, train.time_us_N)
-        fit_to_facts(model.head.alone, values_NF, train.clicked_N)
+        fit_to_facts(model.head.alone, values_NF, train.clicked_N, on_step=on_facts)
     return model
 
 

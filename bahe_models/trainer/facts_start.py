@@ -8,6 +8,8 @@ begins. Shape letters: N impressions, F dense features.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -21,9 +23,15 @@ WARM_UP = 0.1
 
 
 def fit_to_facts(
-    network: nn.Module, dense_NF: npt.NDArray[np.float32], clicked_N: npt.NDArray[np.float32]
+    network: nn.Module,
+    dense_NF: npt.NDArray[np.float32],
+    clicked_N: npt.NDArray[np.float32],
+    *,
+    on_step: Callable[[int], object] = lambda impressions: None,
 ) -> None:
     """Train a network of click logits [N, 1] in place; its random numbers are torch's.
+
+    `on_step` is called after each step with its number of impressions, EPOCHS * N in all.
 
     Always all epochs, down to a learning rate of 0, so that a refit, which has nothing to stop early by,
     does the same.
@@ -46,4 +54,5 @@ def fit_to_facts(
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
+            on_step(len(rows))
     network.eval()

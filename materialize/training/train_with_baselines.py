@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -35,6 +36,7 @@ from bahe_models import (
 from bahe_models.calibration import Calibration, fit_calibration
 from bahe_models.trainer.ctr_training import Scores, precision
 from bahe_models.trainer.distributed import Processes
+from bahe_models.trainer.facts_start import EPOCHS as FACTS_EPOCHS
 from bahe_models.trainer.importance import Importance, permutation_importance
 from bahe_models.trainer.sharding import gathered
 from bahe_models.trainer.sharding import shard as shard_deep_layers
@@ -238,8 +240,20 @@ def fit_bahe(
         also_known = known_behaviors(warm_start, data.atom_ids)
         seen = np.union1d(seen, known_items(warm_start, data.item_ids))
     item_row_I = item_id_rows(seen, data.item_ids)
+    bar: AbstractContextManager[Callable[[int], object]] = nullcontext(lambda impressions: None)
+    if warm_start is None and dense.numeric and settings.model.facts_width:
+        bar = progress("fitting features", FACTS_EPOCHS * len(split))
     with seeded(config.seed):
-        model = build_model(halves.deep, data, dense, settings.model, item_row_I, also_known=also_known)
+        with bar as on_facts:
+            model = build_model(
+                halves.deep,
+                data,
+                dense,
+                settings.model,
+                item_row_I,
+                also_known=also_known,
+                on_facts=on_facts,
+            )
         batches = Batches(
             model,
             data,
