@@ -1,7 +1,9 @@
 """Requests of a running service: features, scores and recommendations, against Feast's own call.
 
-The peer is the same lookup on the same home, reading with `get_online_features` what ours reads by the
-column from the store's bytes; both in turn, with the same threads. Then over HTTP, by one client that keeps
+The peer is the same lookup on the same home, reading features with `get_online_features` where ours reads
+them by the column from the store's bytes (item vectors come by `VectorReader` in both); in turn, with the
+same threads. Scores and recommendations are measured as each request reads its items, and as a service has
+them, with the items in memory. Then over HTTP, by one client that keeps
 its connection: what the bare function call takes, and what HTTP adds.
 """
 
@@ -41,7 +43,7 @@ PEER = "get_online_features"
 
 
 class ByFeast(OnlineLookup):
-    """The lookup as it was: features and vectors come through Feast's own call."""
+    """The lookup as it was: features come through Feast's own call, item vectors by `VectorReader`."""
 
     def read(
         self, features: list[str] | FeatureService, entities: Mapping[str, Sequence[Any]]
@@ -189,18 +191,19 @@ def measure(quick: bool, home_path: Path) -> Iterable[Row]:
             turns,
         )
     yield compared("a user's features", partial(ours.user, user), partial(feast.user, user), turns)
-    yield compared(
-        f"score {CANDIDATES} candidates",
-        partial(service.score, user, some),
-        partial(feast.score, user, some),
-        turns,
-    )
-    yield compared(
-        f"recommend 10 of {len(every):,} items",
-        partial(service.recommend, user, 10),
-        partial(feast.recommend, user, 10),
-        turns,
-    )
+    for how, lookup in (("read by each request", ours), ("in memory", service)):
+        yield compared(
+            f"score {CANDIDATES} candidates, items {how}",
+            partial(lookup.score, user, some),
+            partial(feast.score, user, some),
+            turns,
+        )
+        yield compared(
+            f"recommend 10 of {len(every):,}, items {how}",
+            partial(lookup.recommend, user, 10),
+            partial(feast.recommend, user, 10),
+            turns,
+        )
     yield from over_http(home, user, some, 4 * turns)
     yield pushed(home, user, turns, "a new text", lambda number: f"something new, {number}")
     yield pushed(home, user, turns, "a known text", lambda _: "the same again")
