@@ -24,7 +24,7 @@ from bahe_models.artifact_folder import further_features, read_config
 from feast_ducklake.online.features import FeatureReader
 from feast_ducklake.online.rows import Vectors
 from feast_ducklake.online.vectors import VectorReader
-from feature_repo.item_keys import ItemKeys, item_keys, reference_of
+from feature_repo.item_keys import UNKNOWN, ItemKeys, item_keys, reference_of
 from feature_repo.references import feature_references, view_of
 from feature_repo.store import online_errors, open_store
 from materialize.release.pointer import DEPLOYMENT
@@ -501,17 +501,10 @@ class OnlineLookup:
     def _items_for(
         self, user: UserFeatures, items: Sequence[Identifier]
     ) -> tuple[Vectors, dict[str, list[Any]]]:
-        """`items` with the user; nothing of pairs where the user's id can be none of the log's."""
-        version = user.model_version
-        if self._stored_id("user_embedding", "user_id", user.user_id) is not None:
-            return self.items(items, version, user.user_id)
-        vectors, values = self.items(items, version)
-        if items:
-            values |= self.read_by_attributes(version, {**values, "item_id": items})
-            of_pairs = [column_of(one) for one in self.references(version)["pair"]]
-            of_pairs += self._inputs_of(version).vectors["pair"]
-            values |= {column: [None] * len(items) for column in of_pairs}
-        return vectors, values
+        """`items` with the user; where the id can be none of the log's, with a key that nobody has."""
+        user_id = self._stored_id("user_embedding", "user_id", user.user_id)
+        nobody = UNKNOWN[self._key_types["user_embedding", "user_id"]]
+        return self.items(items, user.model_version, nobody if user_id is None else user_id)
 
     def _read_items(
         self, items: Sequence[Identifier], version: str
@@ -534,14 +527,10 @@ class OnlineLookup:
     ) -> dict[str, list[Any]]:
         """The model's features of views keyed by columns of items, by column, a value a row.
 
-        `columns` have the user_id, item_id and those columns of the items. Each key is read once. Without a
-        user_id, what is keyed by it is None.
+        `columns` have the user_id, item_id and those columns of the items. Each key is read once.
         """
-        inputs, found = self._inputs_of(version), dict[str, list[Any]]()
+        inputs, found = self._inputs_of(version), {}
         for names, references in inputs.by_keys.items():
-            if "user_id" in names and "user_id" not in columns:
-                found |= {column_of(one): [None] * len(columns["item_id"]) for one in references}
-                continue
             given = [
                 [inputs.item_keys[name] if value is None else value for value in columns[name]]
                 if name in inputs.item_keys

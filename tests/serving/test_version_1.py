@@ -261,8 +261,11 @@ def test_a_feature_on_demand_needs_what_it_is_computed_of(home: Home, tmp_path: 
         assert answer.status_code == 400, answer.text
         assert "budget" in answer.json()["detail"]
         assert "give it among `entities`" in answer.json()["detail"]
-        given = client.post(route, json={**asked, "entities": {"item_id": [3], "budget": [4]}})
-        assert given.status_code == 200, given.text
+        for budget, status in ((4, 200), ("4", 200), ("much", 400)):
+            given = {**asked, "entities": {"item_id": [3], "budget": [budget]}}
+            answer = client.post(route, json=given)
+            assert answer.status_code == status, answer.text
+            assert ("a whole number of 64 bits" in answer.text) == (status == 400)
 
 
 @pytest.mark.parametrize("identifier", ["1_0", " 10 ", "\u0661\u0660", "010", "+10", "1" * 30, "-0"])
