@@ -393,10 +393,11 @@ class Project:
     ) -> None:
         """Serve the live model over HTTP until interrupted; `live` also takes behaviors as they happen.
 
-        `log_requests` is the share of users whose requests are kept for `audit`. A request is answered
-        within `timeout` seconds, or with 503; `threads` are worked on at once, `waiting` wait, more get 503
-        at once. Once the home has an API key, every request needs one. Raises BadInput when other machines
-        could ask (`host` is not this one) and there is none.
+        `log_requests` is the share of users whose requests are kept for `audit`. A request has `timeout`
+        seconds to arrive, and as many again to be answered; `threads` are worked on at once, `waiting`
+        wait, more get 503 at once. Once the home has an API key, every request needs one, also if that is
+        made later. Raises BadInput when other machines could ask (`host` is not this one) and there is
+        none.
         """
         import uvicorn
 

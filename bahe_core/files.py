@@ -25,9 +25,9 @@ def replace_atomically(path: Path) -> Iterator[Path]:
     part = part_of(path)
     try:
         yield part
-        _flush(part)
+        flush(part)
         part.replace(path)
-        _flush(path.parent)
+        flush(path.parent)
     finally:
         part.unlink(missing_ok=True)
 
@@ -44,15 +44,15 @@ def new_folder(folder: Path) -> Iterator[Path]:
     try:
         yield part
         for path in part.rglob("*"):
-            _flush(path)
-        _flush(part)
+            flush(path)
+        flush(part)
         part.rename(folder)
-        _flush(folder.parent)
+        flush(folder.parent)
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Flush a file's bytes or a folder's entries: a crash must not leave a name without its content."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

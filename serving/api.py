@@ -29,7 +29,7 @@ from bahe_core.errors import (
     storage_problem,
 )
 from bahe_core.home import Home
-from serving.guards import Guard, Limits, Refused
+from serving.guards import NOWHERE, Guard, Limits, Refused
 from serving.keys import ApiKeys
 from serving.live import LiveLookup
 from serving.lookup import Answer, OnlineLookup, UserFeatures, parsed_context
@@ -74,12 +74,18 @@ _OPEN = {"/healthz", "/readyz", "/docs", "/openapi.json"}
 _SCOPES = {
     "/v1/score": "score",
     "/v1/recommend": "score",
+    "/v1/features": "read",
+    "/v1/behaviors": "write",
+    "/get-online-features": "read",
+    "/metrics": "read",
+    "/health": "read",
+    "/features": "read",
     "/score": "score",
     "/recommend": "score",
-    "/v1/behaviors": "write",
     "/behaviors": "write",
 }
-"""Scope that a path asks of an API key; others ask for `read`."""
+"""Scope that a path asks of an API key."""
+_OF_USERS = "/v1/users/"
 
 _PATH = re.compile(r"(?<![\w:/.])/(?:[^\s/:;,()'\"]+/)+([^\s/:;,()'\"]*)")
 """An absolute path of files, of which an answer shows the last part."""
@@ -127,8 +133,11 @@ class _Service:
 
 
 def scope_of(path: str) -> str | None:
-    """The scope that a path asks of an API key; None where it asks for no key."""
-    return None if path in _OPEN else _SCOPES.get(path, "read")
+    """The scope that a route's path asks of an API key; None where it asks for no key, NOWHERE where there
+    is no such route."""
+    if path in _OPEN:
+        return None
+    return _SCOPES.get(path, "read" if path.startswith(_OF_USERS) else NOWHERE)
 
 
 def create_app(
@@ -141,8 +150,8 @@ def create_app(
 ) -> FastAPI:
     """The application for one home; `live` adds /v1/behaviors, which needs the shallow layers in memory.
 
-    `log_requests` is the share of users whose requests are kept for `bahe audit`; `require_keys` answers
-    only those with an API key of the home. Raises NotReady before the first publish.
+    `log_requests` is the share of users whose requests are kept for `bahe audit`. Once the home has an API
+    key every request needs one; with `require_keys` also before. Raises NotReady before the first publish.
     """
     limits = limits or Limits()
     log = RequestLog(home, log_requests) if log_requests else None
@@ -162,7 +171,7 @@ def create_app(
         limits=limits,
         metrics=service.metrics,
         scope_of=scope_of,
-        keys=ApiKeys(home) if require_keys else None,
+        keys=ApiKeys(home, required=require_keys),
     )
     _add_errors(app, home)
     app.include_router(_probes(service))
@@ -250,11 +259,11 @@ def _version_1(service: _Service) -> APIRouter:
             )
         )
         return ScoreItemsAnswer(
-            user_id=_echoed(found.user_id),
+            user_id=_echoed(found.user_id, found.known),
             model_version=found.model_version,
             cold=found.cold,
             items=[
-                ItemAnswer(item_id=_echoed(item), status="unknown", probability=None)
+                ItemAnswer(item_id=_echoed(item, False), status="unknown", probability=None)
                 if probability is None
                 else ItemAnswer(item_id=item, status="ok", probability=probability)
                 for item, probability in zip(found.item_ids, found.probabilities, strict=True)
@@ -403,13 +412,13 @@ def _features(user: UserFeatures) -> dict[str, Any]:
 
 def _scores(answer: Answer) -> ScoreAnswer:
     return ScoreAnswer(
-        user_id=_echoed(answer.user_id),
+        user_id=_echoed(answer.user_id, answer.known),
         model_version=answer.model_version,
         cold=answer.cold,
         scores=[ScoredItem(**vars(score)) for score in answer.scores],
     )
 
 
-def _echoed(identifier: str | int) -> str | int:
-    """An id that is not known to be one: not more of it than an answer repeats of its request."""
-    return identifier if isinstance(identifier, int) else clipped(identifier)
+def _echoed(identifier: str | int, known: bool) -> str | int:
+    """An id as an answer has it; of one that is not known not more than any answer repeats."""
+    return identifier if known or isinstance(identifier, int) else clipped(identifier)

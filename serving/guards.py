@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pydantic_core import to_json
+from starlette._utils import get_route_path
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bahe_core.errors import BadInput, BaheError
@@ -36,6 +37,8 @@ _HEADERS = (
     (b"content-security-policy", b"default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"),
 )
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+NOWHERE = "nowhere"
+"""The scope of a path without a route, which no key has."""
 _GONE = 499
 """In log and metrics only, as others have it: the client went away before its answer."""
 
@@ -84,9 +87,8 @@ class Guard:
         scope_of: Callable[[str], str | None],
         keys: ApiKeys | None,
     ) -> None:
-        """`scope_of` gives the scope that a path asks of a key, None for one that is open to all.
-
-        Without `keys` every path is.
+        """`scope_of` gives the scope that a route's path asks of a key, None for one that is open to all,
+        NOWHERE where there is no route. Without `keys` every path is open.
         """
         self._app, self._limits, self._metrics = app, limits, metrics
         self._scope_of, self._keys = scope_of, keys
@@ -133,7 +135,8 @@ class Guard:
     def _check(self, scope: Scope) -> None:
         """Raises Refused on what the head of a request tells already."""
         if self._keys is not None:
-            needed = self._scope_of(scope["path"])
+            # As the router has it: without what the application is mounted under.
+            needed = self._scope_of(get_route_path(scope))
             if needed is not None:
                 self._keys.check(_token(scope), needed)
         limits = self._limits

@@ -87,10 +87,12 @@ class ItemTable:
         return _chosen(kept, items)
 
     def _cacheable(self, names: tuple[str, ...]) -> list[FeatureView] | None:
-        """The views, where a token tells all about them: none is computed on demand, or outlives a ttl."""
+        """The views, where a token tells all about them: none is computed on demand or has a ttl, and the
+        server lets go of no key by itself."""
         if self._views[0] != names:
             views: list[FeatureView] | None = None
-            if isinstance(self._online, GuardedOnlineStore):
+            expire = getattr(self._store.config.online_store, "key_ttl_seconds", 0)
+            if isinstance(self._online, GuardedOnlineStore) and not expire:
                 stored = {view.name: view for view in self._store.list_feature_views()}
                 if all(name in stored and not stored[name].ttl for name in names):
                     views = [stored[name] for name in names]

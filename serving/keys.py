@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import hmac
 import json
@@ -9,13 +10,15 @@ import logging
 import os
 import secrets
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 
 from bahe_core.errors import BadInput, Damaged, one_line
+from bahe_core.files import replace_atomically
 from bahe_core.home import Home
-from serving.guards import Refused
+from serving.guards import NOWHERE, Refused
 
 _LOG = logging.getLogger(__name__)
 
@@ -41,6 +44,11 @@ def new_key(home: Home, name: str, scopes: Sequence[str] = ("read", "score")) ->
     unknown = [scope for scope in scopes if scope not in SCOPES]
     if unknown or not scopes:
         raise BadInput(f"a key's scope is one or more of {', '.join(SCOPES)}; correct it.")
+    with _exclusive(home):
+        return _added(home, name, scopes)
+
+
+def _added(home: Home, name: str, scopes: Sequence[str]) -> str:
     keys = _read(home)
     if not name or any(key.name == name for key in keys):
         raise BadInput(f"a key needs a name of its own, and {name!r} is none; revoke the other one first.")
@@ -56,13 +64,14 @@ def revoke_key(home: Home, name: str) -> None:
 
     Raises BadInput when there is none of that name.
     """
-    keys = _read(home)
-    left = [key for key in keys if key.name != name]
-    if len(left) == len(keys):
-        raise BadInput(
-            f"no key is named {name!r}; there are {', '.join(key.name for key in keys) or 'none'}."
-        )
-    _write(home, left)
+    with _exclusive(home):
+        keys = _read(home)
+        left = [key for key in keys if key.name != name]
+        if len(left) == len(keys):
+            raise BadInput(
+                f"no key is named {name!r}; there are {', '.join(key.name for key in keys) or 'none'}."
+            )
+        _write(home, left)
 
 
 def has_keys(home: Home) -> bool:
@@ -73,20 +82,29 @@ def has_keys(home: Home) -> bool:
 class ApiKeys:
     """A home's keys as a service checks them, read again when they change."""
 
-    def __init__(self, home: Home) -> None:
+    def __init__(self, home: Home, *, required: bool = True) -> None:
+        """Unless they are `required` anyhow, they are from when the home has one."""
         self._home, self._lock = home, threading.Lock()
         self._keys: list[_Key] = []
         self._changed = -1
+        self._required = required
 
     def check(self, token: str, scope: str) -> None:
-        """Raises Refused: 401 without a key of the home, 403 when it is not for this."""
+        """Raises Refused: 401 without a key of the home, 403 when it is not for this, 404 when none is."""
+        keys = self._current()
+        # For good: to revoke the last one lets nobody in.
+        self._required = self._required or bool(keys)
+        if not self._required:
+            return
         given = _hash(token)
         found: _Key | None = None
-        for key in self._current():  # all of them, however early one is found
+        for key in keys:  # all of them, however early one is found
             if hmac.compare_digest(key.sha256, given):
                 found = key
         if found is None:
             raise Refused(401, _NO_KEY, {"WWW-Authenticate": "Bearer"})
+        if scope == NOWHERE:
+            raise Refused(404, "there is nothing at this address; /docs tells of every route.")
         if scope not in found.scopes:
             raise Refused(403, f"this API key is not for the scope {scope}; use one that is.")
 
@@ -120,9 +138,17 @@ def _read(home: Home) -> list[_Key]:
         ) from None
 
 
-def _write(home: Home, keys: list[_Key]) -> None:
+@contextmanager
+def _exclusive(home: Home) -> Iterator[None]:
+    """Nobody else changes the keys meanwhile: a key that was revoked would be written back."""
     home.create()
-    part = home.api_keys.with_name(f"{home.api_keys.name}.{os.getpid()}.part")
-    with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-        file.write(json.dumps([asdict(key) for key in keys], indent=1) + "\n")
-    part.replace(home.api_keys)
+    with home.api_keys.with_name(".api_keys.lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _write(home: Home, keys: list[_Key]) -> None:
+    with replace_atomically(home.api_keys) as part:
+        part.unlink(missing_ok=True)  # what a kill left may have another mode
+        with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(json.dumps([asdict(key) for key in keys], indent=1) + "\n")

@@ -11,8 +11,10 @@ bridges the time between two publishes and does not replace ingest.
 from __future__ import annotations
 
 import threading
+import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -21,7 +23,16 @@ import duckdb
 import numpy as np
 import torch
 
-from bahe_core.errors import BadInput, NotReady, UnknownEntity, clipped
+from bahe_core.errors import (
+    BadInput,
+    Busy,
+    Damaged,
+    NotReady,
+    NotWritable,
+    UnknownEntity,
+    Unreachable,
+    clipped,
+)
 from bahe_core.home import Home
 from bahe_lake.connection import lake
 from bahe_models import Artifact, AtomicEncoder, UserState, encoder_version, load_backbone
@@ -33,7 +44,7 @@ from materialize.ingest.channel_windows import PAIR_FIRST, PAIR_LAST, pair_count
 from materialize.vectors.encoder_versions import recorded_settings
 from materialize.vectors.timelines import read_user
 from serving.lookup import Identifier, OnlineLookup, UserFeatures
-from serving.push_log import Pushed, PushLog
+from serving.push_log import PATIENCE, Pushed, PushLog
 from serving.request_log import RequestLog
 
 STATES = 256
@@ -44,6 +55,9 @@ AGAIN = 512
 """Latest behaviors of a channel in which one that is sent again, or was ingested since, is sought."""
 AHEAD = timedelta(minutes=5)
 """How far a sender's clock may be ahead. A behavior of the far future would refuse all after it."""
+REST = 5.0
+"""Seconds that the lake is left alone after it failed: a server that is away takes that long to say so."""
+_LAKE_FAILS = (Unreachable, Damaged, NotWritable)
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
@@ -59,10 +73,12 @@ class _Fresh:
     vector: np.ndarray
     in_lake: frozenset[tuple[str, int, int]]
     """Channel, atom and time of the lake's behaviors that may be sent again: the latest of the timeline."""
-    taken: int = 0
-    """How many of the pushed behaviors are in the state, or were passed over."""
+    unpublished: frozenset[tuple[str, int, int]]
+    """Those of them that were ingested since the publish: what came in order is at the timeline's end."""
+    taken: tuple[Pushed, ...] = ()
+    """The pushed behaviors that are in the state, or were passed over."""
     acts: tuple[_Act, ...] = ()
-    """Those in the state, as they came."""
+    """Those of them that the online store does not have, as they came."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +87,6 @@ class _Act:
 
     item_ids: frozenset[str]
     """One, or all of the behavior's very text where it names none."""
-    named: bool
-    """Whether it named the item; only such an item counts as seen, as in the log."""
     channel: str
     time_us: int
 
@@ -93,6 +107,8 @@ class LiveLookup(OnlineLookup):
         self._fresh: OrderedDict[Identifier, _Fresh] = OrderedDict()
         self._fresh_lock = threading.Lock()
         self._appending = threading.RLock()  # a state belongs to one thread at a time
+        self._lake_from = 0.0
+        """When the lake may be read again, by the monotonic clock."""
         self._pushes = PushLog(home)
         self._atoms: dict[int, np.ndarray] = {}
         """Vectors of the encoder, the newest last."""
@@ -108,13 +124,27 @@ class LiveLookup(OnlineLookup):
         pushed = self._pushes.of_user(stored.user_id)
         if not pushed:
             return stored
+        # Whatever the lake says: it may have them already, and the store not yet.
+        named = {str(one.item_id) for one in pushed if one.item_id is not None}
+        stored = replace(stored, seen_items=stored.seen_items | named)
         try:
-            fresh = self._fresh_of(stored, pushed)
-        except (
-            NotReady
-        ):  # the lake is being written to, or reads another encoder: what is published answers
+            fresh = self._up_to_date(stored)
+        except (NotReady, Busy, *_LAKE_FAILS):
+            # The lake is being written to, is away, or reads another encoder: what is published answers.
             return stored
-        return stored if fresh is None else self._with(stored, fresh)
+        if self._published(stored, fresh):
+            self._pushes.drop(stored.user_id, fresh.taken)
+            with self._fresh_lock:
+                self._fresh.pop(stored.user_id, None)
+            return stored
+        return self._with(stored, fresh)
+
+    def _published(self, stored: UserFeatures, fresh: _Fresh) -> bool:
+        """Whether the published vector has all that was pushed."""
+        channels = self.artifact(stored.model_version).dense.channels
+        return sum(fresh.lengths) == stored.behaviors and all(
+            one.channel not in channels or _key(one) in fresh.in_lake for one in fresh.taken
+        )
 
     def _with(self, stored: UserFeatures, fresh: _Fresh) -> UserFeatures:
         channels = self.artifact(stored.model_version).dense.channels
@@ -125,7 +155,6 @@ class LiveLookup(OnlineLookup):
             behaviors=sum(fresh.lengths),
             vector=fresh.vector,
             statistics={**stored.statistics, **named},
-            seen_items=stored.seen_items.union(*(act.item_ids for act in fresh.acts if act.named)),
         )
 
     def items(
@@ -192,25 +221,24 @@ class LiveLookup(OnlineLookup):
                 raise UnknownEntity(
                     f"item {clipped(item_id)} is not among the items; leave it out, or publish it first."
                 )
-        with self._appending, self._pushes.exclusive():
-            normal, atom_id = self._atom(channel, text)
-            if not normal:
-                raise BadInput(
-                    f"the text of user {clipped(user_id)}'s behavior is empty; say what the user did."
-                )
-            behavior = Pushed(
-                user_id=stored.user_id,
-                channel=channel,
-                text=normal,
-                atom_id=atom_id,
-                time_us=(at - _EPOCH) // timedelta(microseconds=1),
-                item_id=item_id,
-                event_id=event_id,
+        normal, atom_id = self._atom(channel, text)
+        if not normal:
+            raise BadInput(
+                f"the text of user {clipped(user_id)}'s behavior is empty; say what the user did."
             )
-            pushed = self._pushes.of_user(stored.user_id)
-            fresh = self._fresh_of(stored, pushed) or self._keep(stored, self._from_lake(stored, artifact))
-            again = (channel, atom_id, behavior.time_us) in fresh.in_lake
-            if not again and not any(behavior.repeats(one) for one in pushed):
+        behavior = Pushed(
+            user_id=stored.user_id,
+            channel=channel,
+            text=normal,
+            atom_id=atom_id,
+            time_us=(at - _EPOCH) // timedelta(microseconds=1),
+            item_id=item_id,
+            event_id=event_id,
+        )
+        self._up_to_date(stored)  # the lake is not read while all other workers wait
+        with self._pushes.exclusive():
+            fresh = self._up_to_date(stored)
+            if _key(behavior) not in fresh.in_lake and not self._pushes.has(behavior):
                 if not fresh.state.takes(channels.index(channel), behavior.time_us):
                     raise BadInput(
                         f"a behavior at {at.isoformat()} does not follow the latest of user"
@@ -220,23 +248,31 @@ class LiveLookup(OnlineLookup):
                 self._pushes.append(behavior)
         return self.user(user_id)
 
-    def _fresh_of(self, stored: UserFeatures, pushed: Sequence[Pushed]) -> _Fresh | None:
-        """The user's state with all that was pushed; None when the published vector has all of it."""
-        if not pushed:
-            return None
+    def _up_to_date(self, stored: UserFeatures) -> _Fresh:
+        """The user's state with all that was pushed.
+
+        Raises Busy when other requests keep the states, and NotReady, Unreachable, Damaged or NotWritable
+        when it has to be made and the lake cannot be read.
+        """
         fresh = self._kept(stored)
-        if fresh is not None and fresh.taken == len(pushed):
+        if fresh is not None and fresh.taken == self._pushes.of_user(stored.user_id):
             return fresh
-        with self._appending:
+        with self._in_turn():
             artifact = self.artifact(stored.model_version)
-            fresh = self._kept(stored) or self._from_lake(stored, artifact)
-            fresh = self._advanced(fresh, pushed, artifact)
-            if not fresh.acts and sum(fresh.lengths) == stored.behaviors:
-                self._pushes.drop(stored.user_id, fresh.taken)
-                with self._fresh_lock:
-                    self._fresh.pop(stored.user_id, None)
-                return None
-            return self._keep(stored, fresh)
+            # Looked at again: another thread may have let go of some meanwhile.
+            pushed, fresh = self._pushes.of_user(stored.user_id), self._kept(stored)
+            if fresh is None or fresh.taken != pushed[: len(fresh.taken)]:
+                fresh = self._from_lake(stored, artifact)
+            return self._keep(stored, self._advanced(fresh, pushed, artifact))
+
+    @contextmanager
+    def _in_turn(self) -> Iterator[None]:
+        if not self._appending.acquire(timeout=PATIENCE):
+            raise Busy(f"other requests have kept the users' states for {PATIENCE:g} s; try again.")
+        try:
+            yield
+        finally:
+            self._appending.release()
 
     def _keep(self, stored: UserFeatures, fresh: _Fresh) -> _Fresh:
         with self._fresh_lock:
@@ -265,11 +301,9 @@ class LiveLookup(OnlineLookup):
         """The state with the behaviors that it does not have yet."""
         self._check_encoder(artifact)
         channels, acts = artifact.dense.channels, list(fresh.acts)
-        lacking = [
-            one
-            for one in pushed[fresh.taken :]
-            if one.channel in channels and (one.channel, one.atom_id, one.time_us) not in fresh.in_lake
-        ]
+        new = [one for one in pushed[len(fresh.taken) :] if one.channel in channels]
+        acts += [self._act(one) for one in new if _key(one) in fresh.unpublished]
+        lacking = [one for one in new if _key(one) not in fresh.in_lake]
         # All of them before the state is touched, which a failure must not leave half done.
         atoms = self._encoded(lacking)
         for one in lacking:
@@ -278,15 +312,19 @@ class LiveLookup(OnlineLookup):
             if not fresh.state.takes(number, one.time_us):
                 continue
             fresh.state.append(number, torch.from_numpy(atoms[one.atom_id]), one.time_us, one.atom_id)
-            items = [one.item_id] if one.item_id is not None else self._items_of(one.text)
-            acts.append(_Act(frozenset(map(str, items)), one.item_id is not None, one.channel, one.time_us))
+            acts.append(self._act(one))
         return replace(
             fresh,
             lengths=fresh.state.lengths,
             vector=fresh.state.vector().cpu().numpy(),
-            taken=len(pushed),
+            taken=tuple(pushed),
             acts=tuple(acts),
         )
+
+    def _act(self, behavior: Pushed) -> _Act:
+        named = behavior.item_id
+        items = [named] if named is not None else self._items_of(behavior.text)
+        return _Act(frozenset(map(str, items)), behavior.channel, behavior.time_us)
 
     def _encoded(self, behaviors: Sequence[Pushed]) -> dict[int, np.ndarray]:
         """Vectors by atom; those of late are kept, since many people do the same things."""
@@ -311,10 +349,16 @@ class LiveLookup(OnlineLookup):
     def _from_lake(self, stored: UserFeatures, artifact: Artifact) -> _Fresh:
         self._check_encoder(artifact)
         channels = artifact.dense.channels
-        with lake(self._home) as connection:
-            atoms_CLD, time_us_CL, atom_ids_CL = read_user(
-                connection, artifact.encoder_version, stored.user_id, channels
-            )
+        if time.monotonic() < self._lake_from:
+            raise NotReady(f"the lake of {self._home.root} failed a moment ago; try again in {REST:g} s.")
+        try:
+            with lake(self._home) as connection:
+                atoms_CLD, time_us_CL, atom_ids_CL = read_user(
+                    connection, artifact.encoder_version, stored.user_id, channels
+                )
+        except _LAKE_FAILS:
+            self._lake_from = time.monotonic() + REST
+            raise
         width = self._encoder.width
         state = UserState(
             artifact.model,
@@ -323,17 +367,31 @@ class LiveLookup(OnlineLookup):
             time_us_CL,
             atom_ids_CL,
         )
-        in_lake = frozenset(
-            (channel, int(atom), int(time_us))
-            for channel, atom_ids_L, time_us_L in zip(channels, atom_ids_CL, time_us_CL, strict=True)
-            for atom, time_us in zip(atom_ids_L[-AGAIN:], time_us_L[-AGAIN:], strict=True)
+        in_lake: set[tuple[str, int, int]] = set()
+        unpublished: set[tuple[str, int, int]] = set()
+        for channel, atom_ids_L, time_us_L in zip(channels, atom_ids_CL, time_us_CL, strict=True):
+            latest = [
+                (channel, int(atom), int(time_us))
+                for atom, time_us in zip(atom_ids_L[-AGAIN:], time_us_L[-AGAIN:], strict=True)
+            ]
+            since = len(atom_ids_L) - int(stored.statistics[f"length_{channel}"] or 0)
+            in_lake.update(latest)
+            unpublished.update(latest[-since:] if since > 0 else ())
+        return _Fresh(
+            state=state,
+            model_version=stored.model_version,
+            stored_behaviors=stored.behaviors,
+            lengths=state.lengths,
+            vector=stored.vector,
+            in_lake=frozenset(in_lake),
+            unpublished=frozenset(unpublished),
         )
-        return _Fresh(state, stored.model_version, stored.behaviors, state.lengths, stored.vector, in_lake)
 
     def _atom(self, channel: str, text: str) -> tuple[str, int]:
         """The text as ingest keeps it, and the id that ingest gives it in this channel."""
         normal = NORMAL_TEXT.format(text="$text")
-        row = self._sql.execute(
+        cursor = self._sql.cursor()  # a connection is for one thread at a time
+        row = cursor.execute(
             f"SELECT {normal}, {ATOM_ID.format(channel='$channel', text=normal)}",
             {"text": text, "channel": channel},
         ).fetchone()
@@ -360,3 +418,7 @@ class LiveLookup(OnlineLookup):
                 f" {self._home.root}/dataset.yaml now describes {self._encoder_version}; publish a model"
                 " of it, or serve without --live."
             )
+
+
+def _key(behavior: Pushed) -> tuple[str, int, int]:
+    return behavior.channel, behavior.atom_id, behavior.time_us

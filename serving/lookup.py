@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet as pq
 
-from bahe_core.errors import BadInput, Damaged, NotReady, UnknownEntity, clipped
+from bahe_core.errors import BadInput, Damaged, NotReady, UnknownEntity, clipped, one_line
 from bahe_core.home import Home
 from bahe_core.results import Result
 from bahe_models import column_of, needed_columns
@@ -24,7 +24,7 @@ from bahe_models.artifact_folder import further_features, read_config
 from feast_ducklake.online.features import FeatureReader
 from feast_ducklake.online.rows import Vectors
 from feast_ducklake.online.vectors import VectorReader
-from feature_repo.item_keys import ItemKeys, item_keys, reference_of
+from feature_repo.item_keys import UNKNOWN, ItemKeys, item_keys, reference_of
 from feature_repo.references import feature_references, view_of
 from feature_repo.store import online_errors, open_store
 from materialize.release.pointer import DEPLOYMENT
@@ -82,6 +82,8 @@ class Answer(Result):
     model_version: str
     cold: bool
     scores: list[Score]
+    known: bool = True
+    """Whether the store has the user."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,8 @@ class ItemScores(Result):
     """As the log has them; as they were given where they are not known."""
     probabilities: list[float | None]
     """None for an item that is not online."""
+    known: bool = True
+    """Whether the store has the user."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +126,25 @@ def _the_servers_fault() -> Iterator[None]:
         yield
     except BadInput as error:
         raise Damaged(f"the live model cannot be read: {error}") from None
+
+
+@contextmanager
+def _the_requests_fault() -> Iterator[None]:
+    """Reading features that a request chose: what Feast does not answer, in one sentence."""
+    from feast.errors import FeatureNameCollisionError, RequestDataNotFoundInEntityRowsException
+
+    try:
+        yield
+    except FeatureNameCollisionError:
+        raise BadInput(
+            "two of the features have the same name; give each once, and `full_feature_names` where views"
+            " share a name."
+        ) from None
+    except RequestDataNotFoundInEntityRowsException as error:
+        raise BadInput(
+            "a feature that is computed on demand needs a value that the request does not have"
+            f" ({clipped(one_line(error), 200)}); give it among `entities`."
+        ) from None
 
 
 class OnlineLookup:
@@ -255,13 +278,14 @@ class OnlineLookup:
 
         version = self.live_version()
         artifact = self.artifact(version)
+        stored_id = self._stored_id("user_embedding", "user_id", user_id)
         with self._lock:
             if self._empty[0] != version:
                 state = UserState.empty(artifact.model, artifact.window)
                 self._empty = version, state.vector().cpu().numpy()
             vector = self._empty[1]
         return UserFeatures(
-            user_id=user_id,
+            user_id=user_id if stored_id is None else stored_id,
             model_version=version,
             cold=True,
             behaviors=0,
@@ -324,7 +348,7 @@ class OnlineLookup:
         """
         user = self.user(user_id)
         items = [self._as_stored("item_embedding", "item_id", item) for item in item_ids]
-        vectors, statistics = self.items(items, user.model_version, user.user_id)
+        vectors, statistics = self._items_for(user, items)
         missing = [item for item, stored in zip(items, vectors.found_N, strict=True) if not stored]
         if missing:
             more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
@@ -347,7 +371,7 @@ class OnlineLookup:
         user = self.user(user_id) if unknown_user == "refuse" else self.user_or_empty(user_id)
         stored_ids = [self._stored_id("item_embedding", "item_id", item) for item in item_ids]
         items = list(dict.fromkeys(item for item in stored_ids if item is not None))
-        vectors, statistics = self.items(items, user.model_version, user.user_id)
+        vectors, statistics = self._items_for(user, items)
         known, vectors_NV, values = _found(items, vectors, statistics)
         answer = self._answer(user, known, vectors_NV, values, at, context)
         by_item = {score.item_id: score.probability for score in answer.scores}
@@ -360,6 +384,7 @@ class OnlineLookup:
                 for given, stored in zip(item_ids, stored_ids, strict=True)
             ],
             probabilities=[None if item is None else by_item.get(item) for item in stored_ids],
+            known=user.known,
         )
 
     def recommend(
@@ -380,7 +405,7 @@ class OnlineLookup:
             raise BadInput(f"k is {k}; it must be at least 1.")
         user = self.user(user_id) if unknown_user == "refuse" else self.user_or_empty(user_id)
         items = [item for item in self.catalogue() if include_seen or str(item) not in user.seen_items]
-        vectors, statistics = self.items(items, user.model_version, user.user_id)
+        vectors, statistics = self._items_for(user, items)
         return self._answer(user, *_found(items, vectors, statistics), at, context, best=k)
 
     def _answer(
@@ -401,7 +426,7 @@ class OnlineLookup:
         given = context or {}
         refuse_unknown([c for c in artifact.context_columns if c not in categories], given)
         if not items:
-            return Answer(user.user_id, user.model_version, user.cold, [])
+            return Answer(user.user_id, user.model_version, user.cold, [], user.known)
         count = len(items)
 
         def of_pairs(column: str) -> list[Any]:
@@ -447,7 +472,7 @@ class OnlineLookup:
                 )
             )
         scores = [Score(items[i], texts.get(items[i], ""), float(probability[i])) for i in order]
-        return Answer(user.user_id, user.model_version, user.cold, scores)
+        return Answer(user.user_id, user.model_version, user.cold, scores, user.known)
 
     def items(
         self, items: Sequence[Identifier], version: str, user_id: Identifier | None = None
@@ -472,6 +497,14 @@ class OnlineLookup:
             values |= self.read_vectors("pair", version, pairs)
             values |= self.read_by_attributes(version, {**values, **pairs})
         return vectors, values
+
+    def _items_for(
+        self, user: UserFeatures, items: Sequence[Identifier]
+    ) -> tuple[Vectors, dict[str, list[Any]]]:
+        """`items` with the user; where the id can be none of the log's, with a key that nobody has."""
+        user_id = self._stored_id("user_embedding", "user_id", user.user_id)
+        nobody = UNKNOWN[self._key_types["user_embedding", "user_id"]]
+        return self.items(items, user.model_version, nobody if user_id is None else user_id)
 
     def _read_items(
         self, items: Sequence[Identifier], version: str
@@ -549,7 +582,7 @@ class OnlineLookup:
         """
         features = self._registered(asked)
         columns = self._with_version(features, entities, version)
-        with online_errors(self._home):
+        with online_errors(self._home), _the_requests_fault():
             return self._features.read(features, columns, full_feature_names)
 
     def feast_response(
@@ -562,7 +595,7 @@ class OnlineLookup:
         from feast.protos.feast.serving.ServingService_pb2 import FieldStatus
 
         features = self._registered(asked)
-        with online_errors(self._home):
+        with online_errors(self._home), _the_requests_fault():
             response = self._store.get_online_features(features, entities, full_feature_names)
         columns, names = response.to_dict(), list(response.proto.metadata.feature_names.val)
         return {

@@ -11,12 +11,20 @@ import fcntl
 import json
 import os
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 
+from bahe_core.errors import Busy
+from bahe_core.files import flush
 from bahe_core.home import Home
+
+PATIENCE = 2.0
+"""Seconds that a request waits for another one, of whatever worker; one that was stopped never ends."""
+_LOOK = 0.002
+"""Seconds between two looks at the lock."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,16 +40,17 @@ class Pushed:
     item_id: str | int | None
     event_id: str | None
 
-    def repeats(self, other: Pushed) -> bool:
-        """Whether this is the other one, sent again: by the sender's name for it, or the same content."""
-        if self.event_id is not None and self.event_id == other.event_id:
-            return True
-        return (self.channel, self.atom_id, self.time_us, self.item_id) == (
-            other.channel,
-            other.atom_id,
-            other.time_us,
-            other.item_id,
-        )
+    @property
+    def names(self) -> tuple[Hashable, ...]:
+        """What another one is the same behavior by: the sender's name for it, and the content."""
+        content = (self.channel, self.atom_id, self.time_us, self.item_id)
+        return (content,) if self.event_id is None else (content, self.event_id)
+
+
+@dataclass
+class _OfUser:
+    behaviors: tuple[Pushed, ...] = ()
+    names: set[Hashable] = field(default_factory=set)
 
 
 class PushLog:
@@ -50,31 +59,62 @@ class PushLog:
     def __init__(self, home: Home) -> None:
         self._folder = home.pushed
         self._folder.mkdir(parents=True, exist_ok=True)
+        flush(home.root)
         self._lock = threading.RLock()
-        self._read: dict[str, int] = {}
-        """Bytes read of each file."""
-        self._of_user: dict[str | int, list[Pushed]] = {}
+        self._read: dict[str, tuple[int, int]] = {}
+        """Inode of each file, and the bytes read of it."""
+        self._of_user: dict[str | int, _OfUser] = {}
 
-    def of_user(self, user_id: str | int) -> Sequence[Pushed]:
-        """What was pushed of a user, by any worker, and not yet dropped; as it came."""
+    def of_user(self, user_id: str | int) -> tuple[Pushed, ...]:
+        """What was pushed of a user, by any worker, and not yet dropped; as it came, each once."""
         with self._lock:
             self._read_on()
-            return list(self._of_user.get(user_id, ()))
+            kept = self._of_user.get(user_id)
+            return kept.behaviors if kept else ()
 
-    def drop(self, user_id: str | int, count: int) -> None:
-        """Forget a user's first `count` behaviors, which the log has by now."""
+    def has(self, behavior: Pushed) -> bool:
+        """Whether this is one of those, sent again."""
         with self._lock:
-            left = self._of_user.get(user_id, [])[count:]
-            if left:
-                self._of_user[user_id] = left
-            else:
-                self._of_user.pop(user_id, None)
+            self._read_on()
+            return self._has(behavior)
+
+    def _has(self, behavior: Pushed) -> bool:
+        kept = self._of_user.get(behavior.user_id)
+        return kept is not None and not kept.names.isdisjoint(behavior.names)
+
+    def drop(self, user_id: str | int, behaviors: Sequence[Pushed]) -> None:
+        """Forget some of a user's, which the log has by now."""
+        with self._lock:
+            kept = self._of_user.pop(user_id, _OfUser())
+            dropped = set(behaviors)
+            self._take([one for one in kept.behaviors if one not in dropped])
+
+    def _take(self, behaviors: Sequence[Pushed]) -> None:
+        """Those that are not here yet: what a kill left of a line may be whole, and is then sent again."""
+        new: dict[str | int, list[Pushed]] = {}
+        for one in behaviors:
+            if not self._has(one):
+                self._of_user.setdefault(one.user_id, _OfUser()).names.update(one.names)
+                new.setdefault(one.user_id, []).append(one)
+        for user_id, those in new.items():
+            self._of_user[user_id].behaviors += tuple(those)
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        """No other worker appends meanwhile."""
+        """No other thread or worker appends meanwhile. Raises Busy when one of them does not let go."""
+        end = time.monotonic() + PATIENCE
         with (self._folder / ".lock").open("a") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() >= end:
+                        raise Busy(
+                            f"another worker has kept {self._folder} to itself for {PATIENCE:g} s;"
+                            " send it again."
+                        ) from None
+                    time.sleep(_LOOK)
             yield
 
     def append(self, behavior: Pushed) -> None:
@@ -82,39 +122,53 @@ class PushLog:
         path = self._folder / f"{datetime.now(UTC):%Y-%m-%d}.jsonl"
         line = (json.dumps(asdict(behavior)) + "\n").encode()
         made = not path.exists()
-        with path.open("ab+") as file:
+        with path.open("ab+", buffering=0) as file:
             size = file.seek(0, os.SEEK_END)
             if size:
                 file.seek(size - 1)
                 if file.read(1) != b"\n":  # a kill cut the last line off
                     line = b"\n" + line
-            file.write(line)
-            file.flush()
-            os.fsync(file.fileno())
-        if made:
-            folder = os.open(self._folder, os.O_RDONLY)
             try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+                while line:
+                    line = line[file.write(line) :]
+                os.fsync(file.fileno())
+                if made:
+                    flush(self._folder)
+            except OSError:
+                # It may not be on the disk: left here, it would be acknowledged when it is sent again.
+                with suppress(OSError):
+                    file.truncate(size)
+                raise
 
     def _read_on(self) -> None:
+        if not self._read_further():
+            self._read.clear()
+            self._of_user.clear()
+            self._read_further()
+
+    def _read_further(self) -> bool:
+        """Reads what came since; False when a file is another one, or was cut back to what is on the disk:
+        what was read of it need not be there."""
         for path in sorted(self._folder.glob("*.jsonl")):
-            start = self._read.get(path.name, 0)
             try:
-                if path.stat().st_size <= start:
+                now = path.stat()
+                inode, start = self._read.get(path.name, (now.st_ino, 0))
+                if inode != now.st_ino or now.st_size < start:
+                    return False
+                if now.st_size == start:
                     continue
                 with path.open("rb") as file:
-                    file.seek(start)
+                    file.seek(max(0, start - 1))
+                    if start and file.read(1) != b"\n":
+                        return False
                     content = file.read()
             except FileNotFoundError:  # tidied away
                 continue
             whole = content[: content.rfind(b"\n") + 1]
-            self._read[path.name] = start + len(whole)
-            for line in whole.splitlines():
-                behavior = _parsed(line)
-                if behavior is not None:
-                    self._of_user.setdefault(behavior.user_id, []).append(behavior)
+            self._read[path.name] = inode, start + len(whole)
+            parsed = map(_parsed, whole.splitlines())
+            self._take([one for one in parsed if one is not None])
+        return True
 
 
 def _parsed(line: bytes) -> Pushed | None:

@@ -132,7 +132,9 @@ def serve(
             "--log-requests", help="Share of users, 0 to 1, whose requests are kept for `bahe audit`."
         ),
     ] = 0,
-    timeout: Annotated[float, typer.Option(help="Seconds within which a request is answered.")] = 10.0,
+    timeout: Annotated[
+        float, typer.Option(help="Seconds for a request to arrive, and again to be answered.")
+    ] = 10.0,
     threads: Annotated[int, typer.Option(min=1, help="Requests that are worked on at once.")] = 4,
     waiting: Annotated[int, typer.Option(min=0, help="Requests that wait; more get 503 at once.")] = 32,
 ) -> None:

@@ -28,12 +28,13 @@ def checked_entities(
 ) -> Mapping[str, Any]:
     """The entities of a request by column, each value in the type of its join key.
 
-    Raises BadInput when a join key of a requested view is missing, or a value is none of its type: Feast
-    would answer for user 1 when asked for user 1.7, and with nulls where one of two join keys is missing.
+    So are the values that views on demand are computed of. Raises BadInput when a join key of a requested
+    view is missing, or a value is none of its type: Feast would answer for user 1 when asked for user 1.7,
+    and with nulls where one of two join keys is missing.
     """
     columns = _columns(entity_rows)
     context = utils._get_cached_request_context(registry, project, features, full_feature_names)
-    _, _, key_of_entity, types, _, grouped_features, _, request_data, _ = context
+    _, on_demand, key_of_entity, types, _, grouped_features, _, request_data, _ = context
     views: dict[str, str] = {}
     for view, _ in grouped_features:
         for column in view.entity_columns:  # not `join_keys`, which typeguard makes slow
@@ -44,10 +45,20 @@ def checked_entities(
     keys = {name: name if name in views else key_of_entity.get(name, name) for name in columns}
     others = {name for name, key in keys.items() if key not in views and name not in request_data}
     _check_keys(views, keys, others)
+    kinds = {
+        field.name: field.dtype.to_value_type()
+        for view in on_demand
+        for source in view.source_request_sources.values()
+        for field in source.schema
+    } | {name: types.get(key, ValueType.UNKNOWN) for name, key in keys.items() if key in views}
+
+    def is_checked(name: str, values: Any) -> bool:
+        # Nulls are for Feast to take, but not among join keys.
+        nulls = isinstance(values, Sequence) and None in values
+        return name in kinds and (keys[name] in views or not nulls)
+
     return {
-        name: _values(name, values, types.get(keys[name], ValueType.UNKNOWN))
-        if keys[name] in views
-        else values
+        name: _values(name, values, kinds[name]) if is_checked(name, values) else values
         for name, values in columns.items()
     }
 
@@ -97,6 +108,12 @@ def _values(name: str, values: Any, kind: ValueType) -> Any:
             if not isinstance(value, str):
                 raise BadInput(
                     f"the lookup's {name} is {clipped(repr(value))}, but it is text; put it in quotes."
+                )
+    if kind in (ValueType.FLOAT, ValueType.DOUBLE):
+        for value in values:
+            if not isinstance(value, Real) or isinstance(value, bool):
+                raise BadInput(
+                    f"the lookup's {name} is {clipped(repr(value))}, but it is a number; correct it."
                 )
     return values
 

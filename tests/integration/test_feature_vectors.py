@@ -208,6 +208,15 @@ def test_a_probability_depends_on_them(project: bahe.Project) -> None:
     assert np.abs(artifact.score(*arguments, vectors=unknown) - expected).max() > 1e-4
 
 
+def test_a_user_whose_id_is_none_has_no_vector_of_pairs(project: bahe.Project) -> None:
+    lookup, items, nobody = OnlineLookup(project.home), list(range(25)), "\ud800"  # no text
+    _, values = lookup._items_for(lookup.user_or_empty(nobody), items)
+    assert values["match:crossed"] == [None] * 25
+    at = datetime(2030, 1, 1, tzinfo=UTC)
+    scores = [lookup.score_each(user, items, at).probabilities for user in (nobody, "never seen")]
+    assert scores[0] == pytest.approx(scores[1], abs=1e-6)
+
+
 def test_people_see_them(project: bahe.Project) -> None:
     embedding = OnlineLookup(project.home).user("u1").vectors["taste:embedding"]
     assert embedding is not None

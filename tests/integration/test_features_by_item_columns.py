@@ -198,6 +198,18 @@ def test_a_request_reads_what_training_sees(project: bahe.Project) -> None:
         }
 
 
+def test_a_user_whose_id_is_none_has_what_is_of_the_items(project: bahe.Project) -> None:
+    lookup = OnlineLookup(project.home)
+    items, nobody = list(range(25)), "\ud800"  # no text
+    user = lookup.user_or_empty(nobody)
+    _, values = lookup._items_for(user, items)
+    _, of_new = lookup._items_for(lookup.user_or_empty("never seen"), items)
+    assert values == of_new
+    assert values["visits"] == [None] * 25
+    assert any(value is not None for value in values["cost"])
+    assert None not in lookup.score_each(nobody, items).probabilities
+
+
 def test_the_online_values_are_those_of_the_items_now(project: bahe.Project) -> None:
     """Without bahe's own reading: Feast's answer for the category that each item has by now."""
     store = open_store(project.home)

@@ -6,9 +6,11 @@ Most of it is shown on a small application of the test's own, since no store is 
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from starlette.requests import Request
 
 from bahe_core.errors import BadInput
 from bahe_core.home import Home
-from serving.guards import Guard, Limits, Refused
+from serving.guards import NOWHERE, Guard, Limits, Refused
 from serving.keys import ApiKeys, new_key, revoke_key
 from serving.metrics import Metrics
 from serving.work import Work
@@ -266,6 +268,54 @@ def test_keys_open_what_they_are_for(tmp_path: Path) -> None:
     assert statuses(Authorization=f"Bearer {reader}") == [200, 401, 401]
     home.api_keys.write_text("no json")
     assert statuses(Authorization=f"Bearer {writer}") == [200, 503, 503]
+
+
+def test_keys_are_needed_from_when_there_is_one(tmp_path: Path) -> None:
+    """A service for this machine only, which was started before."""
+    home = Home.at(tmp_path / "home")
+    home.create()
+    client = TestClient(guarded(ApiKeys(home, required=False))[0])
+    assert client.get("/users/x").status_code == 200
+    key = {"X-API-Key": new_key(home, "reader", ["read"])}
+    assert [client.get("/users/x", headers=one).status_code for one in ({}, key)] == [401, 200]
+    revoke_key(home, "reader")
+    assert [client.get("/users/x", headers=one).status_code for one in ({}, key)] == [401, 401]
+
+
+def test_a_path_asks_for_its_scope_wherever_the_application_is_mounted(tmp_path: Path) -> None:
+    home = Home.at(tmp_path / "home")
+    key = {"X-API-Key": new_key(home, "reader", ["read"])}
+    scopes = {"/open": None, "/push": "write", "/users/x": "read"}
+    app, outer = guarded(ApiKeys(home), lambda path: scopes.get(path, NOWHERE))[0], FastAPI()
+    outer.mount("/read/here", app)
+    for client, prefix in ((TestClient(app), ""), (TestClient(outer), "/read/here")):
+        assert client.get(f"{prefix}/open").status_code == 200
+        assert client.post(f"{prefix}/push", headers=key).status_code == 403
+        assert client.get(f"{prefix}/users/x", headers=key).status_code == 200
+        assert client.get(f"{prefix}/users/x").status_code == 401
+        unlisted = client.get(f"{prefix}/broken", headers=key)
+        assert unlisted.status_code == 404
+        assert "nothing at this address" in unlisted.json()["detail"]
+
+
+def test_keys_that_are_changed_at_once_are_all_changed(tmp_path: Path) -> None:
+    home = Home.at(tmp_path / "home")
+    for number in range(8):
+        new_key(home, f"old {number}")
+    together = threading.Barrier(16)
+
+    def change(number: int) -> None:
+        together.wait(30)
+        if number < 8:
+            revoke_key(home, f"old {number}")
+        else:
+            new_key(home, f"new {number}")
+
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(change, range(16)))
+    names = {row["name"] for row in json.loads(home.api_keys.read_text())}
+    assert names == {f"new {number}" for number in range(8, 16)}
+    assert not list(home.root.glob("*.part"))
 
 
 def test_a_key_needs_a_name_of_its_own_and_a_scope(tmp_path: Path) -> None:

@@ -74,6 +74,19 @@ def test_what_is_written_to_the_store_is_in_the_next_answer(published: Home, tmp
     assert [i for i, a, b in zip(every, before, after, strict=True) if a != b] == [3]
 
 
+def test_items_that_the_server_may_let_go_of_are_not_kept(
+    published: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Redis drops keys by `key_ttl_seconds` without a word: the tokens stay."""
+    keeping = Counted(published, keep_items=True)
+    settings = type(keeping._store.config.online_store)
+    monkeypatch.setattr(settings, "key_ttl_seconds", 60, raising=False)
+    version = keeping.live_version()
+    for _ in range(2):
+        keeping.items([3, 4], version)
+    assert keeping.read_items == 4
+
+
 def test_a_token_that_is_gone_is_no_token(published: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two lost tokens are alike, and what they stood for need not be."""
     keeping = Counted(published, keep_items=True)

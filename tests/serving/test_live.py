@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
 import signal
 import subprocess
 import sys
 import textwrap
+import threading
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -18,6 +20,7 @@ import pandas as pd
 import pytest
 from fastapi.testclient import TestClient
 
+from bahe_core.errors import BaheError, Busy, Damaged, NotReady, NotWritable, Unreachable
 from bahe_core.home import Home
 from serving.api import create_app
 from serving.live import LiveLookup
@@ -106,7 +109,16 @@ def test_a_behavior_is_in_the_next_answer_and_equals_what_the_log_gives_later(
     dataset = tmp_path / "log" / "dataset.yaml"
     shutil.copytree(filled[1].parent, dataset.parent)
     log["behaviors"].to_parquet(dataset.parent / "behaviors.parquet")
-    for arguments in (("ingest", dataset), ("encode",), ("embed",), ("publish",)):
+    call("ingest", dataset, home=home)
+    seen = LiveLookup(home).user("u1").seen_items
+    assert "7" in seen, "the lake has atoms without vectors, and a service that starts now no state"
+    call("encode", home=home)
+    encoded = LiveLookup(home)
+    assert encoded.user("u1").seen_items == seen
+    assert encoded.user("u1").behaviors == live["behaviors"]
+    of_encoded = encoded.items([1, 7, 8], stored["model_version"], "u1")[1]
+    assert of_encoded == pairs, "the lake has them, the online store not yet"
+    for arguments in (("embed",), ("publish",)):
         call(*arguments, home=home)
     caught_up = client.get("/features", params={"user_id": "u1"}).json()
     assert caught_up["behaviors"] == live["behaviors"]
@@ -145,7 +157,7 @@ def test_pairs_of_a_live_service_know_when_whatever_came_first(
     (state,) = lookup._fresh.values()
     hours = [at.value // 1000 - hour * 3_600_000_000 for hour in (0, 2, 1)]
     acts = [replace(state.acts[0], time_us=time_us) for time_us in hours]
-    text_only = replace(acts[0], item_ids=frozenset({"8"}), named=False)
+    text_only = replace(acts[0], item_ids=frozenset({"8"}))
     lookup._fresh["u1"] = replace(state, acts=(*acts, text_only))
     version = lookup.live_version()
     before = OnlineLookup(lookup._home).items([7, 8], version, "u1")[1]
@@ -295,6 +307,86 @@ def test_only_so_many_states_are_kept_and_others_are_made_anew(
     extra = {user: lookup.user(user).behaviors - count for user, count in stored.items()}
     assert extra == {"u1": 1, "u2": 1, "u3": 1}
     assert len(lookup._fresh) == 2
+
+
+def test_what_came_while_others_were_let_go_of_is_not_passed_over(
+    filled: tuple[Home, Path], tmp_path: Path
+) -> None:
+    """As many pushes as the state has, and others: what a thread saw before another let go of some."""
+    home = copy_of(filled[0], tmp_path)
+    lookup, other = LiveLookup(home), LiveLookup(home)
+    at = pd.Timestamp(LATER).to_pydatetime()
+    lookup.append("u1", "liked", "liked one", at, 7)
+    lookup._pushes.drop("u1", lookup._pushes.of_user("u1"))
+    other.append("u1", "liked", "liked two", at + timedelta(minutes=1), 8)
+    assert "8" in lookup.user("u1").seen_items
+    (state,) = lookup._fresh.values()
+    assert [act.item_ids for act in state.acts] == [{"8"}]
+
+
+def test_a_worker_that_stopped_holds_up_pushes_for_a_moment_and_answers_not_at_all(
+    filled: tuple[Home, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = copy_of(filled[0], tmp_path)
+    client = TestClient(create_app(home, live=True))
+    assert client.post("/v1/behaviors", json=behavior()).status_code == 200
+    monkeypatch.setattr("serving.push_log.PATIENCE", 0.05)
+    again = behavior(event_timestamp="2024-06-01T13:00:00Z")
+    with (home.pushed / ".lock").open("a") as stopped:
+        fcntl.flock(stopped, fcntl.LOCK_EX)
+        refused = client.post("/v1/behaviors", json=again)
+        assert client.get("/v1/users/u1").status_code == 200
+    assert refused.status_code == 503
+    assert "another worker has kept" in refused.json()["detail"]
+    assert client.post("/v1/behaviors", json=again).status_code == 200
+
+
+def test_requests_that_wait_for_a_state_too_long_get_what_is_published(
+    filled: tuple[Home, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = copy_of(filled[0], tmp_path)
+    LiveLookup(home).append("u1", "liked", "liked one", pd.Timestamp(LATER).to_pydatetime(), 7)
+    lookup = LiveLookup(home)
+    monkeypatch.setattr("serving.live.PATIENCE", 0.05)
+    taken, done = threading.Event(), threading.Event()
+
+    def keeps() -> None:
+        with lookup._in_turn():
+            taken.set()
+            done.wait(30)
+
+    thread = threading.Thread(target=keeps)
+    thread.start()
+    taken.wait(30)
+    user = lookup.user("u1")
+    with pytest.raises(Busy, match="try again"):
+        lookup.append("u1", "liked", "liked two", pd.Timestamp("2024-06-01T13:00Z").to_pydatetime())
+    done.set()
+    thread.join()
+    assert "7" in user.seen_items
+    assert lookup.user("u1").behaviors == user.behaviors + 1
+
+
+@pytest.mark.parametrize("error", [NotReady, Unreachable, Damaged, NotWritable])
+def test_a_lake_that_fails_leaves_what_is_published(
+    filled: tuple[Home, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: type[BaheError],
+) -> None:
+    home = copy_of(filled[0], tmp_path)
+    LiveLookup(home).append("u1", "liked", "liked one", pd.Timestamp(LATER).to_pydatetime(), 7)
+    lookup, asked = LiveLookup(home), []
+
+    def fails(*_: object) -> None:
+        asked.append(1)
+        raise error("the lake is away.")
+
+    monkeypatch.setattr("serving.live.read_user", fails)
+    for _ in range(2):
+        assert lookup.user("u1").behaviors == OnlineLookup(home).user("u1").behaviors
+        assert "7" in lookup.user("u1").seen_items
+    assert error is NotReady or len(asked) == 1, "it is left alone for a moment"
 
 
 def test_a_service_that_is_not_live_takes_no_behaviors(filled: tuple[Home, Path]) -> None:

@@ -8,10 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from fastapi.routing import APIRoute
 from fastapi.testclient import TestClient
+from feast import Field, RequestSource
 from feast.infra.online_stores import remote
+from feast.on_demand_feature_view import on_demand_feature_view
+from feast.types import Int64
 from typer.testing import CliRunner
 
 from bahe.cli import app as commands
@@ -19,6 +23,7 @@ from bahe_core.errors import BadInput
 from bahe_core.home import Home
 from feature_repo.store import open_store
 from serving.api import create_app, scope_of
+from serving.guards import NOWHERE
 from serving.keys import SCOPES, new_key
 from serving.lookup import OnlineLookup
 from tests.support.cli import call
@@ -28,7 +33,16 @@ from tests.support.stopped_redis import own_redis
 
 NOON = "2024-06-01T12:00:00Z"
 SURROGATE = b'"\\ud800"'
+LONG = "u" * 150
 PROBES = {"/healthz", "/readyz", "/docs", "/openapi.json"}
+
+
+@on_demand_feature_view(
+    sources=[RequestSource(name="asked", schema=[Field(name="budget", dtype=Int64)])],
+    schema=[Field(name="twice", dtype=Int64)],
+)
+def twice_the_budget(inputs: pd.DataFrame) -> pd.DataFrame:
+    return pd.DataFrame({"twice": inputs["budget"] * 2})
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +50,8 @@ def home(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> Home:
     """Users are u1 …, items are integers; the model reads the device of an impression."""
     folder = tmp_path_factory.mktemp("served")
     log = small_log(users=12, rows=400)
+    for table in ("impressions", "behaviors", "users"):
+        log[table]["user_id"] = log[table]["user_id"].replace("u11", LONG)
     log["impressions"]["device"] = np.where(log["impressions"]["clicked"] == 1, "phone", "desk")
     impressions = {"files": "impressions.parquet", "context": ["device"]}
     dataset = write_dataset(folder / "log", log, tiny_backbone, impressions=impressions)
@@ -89,6 +105,14 @@ def test_an_unknown_user_is_one_without_history_and_refused_on_request(client: T
     ):
         assert answer.status_code == 404
         assert "user never seen is not in the online store" in answer.json()["detail"]
+
+
+def test_an_id_that_is_known_is_answered_whole(client: TestClient) -> None:
+    for user_id, answered in ((LONG, LONG), ("x" * 150, "x" * 99 + "…")):
+        best = client.post("/v1/recommend", json={"user_id": user_id, "k": 3})
+        for answer in (score(client, user_id=user_id), best):
+            assert answer.json()["user_id"] == answered
+    assert client.get("/recommend", params={"user_id": LONG, "k": 3}).json()["user_id"] == LONG
 
 
 def test_recommendations_are_those_older(client: TestClient) -> None:
@@ -189,6 +213,25 @@ def test_a_score_that_cannot_be_given(
     [
         ({"features": ["item_stats:nothing"]}, 400, "item_stats:nothing is no feature"),
         ({"features": ["x" * 256]}, 400, "xx… is no feature"),
+        ({"features": ["item_stats:item_clicks"] * 2}, 400, "have the same name; give each once"),
+        ({"features": ["item_stats:item_clicks"] * 2, "full_feature_names": True}, 400, "give each once"),
+        (
+            {
+                "features": ["user_embedding:embedding", "item_embedding:embedding"],
+                "entities": {"item_id": [3], "user_id": ["u1"], "model_version": ["m"]},
+            },
+            400,
+            "have the same name",
+        ),
+        (
+            {
+                "features": None,
+                "feature_service": "ctr_online",
+                "entities": {"item_id": [3], "user_id": ["u1"], "model_version": ["m"]},
+            },
+            400,
+            "`full_feature_names` where views share a name",
+        ),
         ({"features": None}, 422, "either `features` or `feature_service`"),
         ({"features": None, "feature_service": "none"}, 400, "no feature service is named none"),
         ({"entities": {"thing": [3]}}, 400, "item_stats is looked up by item_id"),
@@ -201,10 +244,28 @@ def test_features_that_cannot_be_given(
     client: TestClient, change: dict[str, Any], status: int, said: str
 ) -> None:
     asked = {"features": ["item_stats:item_clicks"], "entities": {"item_id": [3]}, **change}
-    answer = client.post("/v1/features", json=asked)
-    assert answer.status_code == status, answer.text
-    assert said in answer.json()["detail"]
-    assert len(answer.text) < 400
+    for route in ("/v1/features", "/get-online-features"):
+        answer = client.post(route, json=asked)
+        assert answer.status_code == status, answer.text
+        assert said in answer.json()["detail"]
+        assert len(answer.text) < 400
+
+
+def test_a_feature_on_demand_needs_what_it_is_computed_of(home: Home, tmp_path: Path) -> None:
+    served = copy_of(home, tmp_path)
+    open_store(served).apply([twice_the_budget])
+    client = TestClient(create_app(served))
+    asked = {"features": ["twice_the_budget:twice"], "entities": {"item_id": [3]}}
+    for route in ("/v1/features", "/get-online-features"):
+        answer = client.post(route, json=asked)
+        assert answer.status_code == 400, answer.text
+        assert "budget" in answer.json()["detail"]
+        assert "give it among `entities`" in answer.json()["detail"]
+        for budget, status in ((4, 200), ("4", 200), ("much", 400)):
+            given = {**asked, "entities": {"item_id": [3], "budget": [budget]}}
+            answer = client.post(route, json=given)
+            assert answer.status_code == status, answer.text
+            assert ("a whole number of 64 bits" in answer.text) == (status == 400)
 
 
 @pytest.mark.parametrize("identifier", ["1_0", " 10 ", "\u0661\u0660", "010", "+10", "1" * 30, "-0"])
@@ -306,7 +367,8 @@ def test_a_store_that_says_nothing_is_503_in_time_and_comes_back(home: Home, tmp
         assert score(client).status_code == 200
 
 
-def test_every_route_asks_for_a_key_but_those_for_probes(home: Home) -> None:
+def test_every_route_asks_for_a_key_but_those_for_probes(home: Home, tmp_path: Path) -> None:
+    home = copy_of(home, tmp_path)
     app = create_app(home, require_keys=True)
     client = TestClient(app)
     routes = [route for route in app.routes if isinstance(route, APIRoute)]
@@ -321,6 +383,8 @@ def test_every_route_asks_for_a_key_but_those_for_probes(home: Home) -> None:
     assert client.post("/v1/score", json=asked, headers=key).status_code == 200
     assert client.get("/v1/users/u1", headers=key).status_code == 403
     assert client.get("/metrics", headers=key).status_code == 403
+    assert client.get("/v1/score/", headers=key).status_code == 404
+    assert scope_of("/v1/nothing") == NOWHERE
 
 
 def test_a_service_that_others_can_reach_needs_a_key(home: Home, tmp_path: Path) -> None:
