@@ -184,13 +184,18 @@ def test_an_answer_that_takes_too_long_is_not_waited_for() -> None:
         assert refused.value.status == 503
         assert work.admitted == 1, "what runs keeps its room"
         freed.set()
-        with pytest.raises(TimeoutError, match="of the store's own"):
-            await work.run(raise_timeout)
+
+    asyncio.run(scenario())
+
+
+def test_a_timeout_of_what_is_asked_is_its_own() -> None:
+    work = Work("test", threads=1, waiting=1, seconds=60)
 
     def raise_timeout() -> None:
         raise TimeoutError("of the store's own")
 
-    asyncio.run(scenario())
+    with pytest.raises(TimeoutError, match="of the store's own"):
+        asyncio.run(work.run(raise_timeout))
 
 
 def test_request_ids_and_headers() -> None:
