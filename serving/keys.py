@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import hmac
 import json
@@ -10,10 +9,11 @@ import logging
 import os
 import secrets
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+
+from filelock import FileLock
 
 from bahe_core.errors import BadInput, Damaged, one_line
 from bahe_core.files import replace_atomically
@@ -138,13 +138,10 @@ def _read(home: Home) -> list[_Key]:
         ) from None
 
 
-@contextmanager
-def _exclusive(home: Home) -> Iterator[None]:
+def _exclusive(home: Home) -> FileLock:
     """Nobody else changes the keys meanwhile: a key that was revoked would be written back."""
     home.create()
-    with home.api_keys.with_name(".api_keys.lock").open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    return FileLock(home.api_keys.with_name(".api_keys.lock"))
 
 
 def _write(home: Home, keys: list[_Key]) -> None:

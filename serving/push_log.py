@@ -7,15 +7,15 @@ kill cut off was not, and is passed over. Ids and texts are those of the log its
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import threading
-import time
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+
+from filelock import FileLock, Timeout
 
 from bahe_core.errors import Busy
 from bahe_core.files import flush
@@ -102,20 +102,17 @@ class PushLog:
     @contextmanager
     def exclusive(self) -> Iterator[None]:
         """No other thread or worker appends meanwhile. Raises Busy when one of them does not let go."""
-        end = time.monotonic() + PATIENCE
-        with (self._folder / ".lock").open("a") as file:
-            while True:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if time.monotonic() >= end:
-                        raise Busy(
-                            f"another worker has kept {self._folder} to itself for {PATIENCE:g} s;"
-                            " send it again."
-                        ) from None
-                    time.sleep(_LOOK)
+        lock = FileLock(self._folder / ".lock")
+        try:
+            lock.acquire(timeout=PATIENCE, poll_interval=_LOOK)
+        except Timeout:
+            raise Busy(
+                f"another worker has kept {self._folder} to itself for {PATIENCE:g} s; send it again."
+            ) from None
+        try:
             yield
+        finally:
+            lock.release()
 
     def append(self, behavior: Pushed) -> None:
         """Write a behavior to the disk; call it within `exclusive`."""
