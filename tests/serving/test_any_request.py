@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,8 +12,7 @@ from hypothesis import strategies as st
 
 from bahe_core.home import Home
 from serving.api import create_app
-from tests.support.cli import call
-from tests.support.logs import small_log, write_dataset
+from tests.support.home_contents import copy_of
 
 VALID: dict[str, dict[str, Any]] = {
     "/v1/score": {"user_id": "u1", "item_ids": [3, 4], "at": "2024-06-01T12:00:00Z"},
@@ -62,12 +60,8 @@ VALUES = st.recursive(
 
 
 @pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> TestClient:
-    folder = tmp_path_factory.mktemp("any")
-    home = Home.at(folder / "home")
-    dataset = write_dataset(folder / "log", small_log(users=12, rows=400), tiny_backbone)
-    call("run", dataset, "--tracker", "none", home=home)
-    return TestClient(create_app(home, live=True))
+def client(served: Home, tmp_path_factory: pytest.TempPathFactory) -> TestClient:
+    return TestClient(create_app(copy_of(served, tmp_path_factory.mktemp("any")), live=True))
 
 
 @st.composite

@@ -16,25 +16,16 @@ from bahe_core.errors import BadInput, Damaged, NotReady, UnknownEntity
 from bahe_core.home import Home
 from serving.api import create_app
 from serving.lookup import OnlineLookup, parsed_context
-from tests.support.cli import call
 from tests.support.home_contents import copy_of
-from tests.support.logs import small_log, write_dataset
+from tests.support.logs import small_log
 
 NOON = "2024-06-01T12:00:00Z"
 EVERY_ITEM = set(range(25))
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> Home:
-    """A published home whose model reads the device of an impression."""
-    folder = tmp_path_factory.mktemp("served")
-    log = small_log(users=12, rows=400)
-    log["impressions"]["device"] = np.where(log["impressions"]["clicked"] == 1, "phone", "desk")
-    impressions = {"files": "impressions.parquet", "context": ["device"]}
-    dataset = write_dataset(folder / "log", log, tiny_backbone, impressions=impressions)
-    home = Home.at(folder / "home")
-    call("run", dataset, "--tracker", "none", home=home)
-    return home
+def home(served: Home) -> Home:
+    return served
 
 
 @pytest.fixture(scope="module")

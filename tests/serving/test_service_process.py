@@ -14,18 +14,15 @@ import pytest
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
 
 from bahe_core.home import Home
-from tests.support.cli import call
-from tests.support.logs import small_log, write_dataset
+from tests.support.home_contents import copy_of
 
 REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def port(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> Iterator[int]:
+def port(served: Home, tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     folder = tmp_path_factory.mktemp("process")
-    home = Home.at(folder / "home")
-    dataset = write_dataset(folder / "log", small_log(users=12, rows=400), tiny_backbone)
-    call("run", dataset, "--tracker", "none", home=home)
+    home = copy_of(served, folder)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

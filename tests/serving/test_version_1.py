@@ -7,7 +7,6 @@ import sqlite3
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import pytest
 from fastapi.routing import APIRoute
@@ -28,12 +27,11 @@ from serving.keys import SCOPES, new_key
 from serving.lookup import OnlineLookup
 from tests.support.cli import call
 from tests.support.home_contents import copy_of
-from tests.support.logs import small_log, write_dataset
+from tests.support.logs import LONG, small_log
 from tests.support.stopped_redis import own_redis
 
 NOON = "2024-06-01T12:00:00Z"
 SURROGATE = b'"\\ud800"'
-LONG = "u" * 150
 PROBES = {"/healthz", "/readyz", "/docs", "/openapi.json"}
 
 
@@ -46,18 +44,8 @@ def twice_the_budget(inputs: pd.DataFrame) -> pd.DataFrame:
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> Home:
-    """Users are u1 …, items are integers; the model reads the device of an impression."""
-    folder = tmp_path_factory.mktemp("served")
-    log = small_log(users=12, rows=400)
-    for table in ("impressions", "behaviors", "users"):
-        log[table]["user_id"] = log[table]["user_id"].replace("u11", LONG)
-    log["impressions"]["device"] = np.where(log["impressions"]["clicked"] == 1, "phone", "desk")
-    impressions = {"files": "impressions.parquet", "context": ["device"]}
-    dataset = write_dataset(folder / "log", log, tiny_backbone, impressions=impressions)
-    home = Home.at(folder / "home")
-    call("run", dataset, "--tracker", "none", home=home)
-    return home
+def home(served: Home) -> Home:
+    return served
 
 
 @pytest.fixture(scope="module")

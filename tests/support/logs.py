@@ -9,6 +9,8 @@ import pandas as pd
 import yaml
 
 WORDS = [f"word{i}" for i in range(60)]
+LONG = "u" * 150
+"""A user_id longer than what an answer repeats of one that it does not know."""
 
 
 def small_log(seed: int = 0, users: int = 30, items: int = 25, rows: int = 900) -> dict[str, pd.DataFrame]:
