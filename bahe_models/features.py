@@ -108,12 +108,6 @@ class DenseFeatures:
             *(f"has_{column_of(reference)}" for reference in self.gaps),
         ]
 
-    @property
-    def further(self) -> slice:
-        """Where in `names` the features stand that the dataset listed, with those of their gaps."""
-        count = len(self.names)
-        return slice(count - len(self.numeric) - len(self.gaps), count)
-
     def floor(self, columns: Columns) -> Float:
         """The floor's logits [N]: user log-odds plus item log-odds minus the log's own."""
         return _floor(columns, self.click_rate)

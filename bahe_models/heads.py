@@ -88,10 +88,6 @@ class Head(nn.Module):
         self.wide.weight[0] = weights_F
         self.wide.bias.fill_(bias)
 
-    def start_with_facts_alone(self) -> None:
-        """Let the DNN add nothing at first: what it reads at random would drown what is fitted already."""
-        silence(self.hidden)
-
     def forward(
         self,
         user_NV: torch.Tensor,

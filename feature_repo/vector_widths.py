@@ -9,6 +9,7 @@ import duckdb
 
 from bahe_core.errors import BadInput, one_line
 from bahe_lake.sql import sql_identifier
+from bahe_models import column_of
 from feature_repo.references import view_of
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def vector_widths(store: FeatureStore, references: Sequence[str]) -> dict[str, i
     with open_lake(store.config) as connection:
         for reference in references:
             source = store.get_feature_view(view_of(reference)).batch_source
-            feature = reference.partition(":")[2]
+            feature = column_of(reference)
             in_source = {shown: column for column, shown in source.field_mapping.items()}
             column = sql_identifier(in_source.get(feature, feature))
             query = f"""

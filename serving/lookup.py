@@ -633,7 +633,7 @@ class OnlineLookup:
     ) -> Mapping[str, Sequence[Identifier]]:
         """The entities, with the model's version where a view is keyed by one and none is given."""
         names = (
-            [reference.partition(":")[0] for reference in features]
+            list(map(view_of, features))
             if isinstance(features, list)
             else [projection.name for projection in features.feature_view_projections]
         )

@@ -17,6 +17,7 @@ from bahe_models.backbone import longest_input, recompute_activations
 from bahe_models.config import POSITIONS_PER_PASS, ModelConfig, TrainingConfig, WindowConfig
 from bahe_models.encoder import hardware_has_bfloat16
 from bahe_models.features import DenseFeatures
+from bahe_models.heads import silence
 from bahe_models.metrics import auc
 from bahe_models.model import BaheModel
 from bahe_models.passes import bounded_passes, plan_passes
@@ -296,7 +297,7 @@ def build_model(
         model.head.start_from(weights_F, dense.mean[0])
         return model
     model.head.start_from(weights_F, 0.0)
-    model.head.start_with_facts_alone()
+    silence(model.head.hidden)  # what it reads at random would drown what is fitted
     if also_known is None:  # else the weights come from an earlier model
         values_NF = dense.transform(train.columns, train.length_NC, train.time_us_N)
         fit_to_facts(model.head.alone, values_NF, train.clicked_N, on_step=on_facts)

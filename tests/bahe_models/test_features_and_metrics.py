@@ -65,7 +65,8 @@ def test_of_a_moment_the_time_since_is_a_feature() -> None:
     settings = {"channels": ("a",), "click_rate": 0.5, "numeric": ("user_item_behaviors:pair_last_us",)}
     dense = DenseFeatures.fit(known, np.zeros((4, 1), dtype=np.int64), now, **settings)
     ages = np.log1p(seconds[[0, 1, 3]])
-    got = dense.transform(known, np.zeros((4, 1), dtype=np.int64), now)[:, dense.further][:, 0]
+    place = dense.names.index("log_pair_last_us")
+    got = dense.transform(known, np.zeros((4, 1), dtype=np.int64), now)[:, place]
     np.testing.assert_allclose(got[[0, 1, 3]], (ages - ages.mean()) / ages.std(), atol=1e-6)
     assert got[2] == 0
 
