@@ -125,8 +125,7 @@ class ScoreItemsRequest(Asked):
     """Which items to score for which user."""
 
     model_config = ConfigDict(
-        extra="forbid",
-        json_schema_extra={"examples": [{"user_id": 1, "item_ids": [10, 11], "context": {}}]},
+        json_schema_extra={"examples": [{"user_id": 1, "item_ids": [10, 11], "context": {}}]}
     )
 
     user_id: Id
@@ -162,9 +161,7 @@ class ScoreItemsAnswer(BaseModel):
 class RecommendRequest(Asked):
     """How many items to recommend to which user."""
 
-    model_config = ConfigDict(
-        extra="forbid", json_schema_extra={"examples": [{"user_id": 1, "k": 10, "context": {}}]}
-    )
+    model_config = ConfigDict(json_schema_extra={"examples": [{"user_id": 1, "k": 10, "context": {}}]})
 
     user_id: Id
     k: Annotated[StrictInt, Field(ge=1, le=K)] = 10
@@ -179,7 +176,6 @@ class FeaturesRequest(Asked):
     """Which features of which entities, as Feast's /get-online-features has it."""
 
     model_config = ConfigDict(
-        extra="forbid",
         json_schema_extra={
             "examples": [{"features": ["item_stats:item_click_rate"], "entities": {"item_id": [10, 11]}}]
         },
