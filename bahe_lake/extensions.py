@@ -14,7 +14,11 @@ from bahe_lake.sql import sql_literal
 
 
 def load_extension(connection: duckdb.DuckDBPyConnection, name: str) -> None:
-    """Load an extension from the wheel that carries it or, without that wheel, from DuckDB's repository."""
+    """Load an extension from the wheel that carries it or, without that wheel, from DuckDB's repository.
+
+    `connection` may take unsigned ones: pip has checked a wheel when it was installed. What comes from the
+    repository, which is read without encryption, has its signature checked here.
+    """
     package = importlib.util.find_spec(f"duckdb_extension_{name}")
     if package is not None and package.submodule_search_locations:
         root = Path(package.submodule_search_locations[0])
@@ -22,7 +26,9 @@ def load_extension(connection: duckdb.DuckDBPyConnection, name: str) -> None:
         if carried.is_file():
             connection.execute(f"LOAD {sql_literal(str(carried))}")
             return
-    connection.execute(f"INSTALL {name}")
+    with duckdb.connect() as checking:
+        checking.execute(f"INSTALL {name}")
+        checking.execute(f"LOAD {name}")
     connection.execute(f"LOAD {name}")
 
 

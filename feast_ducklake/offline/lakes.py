@@ -21,8 +21,7 @@ if TYPE_CHECKING:
     from feast.repo_config import RepoConfig
 
 KEPT = 4
-"""How many lakes (or snapshots of one) stay attached: a service asks often, and attaching takes 0.3 s, most
-of it DuckDB's check of the extensions' signatures."""
+"""How many lakes (or snapshots of one) stay attached, for a service that asks often."""
 
 _attached: OrderedDict[tuple[object, ...], duckdb.DuckDBPyConnection] = OrderedDict()
 _lock = threading.Lock()
