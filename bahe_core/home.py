@@ -132,7 +132,7 @@ class Home:
 
     @property
     def pushed(self) -> Path:
-        """Behaviors that live services took in, as JSON lines."""
+        """Behaviors, impressions and clicks that live services took in, as JSON lines."""
         return self.root / "pushed"
 
     @property

@@ -2,10 +2,11 @@
 
 Nightly: a home of the log up to some nights before its end; each night the next day is ingested, embedded
 and published, and that day's impressions are asked for, each at its moment; once the log is complete the
-logged requests are audited. Live: behaviors are sent to a service, which answers after each; the log then
-gets them, and the requests are audited. Skews: requests with the very features that training sees, and the
-same with one kind of skew each, which the audit has to find in the right features, name, and find nowhere
-else. Random cases: `benchmarks.random_cases`, which also runs by itself and needs no home.
+logged requests are audited. Live: impressions, clicks and behaviors are sent to a service, which answers
+after each; the log then gets them, and the requests are audited. Skews: requests with the very features
+that training sees, and the same with one kind of skew each, which the audit has to find in the right
+features, name, and find nowhere else. Random cases: `benchmarks.random_cases`, which also runs by itself
+and needs no home.
 """
 
 from __future__ import annotations
@@ -79,7 +80,8 @@ def measure(quick: bool, home_path: Path) -> Iterable[Row]:
         found, unknown = nights(home, folder, tables, days, REQUESTS[quick])
         yield equal_row(f"{found.rows:,} requests over {NIGHTS[quick]} nights, nightly", found)
         yield Row(metric="requests of users who were not published yet, nightly", value=unknown, unit="")
-        yield equal_row(f"after {PUSHED[quick]:,} behaviors sent, live", live(home, folder, PUSHED[quick]))
+        what = f"after {PUSHED[quick]:,} behaviors, impressions and clicks sent, live"
+        yield equal_row(what, live(home, folder, PUSHED[quick]))
         yield from skews(home_path, folder)
     yield from random_cases.measure(quick, home_path)
 
@@ -179,8 +181,8 @@ def nights(
 
 
 def live(home: Home, folder: Path, count: int) -> Audit:
-    """Send behaviors to a live service and ask after each; then the log gets them."""
-    from serving.live import LiveLookup
+    """Send behaviors, each after an impression, to a service, and ask after each; then the log has all."""
+    from serving.live import Clicked, LiveLookup, Shown
 
     refresh(home, folder)
     shutil.rmtree(home.requests)
@@ -193,12 +195,28 @@ def live(home: Home, folder: Path, count: int) -> Audit:
     sent["user_id"] = rng.choice(rng.choice(behaviors["user_id"].unique(), 200), count)
     later = behaviors["event_timestamp"].max() + pd.Timedelta("1D")
     sent["event_timestamp"] = later + pd.to_timedelta(7 * np.arange(count), unit="s")
-    for event in sent.to_dict("records"):
+    impressions = pd.read_parquet(folder / "impressions.parquet")
+    shown = pd.DataFrame(
+        {
+            "impression_id": impressions["impression_id"].max() + 1 + np.arange(count),
+            "user_id": sent["user_id"].to_numpy(),
+            "item_id": rng.choice(impressions["item_id"].unique(), count),
+            "event_timestamp": sent["event_timestamp"].to_numpy() - np.timedelta64(2, "s"),
+            "clicked": rng.integers(2, size=count),
+        }
+    )
+    shown["event_timestamp"] = shown["event_timestamp"].dt.tz_localize("UTC")
+    for event, one in zip(sent.to_dict("records"), shown.to_dict("records"), strict=True):
         moment = event["event_timestamp"].to_pydatetime()
-        user, item = event["user_id"], event["item_id"]
+        user, item, impression = event["user_id"], event["item_id"], one["impression_id"]
+        at = one["event_timestamp"].to_pydatetime()
+        service.show([Shown(impression_id=impression, user_id=user, item_id=one["item_id"], at=at)])
+        if one["clicked"]:
+            service.click([Clicked(impression_id=impression, at=at + timedelta(seconds=1))])
         service.append(user, event["channel"], event["text"], moment, item)
-        service.score(user, [item], moment + timedelta(seconds=1))
+        service.score(user, [item, one["item_id"]], moment + timedelta(seconds=1))
     pd.concat([behaviors, sent]).to_parquet(folder / "behaviors.parquet")
+    pd.concat([impressions, shown]).to_parquet(folder / "impressions.parquet")
     project = bahe.open(home.root)
     project.ingest(path)
     project.encode()

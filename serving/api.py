@@ -31,25 +31,29 @@ from bahe_core.errors import (
 from bahe_core.home import Home
 from serving.guards import NOWHERE, Guard, Limits, Refused
 from serving.keys import ApiKeys
-from serving.live import LiveLookup
+from serving.live import Clicked, LiveLookup, Shown, TakenIn
 from serving.lookup import Answer, OnlineLookup, UserFeatures, parsed_context
 from serving.messages import (
     BehaviorAnswer,
     BehaviorRequest,
+    ClicksRequest,
     ColumnsAnswer,
     FeastRequest,
     FeaturesAnswer,
     FeaturesRequest,
     Id,
+    ImpressionsRequest,
     ItemAnswer,
     K,
     RecommendRequest,
     Refusal,
+    RefusedRow,
     ScoreAnswer,
     ScoredItem,
     ScoreItemsAnswer,
     ScoreItemsRequest,
     ScoreRequest,
+    TakenInAnswer,
     UserAnswer,
 )
 from serving.metrics import Metrics
@@ -76,6 +80,8 @@ _SCOPES = {
     "/v1/recommend": "score",
     "/v1/features": "read",
     "/v1/behaviors": "write",
+    "/v1/impressions": "write",
+    "/v1/clicks": "write",
     "/get-online-features": "read",
     "/metrics": "read",
     "/health": "read",
@@ -108,6 +114,10 @@ class _Service:
     async def ask(self, function: Callable[[], T]) -> T:
         """What the lookup says, from a thread."""
         return await self._work.run(function)
+
+    async def write(self, function: Callable[[], T]) -> T:
+        """`ask` of what is not given up because its sender went away."""
+        return await asyncio.shield(asyncio.ensure_future(self.ask(function)))
 
     async def health(self) -> dict[str, Any]:
         """Whether the store answers, and which model is live."""
@@ -148,7 +158,8 @@ def create_app(
     limits: Limits | None = None,
     require_keys: bool = False,
 ) -> FastAPI:
-    """The application for one home; `live` adds /v1/behaviors, which needs the shallow layers in memory.
+    """The application for one home; `live` adds /v1/behaviors, /v1/impressions and /v1/clicks, which need
+    the shallow layers in memory.
 
     `log_requests` is the share of users whose requests are kept for `bahe audit`. Once the home has an API
     key every request needs one; with `require_keys` also before. Raises NotReady before the first publish.
@@ -313,7 +324,41 @@ def _version_1(service: _Service) -> APIRouter:
 
     if isinstance(lookup, LiveLookup):
         router.post("/behaviors")(_taking_in(service, lookup))
+        _add_impressions(router, service, lookup)
     return router
+
+
+def _add_impressions(router: APIRouter, service: _Service, lookup: LiveLookup) -> None:
+    @router.post("/impressions")
+    async def impressions(request: ImpressionsRequest) -> TakenInAnswer:
+        """Take in what was shown: on disk before the answer, and in the statistics of every worker."""
+        shown = [
+            Shown(
+                impression_id=row.impression_id,
+                user_id=row.user_id,
+                item_id=row.item_id,
+                at=row.event_timestamp,
+            )
+            for row in request.impressions
+        ]
+        return _taken(service, "impressions", await service.write(partial(lookup.show, shown)))
+
+    @router.post("/clicks")
+    async def clicks(request: ClicksRequest) -> TakenInAnswer:
+        """Take in what was clicked, as /v1/impressions what was shown."""
+        clicked = [
+            Clicked(impression_id=row.impression_id, at=row.event_timestamp) for row in request.clicks
+        ]
+        return _taken(service, "clicks", await service.write(partial(lookup.click, clicked)))
+
+
+def _taken(service: _Service, what: str, taken: TakenIn) -> TakenInAnswer:
+    service.metrics.pushed(what, taken.new)
+    return TakenInAnswer(
+        new=taken.new,
+        known=taken.known,
+        refused=[RefusedRow(row=row, detail=reason) for row, reason in taken.refused.items()],
+    )
 
 
 def _feast(service: _Service) -> APIRouter:
@@ -385,9 +430,8 @@ def _taking_in(service: _Service, lookup: LiveLookup) -> Callable[..., Any]:
             request.item_id,
             event_id=request.event_id,
         )
-        # A behavior that is being written is not given up because its sender went away.
-        user = await asyncio.shield(asyncio.ensure_future(service.ask(take)))
-        service.metrics.pushed()
+        user = await service.write(take)
+        service.metrics.pushed("behaviors")
         return BehaviorAnswer(
             user_id=user.user_id, model_version=user.model_version, behaviors=user.behaviors
         )

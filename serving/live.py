@@ -1,11 +1,12 @@
-"""Behaviors sent to a running service: the user's next answer takes them into account.
+"""Behaviors, impressions and clicks sent to a running service: the next answers take them into account.
 
 A service started with `--live` holds the shallow layers as well. A behavior sent to it is written to the
 home's push log before it is answered, and every worker of the home reads it there. For a user with such
 behaviors a worker makes a `UserState` from the lake, encodes and appends them, and keeps it while it is
 used: a cache, which any worker can make anew. What the log has by now is not appended again, and a behavior
 is let go when the published vector contains it. The log still has to receive the same behaviors: this
-bridges the time between two publishes and does not replace ingest.
+bridges the time between two publishes and does not replace ingest. Impressions and clicks move statistics
+(serving.live_statistics).
 """
 
 from __future__ import annotations
@@ -26,14 +27,12 @@ import torch
 from bahe_core.errors import (
     BadInput,
     Busy,
-    Damaged,
     NotReady,
-    NotWritable,
     UnknownEntity,
-    Unreachable,
     clipped,
 )
 from bahe_core.home import Home
+from bahe_core.results import Result
 from bahe_lake.connection import lake
 from bahe_models import Artifact, AtomicEncoder, UserState, encoder_version, load_backbone
 from feast_ducklake.online.rows import Vectors
@@ -43,8 +42,10 @@ from materialize.ingest.atoms import ATOM_ID, NORMAL_TEXT
 from materialize.ingest.channel_windows import PAIR_FIRST, PAIR_LAST, pair_counts
 from materialize.vectors.encoder_versions import recorded_settings
 from materialize.vectors.timelines import read_user
-from serving.lookup import Identifier, OnlineLookup, UserFeatures
-from serving.push_log import PATIENCE, Pushed, PushLog
+from serving.journal import PATIENCE
+from serving.live_statistics import LAKE_FAILS, Impression, LiveStatistics, counts_beside
+from serving.lookup import Identifier, OnlineLookup, UserFeatures, id_as
+from serving.push_log import Pushed, PushLog
 from serving.request_log import RequestLog
 
 STATES = 256
@@ -57,7 +58,7 @@ AHEAD = timedelta(minutes=5)
 """How far a sender's clock may be ahead. A behavior of the far future would refuse all after it."""
 REST = 5.0
 """Seconds that the lake is left alone after it failed: a server that is away takes that long to say so."""
-_LAKE_FAILS = (Unreachable, Damaged, NotWritable)
+_AHEAD = "{what} at {at} has not happened yet; correct its time."
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
@@ -91,8 +92,43 @@ class _Act:
     time_us: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class Shown:
+    """An item that was shown to a user."""
+
+    impression_id: Identifier
+    """As the log will have it."""
+    user_id: Identifier
+    item_id: Identifier
+    at: datetime
+    """UTC unless it says otherwise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clicked:
+    """A click on an impression."""
+
+    impression_id: Identifier
+    at: datetime
+    """UTC unless it says otherwise."""
+
+
+@dataclass(frozen=True)
+class TakenIn(Result):
+    """What became of impressions or clicks that were sent."""
+
+    new: int
+    known: int
+    """Sent before, or published; they count once."""
+    refused: dict[int, str]
+    """Why, by place."""
+
+
 class LiveLookup(OnlineLookup):
-    """A lookup that also takes behaviors in. Raises NotReady when the live model's encoder is not here."""
+    """A lookup that also takes behaviors, impressions and clicks in.
+
+    Raises NotReady when the live model's encoder is not here.
+    """
 
     def __init__(
         self,
@@ -110,6 +146,9 @@ class LiveLookup(OnlineLookup):
         self._lake_from = 0.0
         """When the lake may be read again, by the monotonic clock."""
         self._pushes = PushLog(home)
+        self._impressions = LiveStatistics(home)
+        self._impression_ids: str | None = None
+        """The type of the log's impression ids."""
         self._atoms: dict[int, np.ndarray] = {}
         """Vectors of the encoder, the newest last."""
         self._by_text: tuple[dict[Identifier, str], dict[str, list[Identifier]]] = ({}, {})
@@ -120,7 +159,7 @@ class LiveLookup(OnlineLookup):
 
     def user(self, user_id: Identifier) -> UserFeatures:
         """A user's features, with the behaviors sent here. Raises UnknownEntity as `OnlineLookup.user`."""
-        stored = super().user(user_id)
+        stored = self._with_impressions(super().user(user_id))
         pushed = self._pushes.of_user(stored.user_id)
         if not pushed:
             return stored
@@ -129,7 +168,7 @@ class LiveLookup(OnlineLookup):
         stored = replace(stored, seen_items=stored.seen_items | named)
         try:
             fresh = self._up_to_date(stored)
-        except (NotReady, Busy, *_LAKE_FAILS):
+        except (NotReady, Busy, *LAKE_FAILS):
             # The lake is being written to, is away, or reads another encoder: what is published answers.
             return stored
         if self._published(stored, fresh):
@@ -138,6 +177,23 @@ class LiveLookup(OnlineLookup):
                 self._fresh.pop(stored.user_id, None)
             return stored
         return self._with(stored, fresh)
+
+    def empty_user(self, user_id: Identifier) -> UserFeatures:
+        """`OnlineLookup.empty_user`, with the impressions sent here."""
+        return self._with_impressions(super().empty_user(user_id))
+
+    def _with_impressions(self, stored: UserFeatures) -> UserFeatures:
+        user_id, sent = stored.user_id, self._impressions
+        clicked = sent.clicked_items(user_id, self.catalogue())
+        moved = sent.moved("user", user_id, stored.statistics)
+        if not moved and not clicked:
+            return stored
+        return replace(
+            stored, statistics={**stored.statistics, **moved}, seen_items=stored.seen_items | clicked
+        )
+
+    def _read_beside(self, references: Sequence[str]) -> list[str]:
+        return counts_beside(references)
 
     def _published(self, stored: UserFeatures, fresh: _Fresh) -> bool:
         """Whether the published vector has all that was pushed."""
@@ -160,11 +216,16 @@ class LiveLookup(OnlineLookup):
     def items(
         self, items: Sequence[Identifier], version: str, user_id: Identifier | None = None
     ) -> tuple[Vectors, dict[str, list[Any]]]:
-        """Those of `OnlineLookup.items`; the pairs' with what the user did since the publish.
+        """Those of `OnlineLookup.items`, with the impressions that were sent; the pairs' with what the user
+        did since the publish.
 
         All of that counts in every window: a service is published to more often than once in the shortest.
         """
         vectors, values = super().items(items, version, user_id)
+        for place in self._impressions.touched(items, self.catalogue()):
+            stored = {column: values[column][place] for column in values if column.startswith("item_")}
+            for column, value in self._impressions.moved("item", items[place], stored).items():
+                values[column][place] = value
         with self._fresh_lock:
             fresh = None if user_id is None else self._fresh.get(user_id)
         if fresh is None or fresh.model_version != version:
@@ -207,9 +268,9 @@ class LiveLookup(OnlineLookup):
         user or item is not in the online store, and BadInput on an unknown channel, an empty text, or a
         time before the user's latest or in the future.
         """
-        at = at if at.tzinfo else at.replace(tzinfo=UTC)
+        at = _aware(at)
         if at > datetime.now(UTC) + AHEAD:
-            raise BadInput(f"a behavior at {at.isoformat()} has not happened yet; correct its time.")
+            raise BadInput(_AHEAD.format(what="a behavior", at=at.isoformat()))
         stored = super().user(user_id)
         artifact = self.artifact(stored.model_version)
         channels = artifact.dense.channels
@@ -231,7 +292,7 @@ class LiveLookup(OnlineLookup):
             channel=channel,
             text=normal,
             atom_id=atom_id,
-            time_us=(at - _EPOCH) // timedelta(microseconds=1),
+            time_us=_microseconds(at),
             item_id=item_id,
             event_id=event_id,
         )
@@ -247,6 +308,67 @@ class LiveLookup(OnlineLookup):
                     )
                 self._pushes.append(behavior)
         return self.user(user_id)
+
+    def show(self, impressions: Sequence[Shown]) -> TakenIn:
+        """Take impressions in: from the next answer on they count in the statistics of user and item.
+
+        They are on disk when this returns. Those that are refused leave the others as they are.
+        """
+        refused: dict[int, str] = {}
+        taken: list[Impression] = []
+        catalogue, now = self.catalogue(), datetime.now(UTC)
+        for place, one in enumerate(impressions):
+            impression_id = self._impression_id(one.impression_id)
+            user_id = self._stored_id("user_embedding", "user_id", one.user_id)
+            item_id = self._stored_id("item_embedding", "item_id", one.item_id)
+            at = _aware(one.at)
+            if impression_id is None:
+                refused[place] = (
+                    f"impression {clipped(one.impression_id)} is no id of this log's impressions."
+                )
+            elif user_id is None:
+                refused[place] = f"user {clipped(one.user_id)} is no id of this log's users."
+            elif item_id not in catalogue:
+                refused[place] = f"item {clipped(one.item_id)} is not among the items; publish it first."
+            elif at > now + AHEAD:
+                refused[place] = _AHEAD.format(what="an impression", at=at.isoformat())
+            else:
+                assert item_id is not None
+                taken.append(Impression(impression_id, user_id, item_id, _microseconds(at)))
+        new = self._impressions.show(taken, catalogue)
+        return TakenIn(new, len(taken) - new, refused)
+
+    def click(self, clicks: Sequence[Clicked]) -> TakenIn:
+        """Take clicks on impressions in that were sent or are published, as `show`.
+
+        A click counts from when the log would know it (`impressions.label_delay`), and an item that was
+        clicked is recommended no more. Raises NotReady, Unreachable, Damaged or NotWritable while the lake
+        cannot be asked for the impressions that were not sent.
+        """
+        refused: dict[int, str] = {}
+        place_of: dict[Identifier, int] = {}
+        taken: dict[Identifier, int] = {}
+        now, known = datetime.now(UTC), 0
+        for place, one in enumerate(clicks):
+            impression_id, at = self._impression_id(one.impression_id), _aware(one.at)
+            if impression_id is None:
+                refused[place] = (
+                    f"impression {clipped(one.impression_id)} is no id of this log's impressions."
+                )
+            elif at > now + AHEAD:
+                refused[place] = _AHEAD.format(what="a click", at=at.isoformat())
+            elif impression_id in taken:
+                known += 1
+            else:
+                place_of[impression_id], taken[impression_id] = place, _microseconds(at)
+        new, others = self._impressions.click(taken, self.catalogue())
+        refused |= {place_of[i]: f"impression {clipped(i)} {reason}." for i, reason in others.items()}
+        return TakenIn(new, known + len(taken) - new - len(others), dict(sorted(refused.items())))
+
+    def _impression_id(self, given: Identifier) -> Identifier | None:
+        if self._impression_ids is None:
+            self._impression_ids = self._impressions.id_type()
+        return id_as(given, integer=self._impression_ids == "BIGINT")
 
     def _up_to_date(self, stored: UserFeatures) -> _Fresh:
         """The user's state with all that was pushed.
@@ -356,7 +478,7 @@ class LiveLookup(OnlineLookup):
                 atoms_CLD, time_us_CL, atom_ids_CL = read_user(
                     connection, artifact.encoder_version, stored.user_id, channels
                 )
-        except _LAKE_FAILS:
+        except LAKE_FAILS:
             self._lake_from = time.monotonic() + REST
             raise
         width = self._encoder.width
@@ -418,6 +540,14 @@ class LiveLookup(OnlineLookup):
                 f" {self._home.root}/dataset.yaml now describes {self._encoder_version}; publish a model"
                 " of it, or serve without --live."
             )
+
+
+def _aware(at: datetime) -> datetime:
+    return at if at.tzinfo else at.replace(tzinfo=UTC)
+
+
+def _microseconds(at: datetime) -> int:
+    return (at - _EPOCH) // timedelta(microseconds=1)
 
 
 def _key(behavior: Pushed) -> tuple[str, int, int]:

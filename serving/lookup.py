@@ -228,6 +228,9 @@ class OnlineLookup:
                     of_entity[one.entity].append(str(one))
                     if one.entity == "attribute":
                         by_keys.setdefault(one.keys, []).append(str(one))
+            for entity in ("user", "item"):
+                beside = self._read_beside(of_entity[entity])
+                of_entity[entity] += [one for one in beside if one not in of_entity[entity]]
             keys = item_keys(self._store, further)
             of_keys = map(reference_of, keys)
             of_entity["item"] += [one for one in of_keys if one not in of_entity["item"]]
@@ -239,6 +242,10 @@ class OnlineLookup:
                 version, channels, of_entity, categories, readers, keys, by_keys
             )
         return inputs
+
+    def _read_beside(self, references: Sequence[str]) -> list[str]:
+        """What is read with a user's or an item's features although the model does not read it."""
+        return []
 
     def catalogue(self) -> dict[Identifier, str]:
         """Text of every item that can be recommended, by id."""
@@ -674,21 +681,8 @@ class OnlineLookup:
         return stored
 
     def _stored_id(self, view: str, key: str, value: Identifier) -> Identifier | None:
-        """The id in the type it has in the log; None when it cannot be one of them.
-
-        An id is exactly what it is: 10 is written "10" or 10, not "1_0", " 10 ", "010" or true.
-        """
-        if isinstance(value, bool):
-            return None
-        if self._key_types[view, key] == "Int64":
-            if isinstance(value, str):
-                if len(value) > 20 or not _INTEGER.fullmatch(value):
-                    return None
-                value = int(value)
-            number = operator.index(value)  # an int, also of numpy's
-            return number if -(2**63) <= number < 2**63 else None
-        text = str(value)
-        return text if text.isascii() or _encodable(text) else None
+        """The id in the type it has in the log; None when it cannot be one of them."""
+        return id_as(value, integer=self._key_types[view, key] == "Int64")
 
     @cached_property
     def _key_types(self) -> dict[tuple[str, str], str]:
@@ -697,6 +691,24 @@ class OnlineLookup:
             for view in ("user_embedding", "item_embedding")
             for column in self._store.get_feature_view(view).entity_columns
         }
+
+
+def id_as(value: Identifier, *, integer: bool) -> Identifier | None:
+    """An id as an integer or a text; None when it cannot be one.
+
+    An id is exactly what it is: 10 is written "10" or 10, not "1_0", " 10 ", "010" or true.
+    """
+    if isinstance(value, bool):
+        return None
+    if integer:
+        if isinstance(value, str):
+            if len(value) > 20 or not _INTEGER.fullmatch(value):
+                return None
+            value = int(value)
+        number = operator.index(value)  # an int, also of numpy's
+        return number if -(2**63) <= number < 2**63 else None
+    text = str(value)
+    return text if text.isascii() or _encodable(text) else None
 
 
 def _matrix(vectors: Sequence[Vector | None], width: int) -> npt.NDArray[np.float32]:

@@ -22,6 +22,8 @@ ROWS = 1_000
 """Entities of one request of features."""
 FEATURES = 200
 """References of one request of features."""
+PUSHED = 1_000
+"""Impressions or clicks of one request."""
 K = 1_000
 """Recommendations of one request."""
 
@@ -106,6 +108,54 @@ class BehaviorAnswer(BaseModel):
     user_id: str | int
     model_version: str
     behaviors: int
+
+
+class ImpressionRow(Asked):
+    """An item that was shown to a user, as a row of the log's impressions."""
+
+    impression_id: Id
+    """As the log will have it: sent again, it counts once."""
+    user_id: Id
+    item_id: Id
+    event_timestamp: datetime
+    """UTC unless it says otherwise."""
+
+
+class ImpressionsRequest(Asked):
+    """Impressions, such as those of one page."""
+
+    impressions: Annotated[list[ImpressionRow], Field(min_length=1, max_length=PUSHED)]
+
+
+class ClickRow(Asked):
+    """A click on an impression that was sent or is published."""
+
+    impression_id: Id
+    event_timestamp: datetime
+    """When it was clicked; UTC unless it says otherwise."""
+
+
+class ClicksRequest(Asked):
+    """Clicks."""
+
+    clicks: Annotated[list[ClickRow], Field(min_length=1, max_length=PUSHED)]
+
+
+class RefusedRow(BaseModel):
+    """A row that was not taken in."""
+
+    row: int
+    """Its place in the request, from 0."""
+    detail: str
+
+
+class TakenInAnswer(BaseModel):
+    """What became of the rows; those that are refused leave the others as they are."""
+
+    new: int
+    known: int
+    """Sent before, or published: they count once."""
+    refused: list[RefusedRow]
 
 
 class FeaturesAnswer(BaseModel):

@@ -17,6 +17,9 @@ _BUCKETS = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128, 0.25, 0.5, 1
 """Seconds."""
 
 
+_PUSHED = ("behaviors", "impressions", "clicks")
+
+
 class Metrics:
     """Of one application; several may be in one process."""
 
@@ -27,7 +30,7 @@ class Metrics:
         self._answers: Counter[tuple[str, int]] = Counter()
         self._in_bucket: dict[str, list[int]] = defaultdict(lambda: [0] * (len(_BUCKETS) + 1))
         self._seconds: defaultdict[str, float] = defaultdict(float)
-        self._pushed = 0
+        self._pushed: Counter[str] = Counter(dict.fromkeys(_PUSHED, 0))
         self._in_work: Callable[[], int] = lambda: 0
 
     def answered(self, route: str, status: int, seconds: float) -> None:
@@ -37,10 +40,10 @@ class Metrics:
             self._in_bucket[route][bisect_left(_BUCKETS, seconds)] += 1
             self._seconds[route] += seconds
 
-    def pushed(self) -> None:
-        """Count a behavior that was taken in."""
+    def pushed(self, what: str, count: int = 1) -> None:
+        """Count behaviors, impressions or clicks that were taken in."""
         with self._lock:
-            self._pushed += 1
+            self._pushed[what] += count
 
     def watch(self, in_work: Callable[[], int]) -> None:
         """Ask this for the requests in work, whenever somebody looks."""
@@ -65,8 +68,11 @@ class Metrics:
             yield f"bahe_request_seconds_count{{{label}}} {totals[-1]}"
         yield from _head("bahe_requests_in_work", "gauge", "Requests that have a thread or wait for one.")
         yield f"bahe_requests_in_work {self._in_work()}"
-        yield from _head("bahe_behaviors_pushed_total", "counter", "Behaviors that were taken in.")
-        yield f"bahe_behaviors_pushed_total {self._pushed}"
+        for what, count in self._pushed.items():
+            yield from _head(
+                f"bahe_{what}_pushed_total", "counter", f"{what.capitalize()} that were taken in."
+            )
+            yield f"bahe_{what}_pushed_total {count}"
 
 
 def _head(name: str, kind: str, about: str) -> tuple[str, str]:

@@ -1,30 +1,18 @@
-"""Behaviors that live services took in: one JSON line each, on disk before its sender is answered.
+"""Behaviors that live services took in, on disk before their senders are answered.
 
-The workers of a home share the files, one a day: each appends under a lock and reads what the others
-appended, so that all of them answer alike and a kill loses nothing that was acknowledged. A line that a
-kill cut off was not, and is passed over. Ids and texts are those of the log itself.
+Ids and texts are those of the log itself.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import threading
-from collections.abc import Hashable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Hashable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
+from typing import Any
 
-from filelock import FileLock, Timeout
-
-from bahe_core.errors import Busy
-from bahe_core.files import flush
 from bahe_core.home import Home
-
-PATIENCE = 2.0
-"""Seconds that a request waits for another one, of whatever worker; one that was stopped never ends."""
-_LOOK = 0.002
-"""Seconds between two looks at the lock."""
+from serving.journal import Journal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,12 +45,8 @@ class PushLog:
     """Safe to use from several threads and processes."""
 
     def __init__(self, home: Home) -> None:
-        self._folder = home.pushed
-        self._folder.mkdir(parents=True, exist_ok=True)
-        flush(home.root)
+        self._journal = Journal(home.pushed)
         self._lock = threading.RLock()
-        self._read: dict[str, tuple[int, int]] = {}
-        """Inode of each file, and the bytes read of it."""
         self._of_user: dict[str | int, _OfUser] = {}
 
     def of_user(self, user_id: str | int) -> tuple[Pushed, ...]:
@@ -89,7 +73,7 @@ class PushLog:
             dropped = set(behaviors)
             self._take([one for one in kept.behaviors if one not in dropped])
 
-    def _take(self, behaviors: Sequence[Pushed]) -> None:
+    def _take(self, behaviors: Iterable[Pushed]) -> None:
         """Those that are not here yet: what a kill left of a line may be whole, and is then sent again."""
         new: dict[str | int, list[Pushed]] = {}
         for one in behaviors:
@@ -99,78 +83,24 @@ class PushLog:
         for user_id, those in new.items():
             self._of_user[user_id].behaviors += tuple(those)
 
-    @contextmanager
-    def exclusive(self) -> Iterator[None]:
+    def exclusive(self) -> AbstractContextManager[None]:
         """No other thread or worker appends meanwhile. Raises Busy when one of them does not let go."""
-        lock = FileLock(self._folder / ".lock")
-        try:
-            lock.acquire(timeout=PATIENCE, poll_interval=_LOOK)
-        except Timeout:
-            raise Busy(
-                f"another worker has kept {self._folder} to itself for {PATIENCE:g} s; send it again."
-            ) from None
-        try:
-            yield
-        finally:
-            lock.release()
+        return self._journal.exclusive()
 
     def append(self, behavior: Pushed) -> None:
         """Write a behavior to the disk; call it within `exclusive`."""
-        path = self._folder / f"{datetime.now(UTC):%Y-%m-%d}.jsonl"
-        line = (json.dumps(asdict(behavior)) + "\n").encode()
-        made = not path.exists()
-        with path.open("ab+", buffering=0) as file:
-            size = file.seek(0, os.SEEK_END)
-            if size:
-                file.seek(size - 1)
-                if file.read(1) != b"\n":  # a kill cut the last line off
-                    line = b"\n" + line
-            try:
-                while line:
-                    line = line[file.write(line) :]
-                os.fsync(file.fileno())
-                if made:
-                    flush(self._folder)
-            except OSError:
-                # It may not be on the disk: left here, it would be acknowledged when it is sent again.
-                with suppress(OSError):
-                    file.truncate(size)
-                raise
+        self._journal.append([asdict(behavior)])
 
     def _read_on(self) -> None:
-        if not self._read_further():
-            self._read.clear()
+        anew, lines = self._journal.read_on()
+        if anew:
             self._of_user.clear()
-            self._read_further()
-
-    def _read_further(self) -> bool:
-        """Reads what came since; False when a file is another one, or was cut back to what is on the disk:
-        what was read of it need not be there."""
-        for path in sorted(self._folder.glob("*.jsonl")):
-            try:
-                now = path.stat()
-                inode, start = self._read.get(path.name, (now.st_ino, 0))
-                if inode != now.st_ino or now.st_size < start:
-                    return False
-                if now.st_size == start:
-                    continue
-                with path.open("rb") as file:
-                    file.seek(max(0, start - 1))
-                    if start and file.read(1) != b"\n":
-                        return False
-                    content = file.read()
-            except FileNotFoundError:  # tidied away
-                continue
-            whole = content[: content.rfind(b"\n") + 1]
-            self._read[path.name] = inode, start + len(whole)
-            parsed = map(_parsed, whole.splitlines())
-            self._take([one for one in parsed if one is not None])
-        return True
+        self._take(filter(None, map(_behavior, lines)))
 
 
-def _parsed(line: bytes) -> Pushed | None:
-    """None for a line that is not whole."""
+def _behavior(line: dict[str, Any]) -> Pushed | None:
+    """None for a line of something else."""
     try:
-        return Pushed(**json.loads(line))
-    except (ValueError, TypeError):
+        return Pushed(**line)
+    except TypeError:
         return None

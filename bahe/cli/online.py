@@ -124,7 +124,10 @@ def serve(
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
     live: Annotated[
         bool,
-        typer.Option("--live", help="Also take behaviors at /v1/behaviors; loads the language model."),
+        typer.Option(
+            "--live",
+            help="Also take in /v1/behaviors, /v1/impressions and /v1/clicks; loads the language model.",
+        ),
     ] = False,
     log_requests: Annotated[
         float,

@@ -15,6 +15,24 @@ WINDOW_DAYS = (7, 30)
 """Lengths of the windows that statistics are also kept over."""
 
 
+def log_rate(clicks: int, impressions: int) -> float:
+    """Click rate of the log so far, which a smoothed rate starts from."""
+    return (clicks + 1) / (impressions + 2)
+
+
+def smoothed_rate(clicks: int, impressions: int, rate: float) -> float:
+    """Click rate of a user or item, as far as it can be told; `rate` is the log's at its latest event.
+
+    These two are the arithmetic of the SQL below, for what comes one by one.
+    """
+    return (clicks + PRIOR_STRENGTH * rate) / (impressions + PRIOR_STRENGTH)
+
+
+def rate_before(smoothed: float, clicks: int, impressions: int) -> float:
+    """The log's rate that a smoothed one was made with."""
+    return (smoothed * (impressions + PRIOR_STRENGTH) - clicks) / PRIOR_STRENGTH
+
+
 def derive_statistics(connection: duckdb.DuckDBPyConnection, label_time: str, end: str | None) -> None:
     """Every statistic from the oldest new impression on."""
     since = moment(connection, "SELECT min(since) FROM changed_impressions")

@@ -330,7 +330,7 @@ def test_a_worker_that_stopped_holds_up_pushes_for_a_moment_and_answers_not_at_a
     home = copy_of(filled[0], tmp_path)
     client = TestClient(create_app(home, live=True))
     assert client.post("/v1/behaviors", json=behavior()).status_code == 200
-    monkeypatch.setattr("serving.push_log.PATIENCE", 0.05)
+    monkeypatch.setattr("serving.journal.PATIENCE", 0.05)
     again = behavior(event_timestamp="2024-06-01T13:00:00Z")
     with (home.pushed / ".lock").open("a") as stopped:
         fcntl.flock(stopped, fcntl.LOCK_EX)
