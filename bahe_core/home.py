@@ -126,6 +126,11 @@ class Home:
         return self.root / "items.parquet"
 
     @property
+    def counted(self) -> Path:
+        """What the statistics that are online count (JSON), written by `publish`."""
+        return self.root / "counted.json"
+
+    @property
     def requests(self) -> Path:
         """What services answered with, as JSON lines."""
         return self.root / "requests"

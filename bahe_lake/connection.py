@@ -58,11 +58,16 @@ def connect(home: Home, *, create: bool = False, as_of: int | None = None) -> du
         # DuckDB estimates a registered Arrow table at one row and would join it by nested loops, 40 times
         # slower than by sorting.
         "asof_loop_join_threshold": 0,
-        # `load_extension` has signatures checked where that is needed, so that DuckDB may fetch none by
-        # itself; its check of each extension for each connection took most of the time of connecting.
-        "allow_unsigned_extensions": True,
-        "autoinstall_known_extensions": False,
     }
+    if not create:
+        # DuckDB's check of each extension for each connection takes most of the time of connecting. So
+        # `load_extension` sees to it where it is needed, and DuckDB takes none by itself. An ingest, which
+        # runs the queries of dataset.yaml, may need others, and has them checked.
+        settings |= {
+            "allow_unsigned_extensions": True,
+            "autoinstall_known_extensions": False,
+            "autoload_known_extensions": False,
+        }
     limit = memory_limit()
     if limit is not None:
         settings["memory_limit"] = limit

@@ -26,6 +26,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import psutil
 
 from bahe_core.errors import Unreachable
 from bahe_core.home import Home
@@ -39,6 +40,8 @@ CANDIDATES = 100
 SCORE_P50, SCORE_P99 = 3.0, 10.0
 """Milliseconds over HTTP."""
 PUSH_P50 = 10.0
+SENT = 100_000
+"""Impressions that a service has in memory."""
 PEER = "get_online_features"
 
 
@@ -167,6 +170,62 @@ def pushed(home: Home, user: Identifier, count: int, kind: str, text: Callable[[
     )
 
 
+def impressions(home: Home, pages: int) -> Iterator[Row]:
+    """Impressions taken in by pages of ten, clicked by one in ten, on a copy of the home; then by 1,000."""
+    from serving.live import Clicked, LiveLookup, Shown
+
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Home(Path(shutil.copytree(home.root, Path(folder) / "home")))
+        lookup = LiveLookup(copy, keep_items=True)
+        items, users = list(lookup.catalogue()), _users(home)
+        now, number = datetime.now(UTC), 1_000_000_000
+
+        def page(length: int) -> list[Shown]:
+            nonlocal number
+            number += length
+            return [
+                Shown(
+                    impression_id=number + place,
+                    user_id=users[number % len(users)],
+                    item_id=items[(number + 7 * place) % len(items)],
+                    at=now,
+                )
+                for place in range(length)
+            ]
+
+        taken: dict[str, list[float]] = {"impressions": [], "click": [], "score": []}
+        for _ in range(pages + 3):
+            shown = page(10)
+            calls: dict[str, Callable[[], object]] = {
+                "impressions": partial(lookup.show, shown),
+                "click": partial(lookup.click, [Clicked(impression_id=shown[0].impression_id, at=now)]),
+                "score": partial(lookup.score, shown[0].user_id, [one.item_id for one in shown]),
+            }
+            for name, call in calls.items():
+                start = time.perf_counter()
+                call()
+                taken[name].append((time.perf_counter() - start) * 1e3)
+        for name, metric in (
+            ("impressions", "10 impressions taken in, durable, p50"),
+            ("click", "a click taken in, durable, p50"),
+            ("score", "score 10 candidates after them, p50"),
+        ):
+            yield Row(metric=metric, value=median(taken[name][3:]), unit="ms")
+        before = psutil.Process().memory_info().rss
+        for _ in range(SENT // 1_000):
+            lookup.show(page(1_000))
+            lookup.user(users[0])
+        grown = psutil.Process().memory_info().rss - before
+        yield Row(metric=f"memory of an impression, of {SENT:,} taken in", value=grown / SENT, unit="bytes")
+        start = time.perf_counter()
+        LiveLookup(copy).user(users[0])
+        yield Row(
+            metric=f"another service's start and first answer, {SENT:,} taken in",
+            value=time.perf_counter() - start,
+            unit="s",
+        )
+
+
 STATISTICS = [
     f"item_stats:item_{name}" for name in ("impressions", "clicks", "click_rate", "last_impression_us")
 ]
@@ -178,7 +237,7 @@ def measure(quick: bool, home_path: Path) -> Iterable[Row]:
     ours, feast = OnlineLookup(home), ByFeast(home)
     service = OnlineLookup(home, keep_items=True)
     every = list(ours.catalogue())
-    user = _user(home)
+    user = _users(home)[0]
     rng = np.random.default_rng(0)
     some = [every[i] for i in rng.choice(len(every), CANDIDATES, replace=False).tolist()]
     for items in (some[:1], some, every):
@@ -207,19 +266,18 @@ def measure(quick: bool, home_path: Path) -> Iterable[Row]:
     yield from over_http(home, user, some, 4 * turns)
     yield pushed(home, user, turns, "a new text", lambda number: f"something new, {number}")
     yield pushed(home, user, turns, "a known text", lambda _: "the same again")
+    yield from impressions(home, turns)
 
 
-def _user(home: Home) -> Identifier:
-    """The user with most impressions, whose history is long."""
+def _users(home: Home) -> list[Identifier]:
+    """Those with most impressions, whose histories are long, first."""
     from bahe_lake.connection import lake
 
     with lake(home) as connection:
-        row = connection.execute(
-            "SELECT user_id FROM impressions GROUP BY user_id ORDER BY count(*) DESC, user_id LIMIT 1"
-        ).fetchone()
-    assert row is not None
-    user: Identifier = row[0]
-    return user
+        rows = connection.execute(
+            "SELECT user_id FROM impressions GROUP BY user_id ORDER BY count(*) DESC, user_id"
+        ).fetchall()
+    return [row[0] for row in rows]
 
 
 if __name__ == "__main__":

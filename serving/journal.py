@@ -51,7 +51,7 @@ class Journal:
             lock.release()
 
     def append(self, lines: Sequence[dict[str, Any]]) -> None:
-        """Write lines to the disk: all of them, or none that is read; call it within `exclusive`."""
+        """Write lines to the disk; call it within `exclusive`. A kill may leave the first of them."""
         path = self._folder / f"{datetime.now(UTC):%Y-%m-%d}.jsonl"
         content = "".join(json.dumps(line) + "\n" for line in lines).encode()
         made = not path.exists()

@@ -15,7 +15,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -27,8 +27,11 @@ import torch
 from bahe_core.errors import (
     BadInput,
     Busy,
+    Damaged,
     NotReady,
+    NotWritable,
     UnknownEntity,
+    Unreachable,
     clipped,
 )
 from bahe_core.home import Home
@@ -43,7 +46,7 @@ from materialize.ingest.channel_windows import PAIR_FIRST, PAIR_LAST, pair_count
 from materialize.vectors.encoder_versions import recorded_settings
 from materialize.vectors.timelines import read_user
 from serving.journal import PATIENCE
-from serving.live_statistics import LAKE_FAILS, Impression, LiveStatistics, counts_beside
+from serving.live_statistics import OLD, REST, Impression, LiveStatistics, counts_beside, too_old
 from serving.lookup import Identifier, OnlineLookup, UserFeatures, id_as
 from serving.push_log import Pushed, PushLog
 from serving.request_log import RequestLog
@@ -56,8 +59,8 @@ AGAIN = 512
 """Latest behaviors of a channel in which one that is sent again, or was ingested since, is sought."""
 AHEAD = timedelta(minutes=5)
 """How far a sender's clock may be ahead. A behavior of the far future would refuse all after it."""
-REST = 5.0
-"""Seconds that the lake is left alone after it failed: a server that is away takes that long to say so."""
+_LAKE_FAILS = (Unreachable, Damaged, NotWritable)
+_NO_ID = "impression {} is no id of this log's impressions."
 _AHEAD = "{what} at {at} has not happened yet; correct its time."
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -147,8 +150,8 @@ class LiveLookup(OnlineLookup):
         """When the lake may be read again, by the monotonic clock."""
         self._pushes = PushLog(home)
         self._impressions = LiveStatistics(home)
-        self._impression_ids: str | None = None
-        """The type of the log's impression ids."""
+        with suppress(NotReady):  # requests that need it say so
+            self._impressions.published()
         self._atoms: dict[int, np.ndarray] = {}
         """Vectors of the encoder, the newest last."""
         self._by_text: tuple[dict[Identifier, str], dict[str, list[Identifier]]] = ({}, {})
@@ -168,7 +171,7 @@ class LiveLookup(OnlineLookup):
         stored = replace(stored, seen_items=stored.seen_items | named)
         try:
             fresh = self._up_to_date(stored)
-        except (NotReady, Busy, *LAKE_FAILS):
+        except (NotReady, Busy, *_LAKE_FAILS):
             # The lake is being written to, is away, or reads another encoder: what is published answers.
             return stored
         if self._published(stored, fresh):
@@ -183,13 +186,12 @@ class LiveLookup(OnlineLookup):
         return self._with_impressions(super().empty_user(user_id))
 
     def _with_impressions(self, stored: UserFeatures) -> UserFeatures:
-        user_id, sent = stored.user_id, self._impressions
-        clicked = sent.clicked_items(user_id, self.catalogue())
-        moved = sent.moved("user", user_id, stored.statistics)
-        if not moved and not clicked:
-            return stored
+        moved = {column: [value] for column, value in stored.statistics.items()}
+        self._impressions.move("user", [stored.user_id], moved)
         return replace(
-            stored, statistics={**stored.statistics, **moved}, seen_items=stored.seen_items | clicked
+            stored,
+            statistics={column: value for column, (value,) in moved.items()},
+            seen_items=stored.seen_items | self._impressions.clicked_items(stored.user_id),
         )
 
     def _read_beside(self, references: Sequence[str]) -> list[str]:
@@ -222,10 +224,7 @@ class LiveLookup(OnlineLookup):
         All of that counts in every window: a service is published to more often than once in the shortest.
         """
         vectors, values = super().items(items, version, user_id)
-        for place in self._impressions.touched(items, self.catalogue()):
-            stored = {column: values[column][place] for column in values if column.startswith("item_")}
-            for column, value in self._impressions.moved("item", items[place], stored).items():
-                values[column][place] = value
+        self._impressions.move("item", items, values)
         with self._fresh_lock:
             fresh = None if user_id is None else self._fresh.get(user_id)
         if fresh is None or fresh.model_version != version:
@@ -316,26 +315,25 @@ class LiveLookup(OnlineLookup):
         """
         refused: dict[int, str] = {}
         taken: list[Impression] = []
-        catalogue, now = self.catalogue(), datetime.now(UTC)
+        catalogue, base, now = self.catalogue(), self._impressions.published(), datetime.now(UTC)
         for place, one in enumerate(impressions):
-            impression_id = self._impression_id(one.impression_id)
+            impression_id = id_as(one.impression_id, integer=base.integer_ids)
             user_id = self._stored_id("user_embedding", "user_id", one.user_id)
             item_id = self._stored_id("item_embedding", "item_id", one.item_id)
             at = _aware(one.at)
             if impression_id is None:
-                refused[place] = (
-                    f"impression {clipped(one.impression_id)} is no id of this log's impressions."
-                )
+                refused[place] = _NO_ID.format(clipped(one.impression_id))
             elif user_id is None:
                 refused[place] = f"user {clipped(one.user_id)} is no id of this log's users."
-            elif item_id not in catalogue:
+            elif item_id is None or item_id not in catalogue:
                 refused[place] = f"item {clipped(one.item_id)} is not among the items; publish it first."
             elif at > now + AHEAD:
                 refused[place] = _AHEAD.format(what="an impression", at=at.isoformat())
+            elif too_old(_microseconds(at), base):
+                refused[place] = f"an impression at {at.isoformat()} {OLD}."
             else:
-                assert item_id is not None
                 taken.append(Impression(impression_id, user_id, item_id, _microseconds(at)))
-        new = self._impressions.show(taken, catalogue)
+        new = self._impressions.show(taken)
         return TakenIn(new, len(taken) - new, refused)
 
     def click(self, clicks: Sequence[Clicked]) -> TakenIn:
@@ -346,29 +344,23 @@ class LiveLookup(OnlineLookup):
         cannot be asked for the impressions that were not sent.
         """
         refused: dict[int, str] = {}
-        place_of: dict[Identifier, int] = {}
-        taken: dict[Identifier, int] = {}
-        now, known = datetime.now(UTC), 0
+        places: dict[Identifier, list[int]] = {}
+        moments: dict[Identifier, int] = {}
+        base, now = self._impressions.published(), datetime.now(UTC)
         for place, one in enumerate(clicks):
-            impression_id, at = self._impression_id(one.impression_id), _aware(one.at)
+            impression_id, at = id_as(one.impression_id, integer=base.integer_ids), _aware(one.at)
             if impression_id is None:
-                refused[place] = (
-                    f"impression {clipped(one.impression_id)} is no id of this log's impressions."
-                )
+                refused[place] = _NO_ID.format(clipped(one.impression_id))
             elif at > now + AHEAD:
                 refused[place] = _AHEAD.format(what="a click", at=at.isoformat())
-            elif impression_id in taken:
-                known += 1
             else:
-                place_of[impression_id], taken[impression_id] = place, _microseconds(at)
-        new, others = self._impressions.click(taken, self.catalogue())
-        refused |= {place_of[i]: f"impression {clipped(i)} {reason}." for i, reason in others.items()}
-        return TakenIn(new, known + len(taken) - new - len(others), dict(sorted(refused.items())))
-
-    def _impression_id(self, given: Identifier) -> Identifier | None:
-        if self._impression_ids is None:
-            self._impression_ids = self._impressions.id_type()
-        return id_as(given, integer=self._impression_ids == "BIGINT")
+                places.setdefault(impression_id, []).append(place)
+                moments.setdefault(impression_id, _microseconds(at))
+        new, others = self._impressions.click(moments)
+        for impression_id, reason in others.items():
+            sentence = f"impression {clipped(impression_id)} {reason}."
+            refused |= dict.fromkeys(places[impression_id], sentence)
+        return TakenIn(new, len(clicks) - new - len(refused), dict(sorted(refused.items())))
 
     def _up_to_date(self, stored: UserFeatures) -> _Fresh:
         """The user's state with all that was pushed.
@@ -478,7 +470,7 @@ class LiveLookup(OnlineLookup):
                 atoms_CLD, time_us_CL, atom_ids_CL = read_user(
                     connection, artifact.encoder_version, stored.user_id, channels
                 )
-        except LAKE_FAILS:
+        except _LAKE_FAILS:
             self._lake_from = time.monotonic() + REST
             raise
         width = self._encoder.width

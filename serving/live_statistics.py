@@ -1,15 +1,16 @@
 """Impressions and clicks sent to a running service: statistics count them until a publish has them.
 
-A publish writes the statistics of the log as it found it. What is sent afterwards is written to the home's
-journal before it is answered, and every worker adds it to what the store says: to the counts of the user
-and of the item, to their smoothed click rates, and to the time of the latest impression. What the next
-publish has is let go of. The log still has to receive the same impressions and clicks. While a publish
-writes, for seconds, what it brings may be counted twice.
+A publish writes the statistics of the log as it found it, and says what they count. What is sent afterwards
+is written to the home's journal before it is answered, and every worker adds it to what the store says: to
+the counts of the user and of the item, to their smoothed click rates, and to the time of the latest
+impression. What the next publish counts is let go of. The log still has to receive the same impressions and
+clicks.
 """
 
 from __future__ import annotations
 
 import heapq
+import logging
 import threading
 import time
 from array import array
@@ -23,28 +24,30 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 
-from bahe_core.errors import Damaged, NotReady, NotWritable, Unreachable
+from bahe_core.errors import BaheError, NotReady
 from bahe_core.home import Home
-from bahe_lake import runs
-from bahe_lake.catalogue import columns
 from bahe_lake.connection import lake
 from materialize.config.dataset import CLICKED_AT, ImpressionTable, home_dataset
 from materialize.ingest.statistics import WINDOW_DAYS, log_rate, rate_before, smoothed_rate
-from materialize.release.publish import JOB as PUBLISH
+from materialize.release import counted
+from materialize.release.counted import Counted
 from serving.journal import Journal
 
 Identifier = str | int
+Counts = dict[str, list[Any]]
 
 KEEP = timedelta(days=7)
-"""What no publish has so long after it was sent, the log never got. Also the shortest window of statistics:
-what is counted here is counted in each of them."""
+"""The shortest window of statistics: what is counted here is counted in each of them. What no publish has
+so long after it was sent, the log never got."""
 REST = 5.0
 """Seconds that the lake is left alone after it could not say what the publish has."""
-SOON = 0.5
-"""Seconds until it is asked again which publish is the last, where it is the one that is known."""
-LAKE_FAILS = (Unreachable, Damaged, NotWritable)
 _WINDOWS = ("", *(f"_{days}d" for days in WINDOW_DAYS))
 _ENTITIES = ("user", "item")
+_NOT_SENT = "is neither published nor sent; send it first"
+_BEFORE = "was shown after that click; correct the time"
+OLD = f"is of more than {KEEP.days} days before the log's end; leave it to the next ingest"
+_FINAL = "is published as not clicked, which only a log with clicked_timestamp can correct"
+_log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -60,34 +63,44 @@ class Impression:
     """The day, UTC, on which this was sent."""
 
 
+@dataclass(frozen=True)
+class _InLog:
+    """An impression as the publish has it."""
+
+    shown: Impression
+    click_counted: bool
+
+    def lacks_click(self, rules: ImpressionTable) -> bool:
+        """Whether a click of it is still to count: the log tells of one later only by its time."""
+        return not self.click_counted and (rules.click_times or self.shown.clicked_us is not None)
+
+
 @dataclass(slots=True)
 class _Counts:
     """Of a user or an item, beyond the publish."""
 
     shown: int = 0
     clicks: int = 0
-    shown_us: int | None = None
-    """The latest impression."""
+    last_shown_us: int | None = None
     latest_us: int = 0
     """The latest event: a smoothed rate starts from the log's rate at that moment."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Published:
-    """What the last publish counted."""
+@dataclass(frozen=True)
+class _Edition:
+    """Which publish this is beyond, and by which rules."""
 
-    snapshot: int | None
-    """None where the lake has forgotten it, and is read as it is now."""
-    shown: int
-    clicks: int
-    end_us: int
-    """The log's last instant: nothing later is in the publish."""
+    file: tuple[int, int]
+    """Inode and time of the file that says so."""
+    counted: Counted
     rules: ImpressionTable
+    day: str
+    """What was sent long before is let go of once a day."""
 
 
 @dataclass
 class _Sent:
-    """What was sent and the publish does not have, counted."""
+    """What was sent and the publish does not count, counted."""
 
     impressions: dict[Identifier, Impression] = field(default_factory=dict)
     of: dict[str, defaultdict[Identifier, _Counts]] = field(
@@ -101,14 +114,14 @@ class _Sent:
     later: list[tuple[int, str, Impression]] = field(default_factory=list)
     """A heap of the clicks that are not known yet, by when they will be."""
 
-    def take(self, sent: Impression, counted: Impression | None, rules: ImpressionTable) -> None:
-        """Count an impression, and its click, unless the publish has `counted` it, or it is here."""
+    def take(self, sent: Impression, in_log: _InLog | None, rules: ImpressionTable) -> None:
+        """Count an impression, and its click, unless the publish counts it, or it is here."""
         kept = self.impressions.get(sent.impression_id)
         if kept is None:
-            if counted is not None and (sent.clicked_us is None or counted.clicked_us is not None):
+            if in_log is not None and (sent.clicked_us is None or not in_log.lacks_click(rules)):
                 return
             self.impressions[sent.impression_id] = kept = sent
-            if counted is None:
+            if in_log is None:
                 self._count(kept, kept.shown_us, click=False)
         elif kept.clicked_us is None and sent.clicked_us is not None:
             kept.clicked_us = sent.clicked_us
@@ -116,7 +129,8 @@ class _Sent:
             return
         if kept.clicked_us is not None:
             self.clicked_items[kept.user_id].add(str(kept.item_id))
-            heapq.heappush(self.later, (known_us(kept, rules), str(kept.impression_id), kept))
+            moment_us = known_us(kept.shown_us, kept.clicked_us, rules)
+            heapq.heappush(self.later, (moment_us, str(kept.impression_id), kept))
             self.pass_time()
 
     def pass_time(self) -> None:
@@ -134,14 +148,17 @@ class _Sent:
                 counts.clicks += 1
             else:
                 counts.shown += 1
-                counts.shown_us = max(counts.shown_us or moment_us, moment_us)
+                counts.last_shown_us = max(counts.last_shown_us or moment_us, moment_us)
 
 
-def known_us(clicked: Impression, rules: ImpressionTable) -> int:
+def known_us(shown_us: int, clicked_us: int, rules: ImpressionTable) -> int:
     """When a click is known, as ingest has it."""
-    if rules.click_times and clicked.clicked_us is not None:
-        return clicked.clicked_us
-    return clicked.shown_us + rules.label_delay_us
+    return clicked_us if rules.click_times else shown_us + rules.label_delay_us
+
+
+def too_old(moment_us: int, base: Counted) -> bool:
+    """Whether something would not count in each window."""
+    return moment_us < base.log_end_us - KEEP // timedelta(microseconds=1)
 
 
 def counts_beside(references: Sequence[str]) -> list[str]:
@@ -158,208 +175,283 @@ def counts_beside(references: Sequence[str]) -> list[str]:
 class LiveStatistics:
     """Safe to use from several threads; each worker of a home has its own.
 
-    `edition` is an object that is another one after each publish.
+    One thread at a time reads the lake, and meanwhile the others answer with what is counted. No failure of
+    it reaches a reader.
     """
 
     def __init__(self, home: Home) -> None:
         self._home = home
         self._journal = Journal(home.pushed / "impressions")
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()
+        """Of what follows; held for no longer than it takes to count."""
+        self._edition: _Edition | None = None
         self._sent = _Sent()
-        self._unsettled: list[Impression] = []
-        """Read, and not yet compared with what the publish has."""
-        self._published: _Published | None = None
-        self._edition: object = None
+        self._in_question: list[Impression] = []
+        """Read, and perhaps counted by the publish."""
+        self._settling = threading.Lock()
         self._not_before = 0.0
         """When the lake may be read again, by the monotonic clock."""
 
-    def touched(self, item_ids: Iterable[Identifier], edition: object) -> list[int]:
-        """Places of those of the items that have statistics to be `moved`."""
-        with self._lock:
-            self._bring_up_to_date(edition)
-            of = self._sent.of["item"]
-            return [place for place, one in enumerate(item_ids) if one in of] if of else []
+    def move(self, entity: str, identifiers: Sequence[Identifier], values: Counts) -> None:
+        """Add to the statistics of `user`s or `item`s what was sent of them.
 
-    def moved(self, entity: str, identifier: Identifier, stored: Mapping[str, Any]) -> dict[str, Any]:
-        """Those of a `user`'s or `item`'s statistics, by column, that what was sent has changed.
-
-        `stored` is what the online store says, with the impressions and clicks beside each click rate.
+        `values` are what the online store says, by column, with the impressions and clicks beside each
+        click rate; they are changed in place.
         """
+        self._bring_up_to_date()
         with self._lock:
-            published, counts = self._published, self._sent.of[entity].get(identifier)
-            if published is None or counts is None:
-                return {}
-            moved: dict[str, Any] = {}
-            for window in _WINDOWS:
-                shown, clicks, rate = (
-                    f"{entity}_{kind}{window}" for kind in ("impressions", "clicks", "click_rate")
-                )
-                before = stored.get(clicks) or 0, stored.get(shown) or 0
-                moved[clicks], moved[shown] = before[0] + counts.clicks, before[1] + counts.shown
-                if counts.latest_us > published.end_us or stored.get(rate) is None:
-                    start = log_rate(
-                        published.clicks + bisect_right(self._sent.clicked_us, counts.latest_us),
-                        published.shown + bisect_right(self._sent.shown_us, counts.latest_us),
-                    )
-                else:
-                    start = rate_before(stored[rate], *before)
-                moved[rate] = smoothed_rate(moved[clicks], moved[shown], start)
-            if counts.shown_us is not None:
-                last = f"{entity}_last_impression_us"
-                moved[last] = max(counts.shown_us, stored.get(last) or counts.shown_us)
-            return {column: value for column, value in moved.items() if column in stored}
+            of, edition = self._sent.of[entity], self._edition
+            if not of or edition is None:
+                return
+            places = [place for place, identifier in enumerate(identifiers) if identifier in of]
+            for window in _WINDOWS if places else ():
+                self._move_window(edition.counted, places, identifiers, values, entity, window)
+            last = values.get(f"{entity}_last_impression_us")
+            if last is not None:
+                for place in places:
+                    sent_us = of[identifiers[place]].last_shown_us
+                    if sent_us is not None:
+                        last[place] = max(sent_us, last[place] or sent_us)
 
-    def clicked_items(self, user_id: Identifier, edition: object) -> frozenset[str]:
+    def _move_window(
+        self,
+        base: Counted,
+        places: Sequence[int],
+        identifiers: Sequence[Identifier],
+        values: Counts,
+        entity: str,
+        window: str,
+    ) -> None:
+        shown, clicks, rate = (
+            values.get(f"{entity}_{kind}{window}") for kind in ("impressions", "clicks", "click_rate")
+        )
+        of, sent = self._sent.of[entity], self._sent
+        for place in places:
+            counts = of[identifiers[place]]
+            if shown is None or clicks is None:
+                if shown is not None:
+                    shown[place] = (shown[place] or 0) + counts.shown
+                if clicks is not None:
+                    clicks[place] = (clicks[place] or 0) + counts.clicks
+                continue
+            before = clicks[place] or 0, shown[place] or 0
+            clicks[place], shown[place] = before[0] + counts.clicks, before[1] + counts.shown
+            if rate is None:
+                continue
+            if counts.latest_us > base.log_end_us or rate[place] is None:
+                start = log_rate(
+                    base.clicks + bisect_right(sent.clicked_us, counts.latest_us),
+                    base.impressions + bisect_right(sent.shown_us, counts.latest_us),
+                )
+            else:
+                start = rate_before(rate[place], *before)
+            rate[place] = smoothed_rate(clicks[place], shown[place], start)
+
+    def clicked_items(self, user_id: Identifier) -> frozenset[str]:
         """Items that the user clicked, of the clicks that were sent."""
+        self._bring_up_to_date()
         with self._lock:
-            self._bring_up_to_date(edition)
             return frozenset(self._sent.clicked_items.get(user_id, ()))
 
-    def show(self, impressions: Sequence[Impression], edition: object) -> int:
-        """Take impressions in; how many are new. They are on disk when this returns."""
+    def published(self) -> Counted:
+        """What the statistics that are online count. Raises NotReady when nobody can say."""
+        return self._known_edition().counted
+
+    def _known_edition(self) -> _Edition:
+        self._bring_up_to_date()
+        if self._edition is None:
+            raise NotReady(
+                f"what the statistics online of {self._home.root} count is not known; run `bahe publish`."
+            )
+        return self._edition
+
+    def show(self, impressions: Sequence[Impression]) -> int:
+        """Take impressions in; how many are new. They are on disk when this returns.
+
+        Raises NotReady as `published`, and Busy when another worker does not let go of the journal.
+        """
+        end_us = self.published().log_end_us
+        try:
+            in_log = self._of_publish([one.impression_id for one in impressions if one.shown_us <= end_us])
+        except BaheError:
+            in_log = {}  # they are compared later
         with self._journal.exclusive():
-            here = self._here([one.impression_id for one in impressions], edition)
+            here = self._here([one.impression_id for one in impressions]).keys() | in_log.keys()
             new = {one.impression_id: one for one in impressions if one.impression_id not in here}
             self._write(new.values())
             return len(new)
 
-    def click(self, clicks: Mapping[Identifier, int], edition: object) -> tuple[int, dict[Identifier, str]]:
+    def click(self, clicks: Mapping[Identifier, int]) -> tuple[int, dict[Identifier, str]]:
         """Take in when impressions were clicked; how many clicks are new, and why others are refused.
 
-        Raises NotReady, Unreachable, Damaged or NotWritable while it cannot be said what the publish has.
+        Raises NotReady, Unreachable, Damaged or NotWritable while it cannot be said what the publish has,
+        and Busy as `show`.
         """
+        edition = self._known_edition()
+        here = self._here(clicks)
+        in_log = self._of_publish([one for one in clicks if one not in here])
         with self._journal.exclusive():
-            here = self._here(clicks, edition)
-            others = [one for one in clicks if one not in here]
-            if others:
-                here |= self._of_publish(self._published or self._read_publish(), others)
-            refused = dict.fromkeys(clicks.keys() - here, "is neither published nor sent; send it first")
-            refused |= {
-                i: "was shown after that click; correct the time"
-                for i, one in here.items()
-                if clicks[i] < one.shown_us
-            }
-            new = [
-                replace(one, clicked_us=clicks[i])
-                for i, one in here.items()
-                if one.clicked_us is None and i not in refused
-            ]
+            here = self._here(clicks)
+            known = {i: one.shown for i, one in in_log.items()} | here
+            refused = dict.fromkeys(clicks.keys() - known.keys(), _NOT_SENT)
+            new = []
+            for i, one in known.items():
+                if clicks[i] < one.shown_us:
+                    refused[i] = _BEFORE
+                elif too_old(known_us(one.shown_us, clicks[i], edition.rules), edition.counted):
+                    refused[i] = OLD
+                elif i not in here and one.clicked_us is None and not edition.rules.click_times:
+                    refused[i] = _FINAL
+                elif here[i].clicked_us is None if i in here else in_log[i].lacks_click(edition.rules):
+                    new.append(replace(one, clicked_us=clicks[i]))
             self._write(new)
             return len(new), refused
 
-    def id_type(self) -> str:
-        """The DuckDB type of the log's impression ids. Raises as `click`."""
-        with lake(self._home) as connection:
-            return columns(connection, "impressions")["impression_id"]
-
-    def _here(self, asked: Iterable[Identifier], edition: object) -> dict[Identifier, Impression]:
+    def _here(self, asked: Iterable[Identifier]) -> dict[Identifier, Impression]:
         """Those of the impressions that were sent, and that the publish does not have all of."""
         with self._lock:
-            self._bring_up_to_date(edition)
-            unsettled = {one.impression_id: one for one in self._unsettled}
-            found = ((one, self._sent.impressions.get(one) or unsettled.get(one)) for one in asked)
+            self._read_on()
+            in_question = {one.impression_id: one for one in self._in_question}
+            found = ((one, self._sent.impressions.get(one) or in_question.get(one)) for one in asked)
             return {one: impression for one, impression in found if impression is not None}
 
     def _write(self, impressions: Iterable[Impression]) -> None:
-        received = f"{datetime.now(UTC):%Y-%m-%d}"
-        lines = [asdict(one) | {"received": received} for one in impressions]
+        lines = [asdict(one) | {"received": _today()} for one in impressions]
         if lines:
             self._journal.append(lines)
 
-    def _bring_up_to_date(self, edition: object) -> None:
+    def _read_on(self) -> None:
+        """Count what came, unless the publish may count it; under the lock."""
         anew, lines = self._journal.read_on()
         if anew:
-            self._sent, self._unsettled = _Sent(), []
-        self._unsettled += filter(None, map(_impression, lines))
-        if (self._unsettled or self._edition is not edition) and time.monotonic() >= self._not_before:
-            try:
-                self._settle(edition)
-            except (NotReady, *LAKE_FAILS):
-                # What was counted stays right until it is published.
-                self._not_before = time.monotonic() + REST
+            self._sent, self._in_question = _Sent(), []
+        edition = self._edition
+        for one in filter(None, map(_impression, lines)):
+            if edition is None or one.shown_us <= edition.counted.log_end_us:
+                self._in_question.append(one)
+            elif _is_of(one, edition):
+                self._sent.take(one, None, edition.rules)
         self._sent.pass_time()
 
-    def _settle(self, edition: object) -> None:
-        """Counts what the publish does not have: of what came, or of all where the publish is another."""
-        published, sent, new = self._published, self._sent, self._unsettled
-        if published is None or self._edition is not edition:
-            published = self._read_publish()
-            if published == self._published:
-                # Its items are written a moment before its run is recorded.
-                edition, self._not_before = self._edition, time.monotonic() + SOON
-            else:
-                self._journal.tidy(KEEP)
-                oldest = f"{datetime.now(UTC) - KEEP:%Y-%m-%d}"
-                all_of_it = [*sent.impressions.values(), *new]
-                sent, new = _Sent(), [one for one in all_of_it if one.received >= oldest]
-        in_question = [one.impression_id for one in new if one.shown_us <= published.end_us]
-        counted = self._of_publish(published, in_question) if in_question else {}
-        for one in new:
-            sent.take(one, counted.get(one.impression_id), published.rules)
-        self._published, self._sent, self._unsettled, self._edition = published, sent, [], edition
+    def _bring_up_to_date(self) -> None:
+        with self._lock:
+            self._read_on()
+            settled = not self._in_question and self._is_of_today()
+        if settled or time.monotonic() < self._not_before or not self._settling.acquire(blocking=False):
+            return
+        try:
+            self._settle()
+        except Exception as error:  # whatever it is, what is counted answers
+            self._not_before = time.monotonic() + REST
+            reason = error if isinstance(error, BaheError) else type(error).__name__
+            _log.warning("impressions that were sent are not compared with the publish: %s", reason)
+        finally:
+            self._settling.release()
 
-    def _read_publish(self) -> _Published:
-        """What the last publish counted. Raises NotReady before the first."""
-        rules = home_dataset(self._home).impressions
-        with lake(self._home) as connection:
-            publish = runs.last(connection, PUBLISH)
-            if publish is None:
-                raise NotReady(f"{self._home.root} has nothing published; run `bahe publish` first.")
-            times = ["event_timestamp", *([CLICKED_AT] if rules.click_times else [])]
-            moments = [f"SELECT max({column}) AS moment FROM impressions {{at}}" for column in times]
-            query = f"""
-                WITH log AS (
-                    SELECT epoch_us(max(moment)) AS end_us
-                    FROM (
-                        {" UNION ALL ".join(moments)}
-                        UNION ALL SELECT max(event_timestamp) FROM behaviors {{at}}
-                    )
-                )
-                SELECT
-                    count(*),
-                    count(*) FILTER (clicked = 1 AND epoch_us({rules.label_time}) <= end_us),
-                    any_value(end_us)
-                FROM impressions {{at}}, log
-                """
-            snapshot: int | None = publish.snapshot_read
-            try:
-                row = connection.execute(query.format(at=_at(snapshot))).fetchone()
-            except duckdb.Error:  # compacted away
-                snapshot = None
-                row = connection.execute(query.format(at="")).fetchone()
-        assert row is not None
-        return _Published(snapshot=snapshot, shown=row[0], clicks=row[1], end_us=row[2] or 0, rules=rules)
+    def _is_of_today(self) -> bool:
+        edition = self._edition
+        return edition is not None and edition.file == self._file() and edition.day == _today()
+
+    def _file(self) -> tuple[int, int] | None:
+        try:
+            stat = self._home.counted.stat()
+        except FileNotFoundError:
+            return None
+        return stat.st_ino, stat.st_mtime_ns
+
+    def _settle(self) -> None:
+        """Counts what the publish does not: of what is in question, or of all if it is another publish."""
+        edition, file = self._edition, self._file()
+        if edition is None or not self._is_of_today():
+            base = counted.read(self._home)
+            if base is None or file is None:
+                return
+            edition = _Edition(file, base, home_dataset(self._home).impressions, _today())
+            self._journal.tidy(_kept_for(edition.rules))
+        with self._lock:
+            rows = self._rows(edition)
+        asked = {one.impression_id for one in rows if one.shown_us <= edition.counted.log_end_us}
+        in_log = self._of_publish(list(asked), edition)
+        waiting = self._waiting(edition) if edition is not self._edition else []
+        with self._lock:
+            rows = self._rows(edition)  # with what came meanwhile
+            if edition is not self._edition:
+                self._edition, self._sent = edition, _Sent()
+            for click in waiting:
+                self._sent.take(click.shown, click, edition.rules)
+            self._in_question = []
+            for one in rows:
+                if one.impression_id in asked or one.shown_us > edition.counted.log_end_us:
+                    self._sent.take(one, in_log.get(one.impression_id), edition.rules)
+                else:
+                    self._in_question.append(one)
+
+    def _rows(self, edition: _Edition) -> list[Impression]:
+        """What an edition has to count: what is in question, or all of it where it is another one."""
+        if edition is self._edition:
+            return [one for one in self._in_question if _is_of(one, edition)]
+        oldest = f"{datetime.now(UTC) - _kept_for(edition.rules):%Y-%m-%d}"
+        every = [*self._sent.impressions.values(), *self._in_question]
+        return [one for one in every if one.received >= oldest and _is_of(one, edition)]
 
     def _of_publish(
-        self, published: _Published, impression_ids: Sequence[Identifier]
-    ) -> dict[Identifier, Impression]:
-        """Those of the impressions that the publish has; with `clicked_us` where it counted the click."""
+        self, impression_ids: Sequence[Identifier], edition: _Edition | None = None
+    ) -> dict[Identifier, _InLog]:
+        """Those of the impressions that the publish has."""
+        edition = edition or self._edition
+        if not impression_ids or edition is None:
+            return {}
+        return self._read_log(edition, "impression_id IN (SELECT impression_id FROM asked)", impression_ids)
+
+    def _waiting(self, edition: _Edition) -> list[_InLog]:
+        """Clicks that the publish has and does not count, as they were not known yet at the log's end."""
+        if not edition.rules.label_delay_us:
+            return []
+        label_us = f"epoch_us({edition.rules.label_time})"
+        return [
+            *self._read_log(edition, f"clicked = 1 AND {label_us} > {edition.counted.log_end_us}").values()
+        ]
+
+    def _read_log(
+        self, edition: _Edition, condition: str, asked: Sequence[Identifier] = ()
+    ) -> dict[Identifier, _InLog]:
+        base, rules = edition.counted, edition.rules
+        late = f"epoch_us({CLICKED_AT})" if rules.click_times else "NULL"
+        query = f"""
+            SELECT
+                impression_id,
+                user_id,
+                item_id,
+                epoch_us(event_timestamp),
+                CASE WHEN clicked = 1 THEN coalesce({late}, epoch_us(event_timestamp)) END,
+                clicked = 1 AND epoch_us({rules.label_time}) <= {base.log_end_us}
+            FROM impressions {{at}}
+            WHERE {condition}
+            """
+        ids = pa.array(asked, pa.int64() if base.integer_ids else pa.string())
         with lake(self._home) as connection:
-            connection.register("asked", pa.table({"impression_id": list(impression_ids)}))
-            late = CLICKED_AT if published.rules.click_times else "NULL"
-            rows = connection.execute(
-                f"""
-                SELECT
-                    impression_id,
-                    user_id,
-                    item_id,
-                    epoch_us(event_timestamp),
-                    CASE WHEN clicked = 1
-                        THEN coalesce(epoch_us({late}::TIMESTAMPTZ), epoch_us(event_timestamp)) END
-                FROM impressions {_at(published.snapshot)}
-                SEMI JOIN asked USING (impression_id)
-                """
-            ).fetchall()
+            connection.register("asked", pa.table({"impression_id": ids}))
+            try:
+                rows = connection.execute(query.format(at=f"AT (VERSION => {base.snapshot})")).fetchall()
+            except duckdb.InvalidInputException as error:
+                if "No snapshot found" not in str(error):
+                    raise
+                rows = connection.execute(query.format(at="")).fetchall()  # compacted away: as it is now
             connection.unregister("asked")
-        found = {row[0]: Impression(*row) for row in rows}
-        for one in found.values():
-            if one.clicked_us is not None and known_us(one, published.rules) > published.end_us:
-                one.clicked_us = None  # the log has it, and waits with it
-        return found
+        return {row[0]: _InLog(Impression(*row[:5]), row[5]) for row in rows}
 
 
-def _at(snapshot: int | None) -> str:
-    return "" if snapshot is None else f"AT (VERSION => {snapshot})"
+def _is_of(one: Impression, edition: _Edition) -> bool:
+    """False for what was sent to another log that the home had."""
+    return isinstance(one.impression_id, int) == edition.counted.integer_ids
+
+
+def _today() -> str:
+    return f"{datetime.now(UTC):%Y-%m-%d}"
+
+
+def _kept_for(rules: ImpressionTable) -> timedelta:
+    return KEEP + timedelta(microseconds=rules.label_delay_us)
 
 
 def _impression(line: dict[str, Any]) -> Impression | None:

@@ -147,6 +147,8 @@ def _context(docs: Path) -> Any:
     import great_expectations as gx
     from great_expectations.data_context.types.base import DataContextConfig, ProgressBarsConfig
 
+    from validation.pages import site
+
     def files(folder: Path) -> dict[str, str]:
         return {"class_name": "TupleFilesystemStoreBackend", "base_directory": str(folder)}
 
@@ -172,12 +174,7 @@ def _context(docs: Path) -> Any:
         validation_results_store_name="validation_results_store",
         checkpoint_store_name="checkpoint_store",
         data_docs_sites={
-            "bahe": {
-                "class_name": "SiteBuilder",
-                "show_how_to_buttons": False,
-                "store_backend": files(docs.absolute()),
-                "site_index_builder": {"class_name": "DefaultSiteIndexBuilder"},
-            }
+            "bahe": site(files(docs.absolute())),
         },
         analytics_enabled=False,
         progress_bars=ProgressBarsConfig(globally=False),

@@ -23,7 +23,7 @@ def log_rate(clicks: int, impressions: int) -> float:
 def smoothed_rate(clicks: int, impressions: int, rate: float) -> float:
     """Click rate of a user or item, as far as it can be told; `rate` is the log's at its latest event.
 
-    These two are the arithmetic of the SQL below, for what comes one by one.
+    The arithmetic of the SQL below, for what comes one by one.
     """
     return (clicks + PRIOR_STRENGTH * rate) / (impressions + PRIOR_STRENGTH)
 

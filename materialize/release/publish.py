@@ -25,7 +25,8 @@ from bahe_core.home import Home
 from bahe_core.progress import say
 from bahe_core.results import Result
 from bahe_lake import runs
-from bahe_lake.connection import lake
+from bahe_lake.catalogue import scalar
+from bahe_lake.connection import LAKE, lake
 from bahe_lake.versions import LATEST_ITEMS
 from bahe_models import require_servable
 from bahe_models.artifact_folder import further_features, read_config, vector_widths_of
@@ -33,8 +34,9 @@ from feature_repo.references import stored_views
 from feature_repo.store import online_errors, open_store
 from feature_repo.team import team_content
 from feature_repo.vector_widths import vector_widths
+from materialize.config.dataset import home_dataset
 from materialize.gate import require_gates
-from materialize.release import lag, pointer, taken_back
+from materialize.release import counted, lag, pointer, taken_back
 from materialize.release.quality import require_quality
 
 if TYPE_CHECKING:
@@ -100,7 +102,8 @@ def publish(home: Home) -> Published:
         unchanged = (
             last is not None and last.fingerprint == fingerprint and last.facts.get("team_content") == team
         )
-        if ours and unchanged and publications[0].model_version == version:
+        said = counted.read(home) is not None  # not of homes that an earlier release published
+        if ours and unchanged and said and publications[0].model_version == version:
             return Published(version, skipped=True)
         users = lag.users_behind(connection, version)
         items = lag.items_behind(connection, version)
@@ -113,6 +116,8 @@ def publish(home: Home) -> Published:
             since = last.snapshot_read if ours and last else None
             further = _further_views(store, version, home.models / version)
             rows = _write_online(store, connection, since, further)
+            rules = home_dataset(home).impressions
+            counted.write(home, counted.count(connection, rules, run.snapshot_read))
             unread = _not_reading_back(store, connection, version, run.snapshot_read)
             if unread and since is not None:
                 say(f"  {escape(unread)} is not online as it should be, so everything is written anew")
@@ -166,8 +171,8 @@ def rollback(home: Home, to: str | None = None) -> Published:
                     " is."
                 )
             further = _further_views(store, version, home.models / version)
-            if further:  # as they are now: they were written when this version was published last
-                _materialize(store, connection, None, further)
+            if further:  # they were written when this version was published last
+                _materialize_as_published(store, connection, home, further)
             facts = {"model_version": version, "left_version": live}
             pointer.flip(store, connection, version, [run.statement(facts)])
     return Published(version, skipped=False)
@@ -232,6 +237,21 @@ def _materialize(
         )
     rows: int = store.provider.batch_engine.take_rows()
     return rows
+
+
+def _materialize_as_published(
+    store: FeatureStore, connection: duckdb.DuckDBPyConnection, home: Home, views: Sequence[str]
+) -> None:
+    """Write views online as of the log of which the others are there; as of now where it is forgotten."""
+    said, offline = counted.read(home), store.config.offline_store
+    known = said is not None and scalar(
+        connection, f"SELECT count(*) FROM {LAKE}.snapshots() WHERE snapshot_id = {said.snapshot}"
+    )
+    offline.as_of = said.snapshot if said is not None and known else None
+    try:
+        _materialize(store, connection, None, views)
+    finally:
+        offline.as_of = None
 
 
 def _end(connection: duckdb.DuckDBPyConnection) -> datetime:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,9 @@ import pandas as pd
 import pytest
 from fastapi.testclient import TestClient
 
-from bahe_core.errors import Busy, Unreachable
+from bahe_core.errors import Busy, NotReady, Unreachable
 from bahe_core.home import Home
+from materialize.release import counted
 from serving.api import create_app
 from serving.audit import audit
 from serving.journal import Journal
@@ -122,14 +125,17 @@ def test_statistics_are_what_the_log_will_say(
     client = TestClient(create_app(home, live=True))
     sent, log = sent_rows(now), recent_log(now)
     late = log["impressions"].query("clicked == 0").iloc[-3:]
-    if rule == "at once":  # there a late click rewrites the past, of which a publish has the rest
-        late = late[:0]
     late = late.assign(clicked=1, click_time=pd.Timestamp(now) - pd.Timedelta("30min"))
 
     before = client.post("/v1/score", json={"user_id": "u1", "item_ids": [1, 2]}).json()
     assert client.post("/v1/clicks", json={"clicks": as_clicks(sent)}).json()["new"] == 0
     answer = client.post("/v1/impressions", json={"impressions": as_rows(sent)})
     assert answer.json() == {"new": 41, "known": 0, "refused": []}
+    if rule != "when it happened":  # such a log says once whether an impression was clicked
+        refused = client.post("/v1/clicks", json={"clicks": as_clicks(late)}).json()["refused"]
+        assert [one["row"] for one in refused] == [0, 1, 2]
+        assert "only a log with clicked_timestamp" in refused[0]["detail"]
+        late = late[:0]
     clicks = as_clicks(pd.concat([sent, late]))
     assert client.post("/v1/clicks", json={"clicks": clicks}).json() == {
         "new": len(clicks),
@@ -177,9 +183,24 @@ def test_statistics_are_what_the_log_will_say(
     published = stored.user("u_new").statistics
     assert published["user_click_rate"] == pytest.approx(of_new.statistics["user_click_rate"])
     again = client.post("/v1/impressions", json={"impressions": as_rows(sent)}).json()
-    assert again["new"] + again["known"] == 41
+    assert again == {"new": 0, "known": 41, "refused": []}
     for user, statistics in said.items():
         assert live.user(user).statistics == pytest.approx(statistics), "sent again, they count once"
+    if rule != "at once":
+        return
+
+    # Another model and back: windows are of the same log as all else, whatever was ingested since.
+    dataset.write_text(dataset.read_text().replace("epochs: 2", "epochs: 1"))
+    for job in (("ingest", dataset), ("frame",), ("train", "--tracker", "none"), ("embed",), ("publish",)):
+        call(*job, home=home)
+    one_more = sent.tail(1).assign(impression_id=20_000, user_id="u1")
+    assert client.post("/v1/impressions", json={"impressions": as_rows(one_more)}).json()["new"] == 1
+    said_of_u1 = live.user("u1").statistics
+    pd.concat([shown, sent, one_more]).to_parquet(dataset.parent / "impressions.parquet")
+    for job in (("ingest", dataset), ("publish", "--rollback")):
+        call(*job, home=home)
+    assert live.live_version() == before["model_version"]
+    assert live.user("u1").statistics == pytest.approx(said_of_u1)
 
 
 @pytest.fixture
@@ -210,9 +231,10 @@ def test_each_row_is_refused_by_itself(service: LiveLookup, now: datetime) -> No
         {"impression_id": "1000003", "event_timestamp": (now - timedelta(hours=1)).isoformat()},
         {"impression_id": 1_000_000, "event_timestamp": now.isoformat()},
     ]
+    clicks += [clicks[1], clicks[2] | {"event_timestamp": now.isoformat()}]
     answer = client.post("/v1/clicks", json={"clicks": clicks}).json()
     assert (answer["new"], answer["known"]) == (1, 1)
-    assert [one["row"] for one in answer["refused"]] == [1, 2]
+    assert [one["row"] for one in answer["refused"]] == [1, 2, 4, 5], "all of an impression alike"
     for body in (
         {"impressions": []},
         {"impressions": [row | {"more": 1}]},
@@ -228,56 +250,104 @@ def test_each_row_is_refused_by_itself(service: LiveLookup, now: datetime) -> No
     assert "bahe_clicks_pushed_total 1\n" in text
 
 
+def end_of(service: LiveLookup) -> datetime:
+    """The last instant of the log."""
+    return datetime.fromtimestamp(service._impressions.published().log_end_us / 1e6, UTC)
+
+
+def impressions_of(service: LiveLookup, user_id: str = "u1") -> float:
+    count = service.user(user_id).statistics["user_impressions"]
+    assert isinstance(count, (int, float))
+    return count
+
+
 def test_what_was_sent_is_counted_also_while_the_lake_is_away(
     service: LiveLookup, monkeypatch: pytest.MonkeyPatch, now: datetime
 ) -> None:
     def away(_: object) -> None:
         raise Unreachable("no lake today.")
 
-    before = service.user("u1").statistics["user_impressions"]
+    before = impressions_of(service)
     assert service.show([Shown(impression_id=20_000, user_id="u1", item_id=1, at=now)]).new == 1
     monkeypatch.setattr("serving.live_statistics.lake", away)
-    assert service.show([Shown(impression_id=20_001, user_id="u1", item_id=1, at=now)]).new == 1
-    assert service.user("u1").statistics["user_impressions"] == before + 2
-    assert service.click([Clicked(impression_id=20_001, at=now)]).new == 1
+    # This one the publish may have, and those after it need not wait for the lake to say so.
+    in_question = Shown(impression_id=20_001, user_id="u1", item_id=1, at=end_of(service))
+    assert service.show([in_question]).new == 1
+    assert service.show([Shown(impression_id=20_002, user_id="u1", item_id=1, at=now)]).new == 1
+    assert impressions_of(service) == before + 2
+    assert service.click([Clicked(impression_id=20_002, at=now)]).new == 1
     with pytest.raises(Unreachable):
         service.click([Clicked(impression_id=5, at=now)])
-    # Another worker that starts meanwhile answers with what is published.
-    monkeypatch.setattr("serving.live_statistics.REST", 0.0)
     other = LiveLookup(service._home)
-    assert other.user("u1").statistics["user_impressions"] == before
+    assert impressions_of(other) == before + 0, "a worker that starts meanwhile answers as published"
     monkeypatch.undo()
-    other._impressions._not_before = 0.0
-    assert other.user("u1").statistics["user_impressions"] == before + 2
+    for one in (service, other):
+        one._impressions._not_before = 0.0
+        assert impressions_of(one) == before + 3
 
 
-def test_what_a_compacted_lake_has_forgotten_is_read_as_it_is_now(
+def test_a_lake_that_was_compacted_under_a_service_is_read_as_it_is_now(
+    service: LiveLookup, now: datetime
+) -> None:
+    home, before = service._home, impressions_of(service)
+    counted.write(home, replace(service._impressions.published(), snapshot=999_999))
+    assert impressions_of(service) == before
+    assert service._impressions.published().snapshot == 999_999
+    rows = [Shown(impression_id=i, user_id="u1", item_id=1, at=end_of(service)) for i in (1, 20_000)]
+    taken = service.show(rows)
+    assert (taken.new, taken.known) == (1, 1)
+    assert impressions_of(service) == before + 1
+
+
+def test_no_failure_reaches_an_answer(
     service: LiveLookup, monkeypatch: pytest.MonkeyPatch, now: datetime
 ) -> None:
-    def forgotten(snapshot: int | None) -> str:
-        return "" if snapshot is None else "AT (VERSION => 999999)"
+    home, before = service._home, impressions_of(service)
+    row = {
+        "impression_id": "of another type",
+        "user_id": "u1",
+        "item_id": 1,
+        "shown_us": 1,
+        "received": "2026",
+    }
+    (home.pushed / "impressions" / f"{now:%Y-%m-%d}.jsonl").write_text(json.dumps(row) + "\n{}\n[]\n7\n")
+    assert impressions_of(service) == before
+    home.counted.write_text("{}")
+    assert impressions_of(service) == before
+    with pytest.raises(NotReady, match="run `bahe publish`"):
+        LiveLookup(home).show([Shown(impression_id=20_000, user_id="u1", item_id=1, at=now)])
+    assert impressions_of(LiveLookup(home)) == before
 
-    monkeypatch.setattr("serving.live_statistics._at", forgotten)
-    assert service.show([Shown(impression_id=20_000, user_id="u1", item_id=1, at=now)]).new == 1
-    user = service.user("u1")
-    assert service._impressions._published is not None
-    assert service._impressions._published.snapshot is None
-    assert user.statistics["user_impressions"] > 0
+
+def test_times_of_before_the_shortest_window_are_left_to_the_log(service: LiveLookup) -> None:
+    at = end_of(service) - timedelta(days=6, hours=23)
+    before = impressions_of(service)
+    shown = [Shown(impression_id=20_000 + i, user_id="u1", item_id=1, at=at) for i in range(2)]
+    old = Shown(impression_id=20_003, user_id="u1", item_id=1, at=at - timedelta(hours=2))
+    first = Shown(impression_id=20_004, user_id="u1", item_id=1, at=datetime(1, 1, 1))
+    taken = service.show([*shown, old, first])
+    assert taken.new == 2
+    assert list(taken.refused) == [2, 3]
+    assert "leave it to the next ingest" in taken.refused[2]
+    assert impressions_of(service) == before + 2
 
 
-def test_files_of_more_than_a_week_ago_are_removed(service: LiveLookup, now: datetime) -> None:
+def test_what_was_sent_long_ago_is_dropped_with_its_file(service: LiveLookup, now: datetime) -> None:
+    folder, before = service._home.pushed / "impressions", impressions_of(service)
     service.show([Shown(impression_id=20_000, user_id="u1", item_id=1, at=now)])
-    folder = service._home.pushed / "impressions"
     (today,) = folder.glob("*.jsonl")
-    old = folder / f"{now - timedelta(days=9):%Y-%m-%d}.jsonl"
-    recent = folder / f"{now - timedelta(days=5):%Y-%m-%d}.jsonl"
-    for path in (old, recent):
-        path.write_text("")
-    before = service.user("u1").statistics
-    assert LiveLookup(service._home).user("u1").statistics == before
-    assert not old.exists()
-    assert recent.exists()
-    assert today.exists()
+    line = json.loads(today.read_text())
+    for number, days in enumerate((9, 5), start=1):
+        day = f"{now - timedelta(days=days):%Y-%m-%d}"
+        sent = line | {"impression_id": 20_000 + number, "received": day}
+        (folder / f"{day}.jsonl").write_text(json.dumps(sent) + "\n")
+    for one in (service, LiveLookup(service._home)):
+        one._impressions._edition = replace(one._impressions._edition, day="yesterday")
+        assert impressions_of(one) == before + 2
+    assert len([*folder.glob("*.jsonl")]) == 2
+    # Another worker's file is cut back: what could not be synced is not counted.
+    today.write_text("")
+    assert impressions_of(service) == before + 1
 
 
 def test_a_worker_that_was_stopped_holds_up_no_answer(
