@@ -42,10 +42,14 @@ def require_catalogue(home: Home) -> None:
         raise _nothing_yet(home)
 
 
-def connect(home: Home, *, create: bool = False, as_of: int | None = None) -> duckdb.DuckDBPyConnection:
+def connect(
+    home: Home, *, create: bool = False, as_of: int | None = None, others_queries: bool = False
+) -> duckdb.DuckDBPyConnection:
     """A DuckDB connection with the home's lake attached and current; times are UTC.
 
-    One connection per thread. `as_of` attaches the lake as it was at that snapshot, read-only. Raises
+    One connection per thread. `as_of` attaches the lake as it was at that snapshot, read-only. With
+    `others_queries` it may run those of dataset.yaml and of a team's views, whatever extensions of DuckDB
+    they need; opening it then takes four times as long. Raises
     NotReady when the home has no lake and `create` is not set, BadInput when there is no such snapshot,
     Unreachable when the catalogue's server does not answer.
     """
@@ -59,10 +63,9 @@ def connect(home: Home, *, create: bool = False, as_of: int | None = None) -> du
         # slower than by sorting.
         "asof_loop_join_threshold": 0,
     }
-    if not create:
+    if not others_queries:
         # DuckDB's check of each extension for each connection takes most of the time of connecting. So
-        # `load_extension` sees to it where it is needed, and DuckDB takes none by itself. An ingest, which
-        # runs the queries of dataset.yaml, may need others, and has them checked.
+        # `load_extension` sees to it where it is needed, and DuckDB takes none by itself.
         settings |= {
             "allow_unsigned_extensions": True,
             "autoinstall_known_extensions": False,
@@ -153,10 +156,10 @@ def _nothing_yet(home: Home) -> NotReady:
 
 @contextmanager
 def lake(
-    home: Home, *, create: bool = False, as_of: int | None = None
+    home: Home, *, create: bool = False, as_of: int | None = None, others_queries: bool = False
 ) -> Iterator[duckdb.DuckDBPyConnection]:
     """`connect`, closed at the end, with DuckDB's errors turned into ours (`damaged_files_named`)."""
-    connection = connect(home, create=create, as_of=as_of)
+    connection = connect(home, create=create, as_of=as_of, others_queries=others_queries)
     try:
         with damaged_files_named(home):
             yield connection

@@ -201,11 +201,10 @@ def live(home: Home, folder: Path, count: int) -> Audit:
             "impression_id": impressions["impression_id"].max() + 1 + np.arange(count),
             "user_id": sent["user_id"].to_numpy(),
             "item_id": rng.choice(impressions["item_id"].unique(), count),
-            "event_timestamp": sent["event_timestamp"].to_numpy() - np.timedelta64(2, "s"),
+            "event_timestamp": (sent["event_timestamp"] - pd.Timedelta("2s")).to_list(),
             "clicked": rng.integers(2, size=count),
         }
     )
-    shown["event_timestamp"] = shown["event_timestamp"].dt.tz_localize("UTC")
     for event, one in zip(sent.to_dict("records"), shown.to_dict("records"), strict=True):
         moment = event["event_timestamp"].to_pydatetime()
         user, item, impression = event["user_id"], event["item_id"], one["impression_id"]

@@ -54,7 +54,7 @@ SECONDS = 2.0
 """For a request, all tries together."""
 FIRST_PAUSE = 0.05
 """Seconds before the second try, at most; twice as many before each that follows."""
-_AGAIN = frozenset({429, 502, 503, 504})
+_AGAIN = frozenset({408, 429, 502, 503, 504})
 
 
 @dataclass(frozen=True)
@@ -181,10 +181,15 @@ class _Tries:
         if answer.status_code in _AGAIN:
             return None
         if answer.is_success:
-            return call.answer.model_validate_json(answer.content)
+            try:
+                return call.answer.model_validate_json(answer.content)
+            except ValidationError:
+                raise Unreachable(f"{self._url} answers as no service of this version does.") from None
+        if answer.is_server_error:
+            raise Unreachable(f"{self._url} failed ({_reason(answer)}).")
         raise (UnknownEntity if answer.status_code == 404 else BadInput)(_reason(answer))
 
-    def _given_up(self, last: httpx.Response | httpx.HTTPError | None) -> BaheError:
+    def _given_up(self, last: httpx.Response | Exception | None) -> BaheError:
         reason = _reason(last) if isinstance(last, httpx.Response) else type(last).__name__
         return Unreachable(f"{self._url} did not answer within {self._seconds:g} s ({reason}).")
 
@@ -201,7 +206,8 @@ class Client(_Tries):
     """Safe to use from several threads; connections are kept.
 
     Every method raises BadInput on what the service refuses, UnknownEntity on what it does not have (404),
-    and Unreachable when no try was answered within `seconds`.
+    and Unreachable when it fails, or no try was answered within `seconds`: the time in which tries begin,
+    and that each may take to connect, to send and for each part of the answer.
     """
 
     def __init__(self, url: str, *, api_key: str | None = None, seconds: float = SECONDS) -> None:
@@ -290,13 +296,13 @@ class Client(_Tries):
         return self._send(_Call("/v1/clicks", body, TakenInAnswer))
 
     def _send(self, call: _Call[Answer]) -> Answer:
-        last: httpx.Response | httpx.HTTPError | None = None
+        last: httpx.Response | Exception | None = None
         for pause, seconds in self._pauses():
             time.sleep(pause)
             try:
                 last = self._http.request(call.method, call.path, content=call.content, timeout=seconds)
                 answer = self._read(call, last)
-            except httpx.TransportError as error:
+            except (httpx.RequestError, TimeoutError) as error:
                 last, answer = error, None
             if answer is not None:
                 return answer
@@ -396,7 +402,7 @@ class AsyncClient(_Tries):
         return await self._send(_Call("/v1/clicks", body, TakenInAnswer))
 
     async def _send(self, call: _Call[Answer]) -> Answer:
-        last: httpx.Response | httpx.HTTPError | None = None
+        last: httpx.Response | Exception | None = None
         for pause, seconds in self._pauses():
             await asyncio.sleep(pause)
             try:
@@ -404,7 +410,7 @@ class AsyncClient(_Tries):
                     call.method, call.path, content=call.content, timeout=seconds
                 )
                 answer = self._read(call, last)
-            except httpx.TransportError as error:
+            except (httpx.RequestError, TimeoutError) as error:
                 last, answer = error, None
             if answer is not None:
                 return answer

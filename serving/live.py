@@ -46,7 +46,7 @@ from materialize.ingest.channel_windows import PAIR_FIRST, PAIR_LAST, pair_count
 from materialize.vectors.encoder_versions import recorded_settings
 from materialize.vectors.timelines import read_user
 from serving.journal import PATIENCE
-from serving.live_statistics import OLD, REST, Impression, LiveStatistics, counts_beside, too_old
+from serving.live_statistics import MARGIN, OLD, REST, Impression, LiveStatistics, counts_beside, too_old
 from serving.lookup import Identifier, OnlineLookup, UserFeatures, id_as
 from serving.push_log import Pushed, PushLog
 from serving.request_log import RequestLog
@@ -57,7 +57,7 @@ ATOMS = 10_000
 """Atoms whose vectors are kept, 23 MB with SmolLM2."""
 AGAIN = 512
 """Latest behaviors of a channel in which one that is sent again, or was ingested since, is sought."""
-AHEAD = timedelta(minutes=5)
+AHEAD = MARGIN
 """How far a sender's clock may be ahead. A behavior of the far future would refuse all after it."""
 _LAKE_FAILS = (Unreachable, Damaged, NotWritable)
 _NO_ID = "impression {} is no id of this log's impressions."

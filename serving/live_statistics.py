@@ -24,10 +24,10 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 
-from bahe_core.errors import BaheError, NotReady
+from bahe_core.errors import BaheError, NotReady, one_line
 from bahe_core.home import Home
 from bahe_lake.connection import lake
-from materialize.config.dataset import CLICKED_AT, ImpressionTable, home_dataset
+from materialize.config.dataset import CLICKED_AT
 from materialize.ingest.statistics import WINDOW_DAYS, log_rate, rate_before, smoothed_rate
 from materialize.release import counted
 from materialize.release.counted import Counted
@@ -39,8 +39,10 @@ Counts = dict[str, list[Any]]
 KEEP = timedelta(days=7)
 """The shortest window of statistics: what is counted here is counted in each of them. What no publish has
 so long after it was sent, the log never got."""
+MARGIN = timedelta(minutes=5)
+"""How much later than in the log an impression may be said to have been shown."""
 REST = 5.0
-"""Seconds that the lake is left alone after it could not say what the publish has."""
+"""Seconds, at least, that the lake is left alone after it could not say what the publish has."""
 _WINDOWS = ("", *(f"_{days}d" for days in WINDOW_DAYS))
 _ENTITIES = ("user", "item")
 _NOT_SENT = "is neither published nor sent; send it first"
@@ -70,9 +72,9 @@ class _InLog:
     shown: Impression
     click_counted: bool
 
-    def lacks_click(self, rules: ImpressionTable) -> bool:
+    def lacks_click(self, base: Counted) -> bool:
         """Whether a click of it is still to count: the log tells of one later only by its time."""
-        return not self.click_counted and (rules.click_times or self.shown.clicked_us is not None)
+        return not self.click_counted and (base.click_times or self.shown.clicked_us is not None)
 
 
 @dataclass(slots=True)
@@ -93,7 +95,6 @@ class _Edition:
     file: tuple[int, int]
     """Inode and time of the file that says so."""
     counted: Counted
-    rules: ImpressionTable
     day: str
     """What was sent long before is let go of once a day."""
 
@@ -114,11 +115,11 @@ class _Sent:
     later: list[tuple[int, str, Impression]] = field(default_factory=list)
     """A heap of the clicks that are not known yet, by when they will be."""
 
-    def take(self, sent: Impression, in_log: _InLog | None, rules: ImpressionTable) -> None:
+    def take(self, sent: Impression, in_log: _InLog | None, base: Counted) -> None:
         """Count an impression, and its click, unless the publish counts it, or it is here."""
         kept = self.impressions.get(sent.impression_id)
         if kept is None:
-            if in_log is not None and (sent.clicked_us is None or not in_log.lacks_click(rules)):
+            if in_log is not None and (sent.clicked_us is None or not in_log.lacks_click(base)):
                 return
             self.impressions[sent.impression_id] = kept = sent
             if in_log is None:
@@ -129,7 +130,7 @@ class _Sent:
             return
         if kept.clicked_us is not None:
             self.clicked_items[kept.user_id].add(str(kept.item_id))
-            moment_us = known_us(kept.shown_us, kept.clicked_us, rules)
+            moment_us = base.known_us(kept.shown_us, kept.clicked_us)
             heapq.heappush(self.later, (moment_us, str(kept.impression_id), kept))
             self.pass_time()
 
@@ -149,11 +150,6 @@ class _Sent:
             else:
                 counts.shown += 1
                 counts.last_shown_us = max(counts.last_shown_us or moment_us, moment_us)
-
-
-def known_us(shown_us: int, clicked_us: int, rules: ImpressionTable) -> int:
-    """When a click is known, as ingest has it."""
-    return clicked_us if rules.click_times else shown_us + rules.label_delay_us
 
 
 def too_old(moment_us: int, base: Counted) -> bool:
@@ -188,6 +184,8 @@ class LiveStatistics:
         self._sent = _Sent()
         self._in_question: list[Impression] = []
         """Read, and perhaps counted by the publish."""
+        self._waiting: list[_InLog] | None = None
+        """Clicks of the publish that it does not count yet; None until they are read."""
         self._settling = threading.Lock()
         self._not_before = 0.0
         """When the lake may be read again, by the monotonic clock."""
@@ -255,24 +253,21 @@ class LiveStatistics:
 
     def published(self) -> Counted:
         """What the statistics that are online count. Raises NotReady when nobody can say."""
-        return self._known_edition().counted
-
-    def _known_edition(self) -> _Edition:
         self._bring_up_to_date()
         if self._edition is None:
             raise NotReady(
                 f"what the statistics online of {self._home.root} count is not known; run `bahe publish`."
             )
-        return self._edition
+        return self._edition.counted
 
     def show(self, impressions: Sequence[Impression]) -> int:
         """Take impressions in; how many are new. They are on disk when this returns.
 
         Raises NotReady as `published`, and Busy when another worker does not let go of the journal.
         """
-        end_us = self.published().log_end_us
+        base = self.published()
         try:
-            in_log = self._of_publish([one.impression_id for one in impressions if one.shown_us <= end_us])
+            in_log = self._of_publish([one.impression_id for one in impressions if _in_question(one, base)])
         except BaheError:
             in_log = {}  # they are compared later
         with self._journal.exclusive():
@@ -287,22 +282,22 @@ class LiveStatistics:
         Raises NotReady, Unreachable, Damaged or NotWritable while it cannot be said what the publish has,
         and Busy as `show`.
         """
-        edition = self._known_edition()
-        here = self._here(clicks)
-        in_log = self._of_publish([one for one in clicks if one not in here])
+        base = self.published()
+        before = self._here(clicks)
+        in_log = self._of_publish([one for one in clicks if one not in before])
         with self._journal.exclusive():
-            here = self._here(clicks)
+            here = before | self._here(clicks)  # a publish may have let go of some meanwhile
             known = {i: one.shown for i, one in in_log.items()} | here
             refused = dict.fromkeys(clicks.keys() - known.keys(), _NOT_SENT)
             new = []
             for i, one in known.items():
                 if clicks[i] < one.shown_us:
                     refused[i] = _BEFORE
-                elif too_old(known_us(one.shown_us, clicks[i], edition.rules), edition.counted):
+                elif too_old(base.known_us(one.shown_us, clicks[i]), base):
                     refused[i] = OLD
-                elif i not in here and one.clicked_us is None and not edition.rules.click_times:
+                elif i not in here and one.clicked_us is None and not base.click_times:
                     refused[i] = _FINAL
-                elif here[i].clicked_us is None if i in here else in_log[i].lacks_click(edition.rules):
+                elif here[i].clicked_us is None if i in here else in_log[i].lacks_click(base):
                     new.append(replace(one, clicked_us=clicks[i]))
             self._write(new)
             return len(new), refused
@@ -311,8 +306,9 @@ class LiveStatistics:
         """Those of the impressions that were sent, and that the publish does not have all of."""
         with self._lock:
             self._read_on()
-            in_question = {one.impression_id: one for one in self._in_question}
-            found = ((one, self._sent.impressions.get(one) or in_question.get(one)) for one in asked)
+            # Of two lines of one the later has the click.
+            here = {one.impression_id: one for one in self._in_question}
+            found = ((one, here.get(one) or self._sent.impressions.get(one)) for one in asked)
             return {one: impression for one, impression in found if impression is not None}
 
     def _write(self, impressions: Iterable[Impression]) -> None:
@@ -324,25 +320,37 @@ class LiveStatistics:
         """Count what came, unless the publish may count it; under the lock."""
         anew, lines = self._journal.read_on()
         if anew:
-            self._sent, self._in_question = _Sent(), []
-        edition = self._edition
+            self._begin()
         for one in filter(None, map(_impression, lines)):
-            if edition is None or one.shown_us <= edition.counted.log_end_us:
-                self._in_question.append(one)
-            elif _is_of(one, edition):
-                self._sent.take(one, None, edition.rules)
+            self._sort_in(one)
         self._sent.pass_time()
+
+    def _begin(self) -> None:
+        self._sent, self._in_question = _Sent(), []
+        if self._edition is not None:
+            for click in self._waiting or ():
+                self._sent.take(click.shown, click, self._edition.counted)
+
+    def _sort_in(self, one: Impression) -> None:
+        base = self._edition.counted if self._edition else None
+        if base is None:
+            self._in_question.append(one)
+        elif isinstance(one.impression_id, int) != base.integer_ids:
+            return  # sent to another log that the home had
+        elif one.impression_id in self._sent.impressions or not _in_question(one, base):
+            self._sent.take(one, None, base)
+        else:
+            self._in_question.append(one)
 
     def _bring_up_to_date(self) -> None:
         with self._lock:
             self._read_on()
-            settled = not self._in_question and self._is_of_today()
+            settled = not self._in_question and self._waiting is not None and self._is_of_today()
         if settled or time.monotonic() < self._not_before or not self._settling.acquire(blocking=False):
             return
         try:
             self._settle()
         except Exception as error:  # whatever it is, what is counted answers
-            self._not_before = time.monotonic() + REST
             reason = error if isinstance(error, BaheError) else type(error).__name__
             _log.warning("impressions that were sent are not compared with the publish: %s", reason)
         finally:
@@ -360,63 +368,70 @@ class LiveStatistics:
         return stat.st_ino, stat.st_mtime_ns
 
     def _settle(self) -> None:
-        """Counts what the publish does not: of what is in question, or of all if it is another publish."""
-        edition, file = self._edition, self._file()
-        if edition is None or not self._is_of_today():
-            base = counted.read(self._home)
-            if base is None or file is None:
+        """Begin anew beyond another publish, and ask the lake about what is in question."""
+        if not self._is_of_today():
+            file, base = self._file(), counted.read(self._home)
+            if file is None or base is None:
+                self._not_before = time.monotonic() + REST
                 return
-            edition = _Edition(file, base, home_dataset(self._home).impressions, _today())
-            self._journal.tidy(_kept_for(edition.rules))
+            self._journal.tidy(_kept_for(base))
+            with self._lock:
+                self._adopt(_Edition(file, base, _today()))
+        edition = self._edition
+        assert edition is not None
+        if self._waiting is None:
+            waiting = self._clicks_waiting(edition)
+            with self._lock:
+                self._waiting = waiting
+                for click in waiting:
+                    self._sent.take(click.shown, click, edition.counted)
         with self._lock:
-            rows = self._rows(edition)
-        asked = {one.impression_id for one in rows if one.shown_us <= edition.counted.log_end_us}
-        in_log = self._of_publish(list(asked), edition)
-        waiting = self._waiting(edition) if edition is not self._edition else []
+            asked = list(self._in_question)
+        in_log = self._of_publish([one.impression_id for one in asked])
         with self._lock:
-            rows = self._rows(edition)  # with what came meanwhile
-            if edition is not self._edition:
-                self._edition, self._sent = edition, _Sent()
-            for click in waiting:
-                self._sent.take(click.shown, click, edition.rules)
-            self._in_question = []
-            for one in rows:
-                if one.impression_id in asked or one.shown_us > edition.counted.log_end_us:
-                    self._sent.take(one, in_log.get(one.impression_id), edition.rules)
-                else:
-                    self._in_question.append(one)
+            # What came meanwhile, or came again after a cut, is asked about next.
+            done = set(map(id, asked))
+            self._in_question = [one for one in self._in_question if id(one) not in done]
+            for one in asked:
+                self._sent.take(one, in_log.get(one.impression_id), edition.counted)
 
-    def _rows(self, edition: _Edition) -> list[Impression]:
-        """What an edition has to count: what is in question, or all of it where it is another one."""
-        if edition is self._edition:
-            return [one for one in self._in_question if _is_of(one, edition)]
-        oldest = f"{datetime.now(UTC) - _kept_for(edition.rules):%Y-%m-%d}"
-        every = [*self._sent.impressions.values(), *self._in_question]
-        return [one for one in every if one.received >= oldest and _is_of(one, edition)]
+    def _adopt(self, edition: _Edition) -> None:
+        """Count what was sent beyond an edition; of a day that only began, let go of what is too old."""
+        before, self._edition = self._edition, edition
+        oldest = f"{datetime.now(UTC) - _kept_for(edition.counted):%Y-%m-%d}"
+        every = [one for one in self._sent.impressions.values() if one.received] + self._in_question
+        kept = [one for one in every if one.received >= oldest]
+        if before is not None and before.file == edition.file and len(kept) == len(every):
+            return
+        if before is None or before.file != edition.file:
+            self._waiting = None
+        self._begin()
+        for one in kept:
+            self._sort_in(one)
 
-    def _of_publish(
-        self, impression_ids: Sequence[Identifier], edition: _Edition | None = None
-    ) -> dict[Identifier, _InLog]:
+    def _of_publish(self, impression_ids: Sequence[Identifier]) -> dict[Identifier, _InLog]:
         """Those of the impressions that the publish has."""
-        edition = edition or self._edition
+        edition = self._edition
         if not impression_ids or edition is None:
             return {}
-        return self._read_log(edition, "impression_id IN (SELECT impression_id FROM asked)", impression_ids)
+        condition = "impression_id IN (SELECT impression_id FROM asked)"
+        return {one.shown.impression_id: one for one in self._read_log(edition, condition, impression_ids)}
 
-    def _waiting(self, edition: _Edition) -> list[_InLog]:
+    def _clicks_waiting(self, edition: _Edition) -> list[_InLog]:
         """Clicks that the publish has and does not count, as they were not known yet at the log's end."""
-        if not edition.rules.label_delay_us:
+        base = edition.counted
+        if not base.label_delay_us:
             return []
-        label_us = f"epoch_us({edition.rules.label_time})"
-        return [
-            *self._read_log(edition, f"clicked = 1 AND {label_us} > {edition.counted.log_end_us}").values()
-        ]
+        return self._read_log(edition, f"clicked = 1 AND epoch_us({base.label_time}) > {base.log_end_us}")
 
     def _read_log(
         self, edition: _Edition, condition: str, asked: Sequence[Identifier] = ()
-    ) -> dict[Identifier, _InLog]:
-        base, rules = edition.counted, edition.rules
-        late = f"epoch_us({CLICKED_AT})" if rules.click_times else "NULL"
+    ) -> list[_InLog]:
+        """Impressions of the publish. Raises NotReady where the lake failed a moment ago, or fails now."""
+        if time.monotonic() < self._not_before:
+            raise NotReady(f"the lake of {self._home.root} failed a moment ago; send it again.")
+        base, start = edition.counted, time.monotonic()
+        late = f"epoch_us({CLICKED_AT})" if base.click_times else "NULL"
         query = f"""
             SELECT
                 impression_id,
@@ -424,34 +439,46 @@ class LiveStatistics:
                 item_id,
                 epoch_us(event_timestamp),
                 CASE WHEN clicked = 1 THEN coalesce({late}, epoch_us(event_timestamp)) END,
-                clicked = 1 AND epoch_us({rules.label_time}) <= {base.log_end_us}
+                clicked = 1 AND epoch_us({base.label_time}) <= {base.log_end_us}
             FROM impressions {{at}}
             WHERE {condition}
             """
         ids = pa.array(asked, pa.int64() if base.integer_ids else pa.string())
-        with lake(self._home) as connection:
-            connection.register("asked", pa.table({"impression_id": ids}))
-            try:
-                rows = connection.execute(query.format(at=f"AT (VERSION => {base.snapshot})")).fetchall()
-            except duckdb.InvalidInputException as error:
-                if "No snapshot found" not in str(error):
-                    raise
-                rows = connection.execute(query.format(at="")).fetchall()  # compacted away: as it is now
-            connection.unregister("asked")
-        return {row[0]: _InLog(Impression(*row[:5]), row[5]) for row in rows}
+        try:
+            with lake(self._home) as connection:
+                connection.register("asked", pa.table({"impression_id": ids}))
+                try:
+                    rows = connection.execute(
+                        query.format(at=f"AT (VERSION => {base.snapshot})")
+                    ).fetchall()
+                except duckdb.InvalidInputException as error:
+                    if "No snapshot found" not in str(error):
+                        raise
+                    rows = connection.execute(
+                        query.format(at="")
+                    ).fetchall()  # compacted away: as it is now
+                connection.unregister("asked")
+        except (BaheError, duckdb.Error) as error:
+            # A server that is away takes long to say so, and must not keep more than one thread of many.
+            taken = time.monotonic() - start
+            self._not_before = time.monotonic() + max(REST, 10 * taken)
+            if isinstance(error, BaheError):
+                raise
+            raise NotReady(f"the lake of {self._home.root} cannot be read ({one_line(error)}).") from None
+        return [_InLog(Impression(*row[:5]), row[5]) for row in rows]
 
 
-def _is_of(one: Impression, edition: _Edition) -> bool:
-    """False for what was sent to another log that the home had."""
-    return isinstance(one.impression_id, int) == edition.counted.integer_ids
+def _in_question(one: Impression, base: Counted) -> bool:
+    """Whether the publish may have it: clocks differ, and the log may have other fractions of a second."""
+    return one.shown_us <= base.log_end_us + MARGIN // timedelta(microseconds=1)
 
 
 def _today() -> str:
     return f"{datetime.now(UTC):%Y-%m-%d}"
 
 
-def _kept_for(rules: ImpressionTable) -> timedelta:
-    return KEEP + timedelta(microseconds=rules.label_delay_us)
+def _kept_for(base: Counted) -> timedelta:
+    return KEEP + timedelta(microseconds=base.label_delay_us)
 
 
 def _impression(line: dict[str, Any]) -> Impression | None:

@@ -42,7 +42,7 @@ class ShardReader:
 
     def __call__(self, index: int) -> Iterator[pa.RecordBatch]:
         """The batches of the query with that number, on a connection of its own."""
-        with lake(self.home, as_of=self.snapshot) as connection:
+        with lake(self.home, as_of=self.snapshot, others_queries=True) as connection:
             yield from connection.execute(self.queries[index]).to_arrow_reader(SHARD_BATCH_ROWS)
 
 

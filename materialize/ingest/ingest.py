@@ -78,7 +78,7 @@ def ingest(home: Home, dataset_path: Path) -> Ingested:
     home.place_lake(dataset.lake)
     with home.exclusive():
         check_same_dataset(home, dataset, dataset_path)
-        with lake(home, create=True) as connection:
+        with lake(home, create=True, others_queries=True) as connection:
             connection.execute(f"SET file_search_path = {sql_literal(str(folder))}")
             found = sources.find_sources(connection, dataset.sections, folder)
             last = runs.last(connection, JOB)

@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass
 
 import duckdb
 
-from bahe_core.errors import Damaged
 from bahe_core.files import replace_atomically
 from bahe_core.home import Home
 from bahe_lake.catalogue import columns
@@ -29,6 +28,15 @@ class Counted:
     """The log's last instant: nothing later is counted."""
     integer_ids: bool
     """Whether impression ids are integers."""
+    click_times: bool
+    """Whether the log says when each click happened."""
+    label_delay_us: int
+    label_time: str
+    """SQL of the instant at which an impression's click is known."""
+
+    def known_us(self, shown_us: int, clicked_us: int) -> int:
+        """When a click is known, as ingest has it."""
+        return clicked_us if self.click_times else shown_us + self.label_delay_us
 
 
 def count(connection: duckdb.DuckDBPyConnection, rules: ImpressionTable, snapshot: int) -> Counted:
@@ -55,6 +63,9 @@ def count(connection: duckdb.DuckDBPyConnection, rules: ImpressionTable, snapsho
         clicks=row[1],
         log_end_us=row[2] or 0,
         integer_ids=columns(connection, "impressions")["impression_id"] == "BIGINT",
+        click_times=rules.click_times,
+        label_delay_us=rules.label_delay_us,
+        label_time=rules.label_time,
     )
 
 
@@ -65,10 +76,8 @@ def write(home: Home, counted: Counted) -> None:
 
 
 def read(home: Home) -> Counted | None:
-    """What they count; None where no publish said so. Raises Damaged when it cannot be told."""
+    """What they count; None where no publish of this release said so, or it cannot be read any more."""
     try:
         return Counted(**json.loads(home.counted.read_text()))
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError, TypeError):
         return None
-    except (ValueError, TypeError):
-        raise Damaged(f"{home.counted} is damaged; delete it, and run `bahe publish`.") from None

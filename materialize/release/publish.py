@@ -25,8 +25,7 @@ from bahe_core.home import Home
 from bahe_core.progress import say
 from bahe_core.results import Result
 from bahe_lake import runs
-from bahe_lake.catalogue import scalar
-from bahe_lake.connection import LAKE, lake
+from bahe_lake.connection import lake
 from bahe_lake.versions import LATEST_ITEMS
 from bahe_models import require_servable
 from bahe_models.artifact_folder import further_features, read_config, vector_widths_of
@@ -242,13 +241,13 @@ def _materialize(
 def _materialize_as_published(
     store: FeatureStore, connection: duckdb.DuckDBPyConnection, home: Home, views: Sequence[str]
 ) -> None:
-    """Write views online as of the log of which the others are there; as of now where it is forgotten."""
+    """Write views online as of the log of which the others are there; as of now where that cannot be."""
     said, offline = counted.read(home), store.config.offline_store
-    known = said is not None and scalar(
-        connection, f"SELECT count(*) FROM {LAKE}.snapshots() WHERE snapshot_id = {said.snapshot}"
-    )
-    offline.as_of = said.snapshot if said is not None and known else None
     try:
+        offline.as_of = said.snapshot if said is not None else None
+        _materialize(store, connection, None, views)
+    except BadInput:  # the lake has forgotten that snapshot, or a view has come since
+        offline.as_of = None
         _materialize(store, connection, None, views)
     finally:
         offline.as_of = None
