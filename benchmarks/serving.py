@@ -173,6 +173,7 @@ def pushed(home: Home, user: Identifier, count: int, kind: str, text: Callable[[
 def impressions(home: Home, pages: int) -> Iterator[Row]:
     """Impressions taken in by pages of ten, clicked by one in ten, on a copy of the home; then by 1,000."""
     from serving.live import Clicked, LiveLookup, Shown
+    from serving.live_statistics import LiveStatistics
 
     with tempfile.TemporaryDirectory() as folder:
         copy = Home(Path(shutil.copytree(home.root, Path(folder) / "home")))
@@ -218,9 +219,9 @@ def impressions(home: Home, pages: int) -> Iterator[Row]:
         grown = psutil.Process().memory_info().rss - before
         yield Row(metric=f"memory of an impression, of {SENT:,} taken in", value=grown / SENT, unit="bytes")
         start = time.perf_counter()
-        LiveLookup(copy).user(users[0])
+        LiveStatistics(copy).published()
         yield Row(
-            metric=f"another service's start and first answer, {SENT:,} taken in",
+            metric=f"another service's reading of them, {SENT:,} taken in",
             value=time.perf_counter() - start,
             unit="s",
         )

@@ -351,6 +351,7 @@ class LiveStatistics:
         try:
             self._settle()
         except Exception as error:  # whatever it is, what is counted answers
+            self._not_before = max(self._not_before, time.monotonic() + REST)
             reason = error if isinstance(error, BaheError) else type(error).__name__
             _log.warning("impressions that were sent are not compared with the publish: %s", reason)
         finally:
