@@ -49,9 +49,9 @@ def connect(
 
     One connection per thread. `as_of` attaches the lake as it was at that snapshot, read-only. With
     `others_queries` it may run those of dataset.yaml and of a team's views, whatever extensions of DuckDB
-    they need; opening it then takes four times as long. Raises
-    NotReady when the home has no lake and `create` is not set, BadInput when there is no such snapshot,
-    Unreachable when the catalogue's server does not answer.
+    they need; opening it then takes four times as long.
+    Raises NotReady when the home has no lake and `create` is not set, BadInput when there is no such
+    snapshot, Unreachable when the catalogue's server does not answer.
     """
     if not create:
         require_catalogue(home)

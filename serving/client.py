@@ -45,6 +45,7 @@ from serving.messages import (
 )
 
 Identifier = str | int
+Rows = Sequence[Mapping[str, object]]
 Context = Mapping[str, str | bool | int | float | None]
 UnknownUser = Literal["empty", "refuse"]
 Answer = TypeVar("Answer", bound=BaseModel)
@@ -157,6 +158,20 @@ def _behavior(
         event_id=event_id,
     )
     return _Call("/v1/behaviors", body, BehaviorAnswer)
+
+
+def _user(user_id: Identifier) -> _Call[UserAnswer]:
+    return _Call(f"/v1/users/{quote(str(user_id), safe='')}", None, UserAnswer)
+
+
+def _impressions(rows: Rows) -> _Call[TakenInAnswer]:
+    body = _checked(ImpressionsRequest, impressions=[_checked(ImpressionRow, **row) for row in rows])
+    return _Call("/v1/impressions", body, TakenInAnswer)
+
+
+def _clicks(rows: Rows) -> _Call[TakenInAnswer]:
+    body = _checked(ClicksRequest, clicks=[_checked(ClickRow, **row) for row in rows])
+    return _Call("/v1/clicks", body, TakenInAnswer)
 
 
 class _Tries:
@@ -283,17 +298,15 @@ class Client(_Tries):
 
     def user(self, user_id: Identifier) -> UserAnswer:
         """A user's vector, statistics and history under the live model."""
-        return self._send(_Call(f"/v1/users/{quote(str(user_id), safe='')}", None, UserAnswer))
+        return self._send(_user(user_id))
 
-    def impressions(self, rows: Sequence[Mapping[str, object]]) -> TakenInAnswer:
+    def impressions(self, rows: Rows) -> TakenInAnswer:
         """Send what was shown: rows of impression_id, user_id, item_id and event_timestamp."""
-        body = _checked(ImpressionsRequest, impressions=[_checked(ImpressionRow, **row) for row in rows])
-        return self._send(_Call("/v1/impressions", body, TakenInAnswer))
+        return self._send(_impressions(rows))
 
-    def clicks(self, rows: Sequence[Mapping[str, object]]) -> TakenInAnswer:
+    def clicks(self, rows: Rows) -> TakenInAnswer:
         """Send what was clicked: rows of impression_id and event_timestamp."""
-        body = _checked(ClicksRequest, clicks=[_checked(ClickRow, **row) for row in rows])
-        return self._send(_Call("/v1/clicks", body, TakenInAnswer))
+        return self._send(_clicks(rows))
 
     def _send(self, call: _Call[Answer]) -> Answer:
         last: httpx.Response | Exception | None = None
@@ -302,7 +315,7 @@ class Client(_Tries):
             try:
                 last = self._http.request(call.method, call.path, content=call.content, timeout=seconds)
                 answer = self._read(call, last)
-            except (httpx.RequestError, TimeoutError) as error:
+            except httpx.RequestError as error:
                 last, answer = error, None
             if answer is not None:
                 return answer
@@ -389,17 +402,15 @@ class AsyncClient(_Tries):
 
     async def user(self, user_id: Identifier) -> UserAnswer:
         """A user's vector, statistics and history under the live model."""
-        return await self._send(_Call(f"/v1/users/{quote(str(user_id), safe='')}", None, UserAnswer))
+        return await self._send(_user(user_id))
 
-    async def impressions(self, rows: Sequence[Mapping[str, object]]) -> TakenInAnswer:
+    async def impressions(self, rows: Rows) -> TakenInAnswer:
         """Send what was shown: rows of impression_id, user_id, item_id and event_timestamp."""
-        body = _checked(ImpressionsRequest, impressions=[_checked(ImpressionRow, **row) for row in rows])
-        return await self._send(_Call("/v1/impressions", body, TakenInAnswer))
+        return await self._send(_impressions(rows))
 
-    async def clicks(self, rows: Sequence[Mapping[str, object]]) -> TakenInAnswer:
+    async def clicks(self, rows: Rows) -> TakenInAnswer:
         """Send what was clicked: rows of impression_id and event_timestamp."""
-        body = _checked(ClicksRequest, clicks=[_checked(ClickRow, **row) for row in rows])
-        return await self._send(_Call("/v1/clicks", body, TakenInAnswer))
+        return await self._send(_clicks(rows))
 
     async def _send(self, call: _Call[Answer]) -> Answer:
         last: httpx.Response | Exception | None = None
@@ -410,7 +421,7 @@ class AsyncClient(_Tries):
                     call.method, call.path, content=call.content, timeout=seconds
                 )
                 answer = self._read(call, last)
-            except (httpx.RequestError, TimeoutError) as error:
+            except httpx.RequestError as error:
                 last, answer = error, None
             if answer is not None:
                 return answer

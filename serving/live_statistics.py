@@ -34,7 +34,7 @@ from materialize.release.counted import Counted
 from serving.journal import Journal
 
 Identifier = str | int
-Counts = dict[str, list[Any]]
+Columns = dict[str, list[Any]]
 
 KEEP = timedelta(days=7)
 """The shortest window of statistics: what is counted here is counted in each of them. What no publish has
@@ -190,7 +190,7 @@ class LiveStatistics:
         self._not_before = 0.0
         """When the lake may be read again, by the monotonic clock."""
 
-    def move(self, entity: str, identifiers: Sequence[Identifier], values: Counts) -> None:
+    def move(self, entity: str, identifiers: Sequence[Identifier], values: Columns) -> None:
         """Add to the statistics of `user`s or `item`s what was sent of them.
 
         `values` are what the online store says, by column, with the impressions and clicks beside each
@@ -216,7 +216,7 @@ class LiveStatistics:
         base: Counted,
         places: Sequence[int],
         identifiers: Sequence[Identifier],
-        values: Counts,
+        values: Columns,
         entity: str,
         window: str,
     ) -> None:
@@ -226,28 +226,22 @@ class LiveStatistics:
         of, sent = self._sent.of[entity], self._sent
         for place in places:
             counts = of[identifiers[place]]
-            if shown is None or clicks is None:
-                if shown is not None:
-                    shown[place] = (shown[place] or 0) + counts.shown
-                if clicks is not None:
-                    clicks[place] = (clicks[place] or 0) + counts.clicks
-                continue
-            before = clicks[place] or 0, shown[place] or 0
-            clicks[place], shown[place] = before[0] + counts.clicks, before[1] + counts.shown
-            if rate is None:
-                continue
-            if counts.latest_us > base.log_end_us or rate[place] is None:
-                start = log_rate(
-                    base.clicks + bisect_right(sent.clicked_us, counts.latest_us),
-                    base.impressions + bisect_right(sent.shown_us, counts.latest_us),
-                )
-            else:
-                start = rate_before(rate[place], *before)
-            rate[place] = smoothed_rate(clicks[place], shown[place], start)
+            if rate is not None and shown is not None and clicks is not None:
+                before = clicks[place] or 0, shown[place] or 0
+                if counts.latest_us > base.log_end_us or rate[place] is None:
+                    start = log_rate(
+                        base.clicks + bisect_right(sent.clicked_us, counts.latest_us),
+                        base.impressions + bisect_right(sent.shown_us, counts.latest_us),
+                    )
+                else:
+                    start = rate_before(rate[place], *before)
+                rate[place] = smoothed_rate(before[0] + counts.clicks, before[1] + counts.shown, start)
+            for column, came in ((shown, counts.shown), (clicks, counts.clicks)):
+                if column is not None:
+                    column[place] = (column[place] or 0) + came
 
     def clicked_items(self, user_id: Identifier) -> frozenset[str]:
-        """Items that the user clicked, of the clicks that were sent."""
-        self._bring_up_to_date()
+        """Items that the user clicked, of the clicks that were sent before the last `move`."""
         with self._lock:
             return frozenset(self._sent.clicked_items.get(user_id, ()))
 
@@ -267,7 +261,9 @@ class LiveStatistics:
         """
         base = self.published()
         try:
-            in_log = self._of_publish([one.impression_id for one in impressions if _in_question(one, base)])
+            in_log = self._of_publish(
+                [one.impression_id for one in impressions if _may_be_published(one, base)]
+            )
         except BaheError:
             in_log = {}  # they are compared later
         with self._journal.exclusive():
@@ -337,7 +333,7 @@ class LiveStatistics:
             self._in_question.append(one)
         elif isinstance(one.impression_id, int) != base.integer_ids:
             return  # sent to another log that the home had
-        elif one.impression_id in self._sent.impressions or not _in_question(one, base):
+        elif one.impression_id in self._sent.impressions or not _may_be_published(one, base):
             self._sent.take(one, None, base)
         else:
             self._in_question.append(one)
@@ -469,7 +465,7 @@ class LiveStatistics:
         return [_InLog(Impression(*row[:5]), row[5]) for row in rows]
 
 
-def _in_question(one: Impression, base: Counted) -> bool:
+def _may_be_published(one: Impression, base: Counted) -> bool:
     """Whether the publish may have it: clocks differ, and the log may have other fractions of a second."""
     return one.shown_us <= base.log_end_us + MARGIN // timedelta(microseconds=1)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from great_expectations.render.view import DefaultJinjaIndexPageView, DefaultJinjaPageView
-from jinja2 import BytecodeCache
+from jinja2 import BytecodeCache, Environment
 from jinja2.bccache import Bucket
 
 
@@ -21,24 +21,24 @@ class _Compiled(BytecodeCache):
         self._by_key[bucket.key] = bucket.bytecode_to_string()
 
 
-class Page(DefaultJinjaPageView):  # type: ignore[misc]
+class _FromCompiled:
+    """Before a view of Great Expectations': its templates are those of the process."""
+
+    env: Environment
+
+    def __init__(
+        self, custom_styles_directory: str | None = None, custom_views_directory: str | None = None
+    ) -> None:
+        super().__init__(custom_styles_directory, custom_views_directory)  # type: ignore[call-arg]
+        self.env.bytecode_cache = _Compiled()
+
+
+class Page(_FromCompiled, DefaultJinjaPageView):  # type: ignore[misc]
     """A suite, or what it found."""
 
-    def __init__(
-        self, custom_styles_directory: str | None = None, custom_views_directory: str | None = None
-    ) -> None:
-        super().__init__(custom_styles_directory, custom_views_directory)
-        self.env.bytecode_cache = _Compiled()
 
-
-class IndexPage(DefaultJinjaIndexPageView):  # type: ignore[misc]
+class IndexPage(_FromCompiled, DefaultJinjaIndexPageView):  # type: ignore[misc]
     """The list of them."""
-
-    def __init__(
-        self, custom_styles_directory: str | None = None, custom_views_directory: str | None = None
-    ) -> None:
-        super().__init__(custom_styles_directory, custom_views_directory)
-        self.env.bytecode_cache = _Compiled()
 
 
 def site(store_backend: dict[str, Any]) -> dict[str, Any]:
