@@ -2,11 +2,11 @@
 
 A service started with `--live` holds the shallow layers as well. A behavior sent to it is written to the
 home's push log before it is answered, and every worker of the home reads it there. For a user with such
-behaviors a worker makes a `UserState` from the lake, encodes and appends them, and keeps it while it is
-used: a cache, which any worker can make anew. What the log has by now is not appended again, and a behavior
-is let go when the published vector contains it. The log still has to receive the same behaviors: this
-bridges the time between two publishes and does not replace ingest. Impressions and clicks move statistics
-(serving.live_statistics).
+behaviors a worker makes a `UserState` from the lake and appends them, encoding the texts that the lake has
+no vector of. It keeps the state while it is used: a cache, which any worker can make anew. What the log has
+by now is not appended again, and a behavior is let go when the published vector contains it. The log still
+has to receive the same behaviors: this bridges the time between two publishes and does not replace ingest.
+Impressions and clicks move statistics (serving.live_statistics).
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import torch
 
 from bahe_core.errors import (
     BadInput,
+    BaheError,
     Busy,
     Damaged,
     NotReady,
@@ -38,12 +39,14 @@ from bahe_core.home import Home
 from bahe_core.results import Result
 from bahe_lake.connection import lake
 from bahe_models import Artifact, AtomicEncoder, UserState, encoder_version, load_backbone
+from feast_ducklake import open_lake
 from feast_ducklake.online.rows import Vectors
 from materialize.config.backbone import encoder_settings
 from materialize.config.dataset import home_dataset
 from materialize.ingest.atoms import ATOM_ID, NORMAL_TEXT
 from materialize.ingest.channel_windows import PAIR_FIRST, PAIR_LAST, pair_counts
 from materialize.vectors.encoder_versions import recorded_settings
+from materialize.vectors.stored_atoms import vectors_of
 from materialize.vectors.timelines import read_user
 from serving.journal import PATIENCE
 from serving.live_statistics import MARGIN, OLD, REST, Impression, LiveStatistics, counts_beside, too_old
@@ -148,6 +151,8 @@ class LiveLookup(OnlineLookup):
         self._appending = threading.RLock()  # a state belongs to one thread at a time
         self._lake_from = 0.0
         """When the lake may be read again, by the monotonic clock."""
+        self._vectors_from = 0.0
+        """The same of the lake that Feast keeps attached."""
         self._pushes = PushLog(home)
         self._impressions = LiveStatistics(home)
         with suppress(NotReady):  # requests that need it say so
@@ -444,12 +449,30 @@ class LiveLookup(OnlineLookup):
         """Vectors by atom; those of late are kept, since many people do the same things."""
         new = {one.atom_id: one for one in behaviors if one.atom_id not in self._atoms}
         if new:
+            self._atoms |= self._stored_vectors(list(new))
+            new = {atom: one for atom, one in new.items() if atom not in self._atoms}
+        if new:
             channels, texts = [o.channel for o in new.values()], [o.text for o in new.values()]
             self._atoms |= dict(zip(new, self._encoder.encode(channels, texts), strict=True))
         found = {one.atom_id: self._atoms[one.atom_id] for one in behaviors}
         for atom in list(self._atoms)[:-ATOMS]:
             del self._atoms[atom]
         return found
+
+    def _stored_vectors(self, atoms: Sequence[int]) -> dict[int, np.ndarray]:
+        """The lake's vectors of those of these atoms that it has; of none while it cannot be read.
+
+        A model has learned from these. In half precision some processors (Intel's AMX) give a text that is
+        encoded alone other numbers than beside others.
+        """
+        if time.monotonic() < self._vectors_from:
+            return {}
+        try:
+            with open_lake(self._store.config) as connection:
+                return vectors_of(connection, self._encoder_version, atoms)
+        except (BaheError, duckdb.Error):
+            self._vectors_from = time.monotonic() + REST
+            return {}
 
     def _items_of(self, text: str) -> list[Identifier]:
         catalogue = self.catalogue()

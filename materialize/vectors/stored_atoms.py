@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +64,22 @@ def read_atoms(connection: duckdb.DuckDBPyConnection, version: str) -> Atoms:
     if not table.num_rows:
         raise NotReady(f"no atom is encoded under {version} yet; run `bahe encode` first.")
     return Atoms(table["atom_id"].to_numpy(), vector_matrix(table["embedding"]), version)
+
+
+def vectors_of(
+    connection: duckdb.DuckDBPyConnection, version: str, atom_ids: Sequence[int]
+) -> dict[int, np.ndarray]:
+    """The vectors [width] of those of these atoms that are encoded, by atom."""
+    table = connection.execute(
+        """
+        SELECT atom_id, embedding FROM atomic_behavior_embedding
+        WHERE encoder_version = ? AND atom_id IN (SELECT unnest(?))
+        """,
+        [version, list(atom_ids)],
+    ).to_arrow_table()
+    if not table.num_rows:
+        return {}
+    return dict(zip(table["atom_id"].to_pylist(), vector_matrix(table["embedding"]), strict=True))
 
 
 @contextmanager

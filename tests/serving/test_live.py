@@ -15,6 +15,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import numpy as np
 import pandas as pd
 import pytest
@@ -387,6 +388,38 @@ def test_a_lake_that_fails_leaves_what_is_published(
         assert lookup.user("u1").behaviors == OnlineLookup(home).user("u1").behaviors
         assert "7" in lookup.user("u1").seen_items
     assert error is NotReady or len(asked) == 1, "it is left alone for a moment"
+
+
+def test_only_texts_without_a_vector_in_the_lake_are_encoded(
+    filled: tuple[Home, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In half precision a text encoded alone may get another vector than the one the model learned from."""
+    home = copy_of(filled[0], tmp_path)
+    known, at = behavior()["text"], pd.Timestamp(LATER).to_pydatetime()
+
+    def appended(lookup: LiveLookup) -> tuple[list[str], np.ndarray]:
+        encoded: list[str] = []
+        encode = lookup._encoder.encode
+
+        def counting(channels: list[str], texts: list[str]) -> np.ndarray:
+            encoded.extend(texts)
+            return encode(channels, texts)
+
+        monkeypatch.setattr(lookup._encoder, "encode", counting)
+        lookup.append("u1", "liked", known, at)
+        return encoded, lookup.append("u1", "liked", "liked a new thing", at + timedelta(hours=1)).vector
+
+    encoded, vector = appended(LiveLookup(home))
+    assert encoded == ["liked a new thing"]
+
+    def away(*_: object) -> None:
+        raise duckdb.IOException("the lake is away.")
+
+    shutil.rmtree(home.pushed)
+    monkeypatch.setattr("serving.live.vectors_of", away)
+    encoded, alone = appended(LiveLookup(home))
+    assert encoded == [known, "liked a new thing"]
+    np.testing.assert_allclose(alone, vector, atol=1e-5)
 
 
 def test_a_service_that_is_not_live_takes_no_behaviors(filled: tuple[Home, Path]) -> None:
