@@ -41,10 +41,10 @@ from bahe_lake.connection import lake
 from bahe_models import Artifact, AtomicEncoder, UserState, encoder_version, load_backbone
 from feast_ducklake import open_lake
 from feast_ducklake.online.rows import Vectors
+from feature_repo.behavior_counts import PAIR_FIRST, PAIR_LAST, pair_counts
 from materialize.config.backbone import encoder_settings
 from materialize.config.dataset import home_dataset
 from materialize.ingest.atoms import ATOM_ID, NORMAL_TEXT
-from materialize.ingest.channel_windows import PAIR_FIRST, PAIR_LAST, pair_counts
 from materialize.vectors.encoder_versions import recorded_settings
 from materialize.vectors.stored_atoms import vectors_of
 from materialize.vectors.timelines import read_user

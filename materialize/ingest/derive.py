@@ -26,8 +26,8 @@ import duckdb
 from bahe_core.progress import progress
 from bahe_lake.catalogue import columns, scalar, tables
 from bahe_lake.sql import AT_ONCE, sql_identifier, sql_literal
+from feature_repo import behavior_counts
 from materialize.config.dataset import CLICKED_AT
-from materialize.ingest import channel_windows
 from materialize.ingest.rewind import ALWAYS, moment, ranges, replace_changed
 from materialize.ingest.statistics import WINDOW_DAYS, derive_statistics
 
@@ -153,7 +153,7 @@ def _create(connection: duckdb.DuckDBPyConnection, channels: Sequence[str]) -> N
             """
     for table, layout in layouts.items():
         connection.execute(f"CREATE OR REPLACE TABLE {table} ({layout})")
-    for view in channel_windows.statements(channels, WINDOW_DAYS):
+    for view in behavior_counts.statements(channels, WINDOW_DAYS):
         connection.execute(view)
 
 
