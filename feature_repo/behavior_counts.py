@@ -1,9 +1,9 @@
-"""Behaviors by channel, so far and over the last days, of users, of items and of pairs of both, as views of
-the lake.
+"""Counts of behaviors, so far and over the last days, as queries over the lake: of users, of items and of
+pairs of both, by channel and in all; and of users with the items that share a column (a category).
 
-A view is computed when it is asked for: it follows the log without being derived, takes no room, and is of
+A query is computed when it is asked for: it follows the log without being derived, takes no room, and is of
 whatever snapshot is read. Of all time, a user's counts are the timeline lengths. Pairs are those that
-occurred: what a user did with an item.
+occurred.
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ from bahe_lake.sql import sql_identifier, sql_literal
 
 PAIR_DAYS = (7, 30, 90)
 """Lengths of the windows of pairs: people come back to a thing more slowly than to a shop."""
-
-PAIR_FIRST, PAIR_LAST = "pair_first_us", "pair_last_us"
-"""Columns: when the user first and last did something with the item."""
+SPANS = ("", *(f"_{days}d" for days in PAIR_DAYS))
+"""Endings of the names of what is counted of pairs: so far, and in each window."""
 
 
 @dataclass(frozen=True)
@@ -25,13 +24,18 @@ class _Counted:
     """Whose behaviors are counted."""
 
     keys: tuple[str, ...]
-    prefix: str
-    """Of the columns' names."""
+    of: str
+    """Who, or with what, as the columns' names begin."""
     view: str
     events: str
     """SQL of the keys, channel and event_timestamp of each behavior."""
     by_channel: bool = True
-    """Whether each channel is counted by itself, or all together."""
+    """Whether each channel is counted by itself, or all together, with when the first and last was."""
+
+    @property
+    def prefix(self) -> str:
+        """Of the names of the columns that count."""
+        return f"{self.of}_behaviors"
 
 
 _OF_PAIRS = """
@@ -51,20 +55,49 @@ from when the item has it on.
 
 What is no item is shown to nobody."""
 
+_OF_COLUMN = """
+    WITH versions AS (
+        SELECT
+            item_id,
+            text,
+            {column} AS value,
+            event_timestamp AS since,
+            lag(event_timestamp) OVER (PARTITION BY item_id ORDER BY event_timestamp) IS NULL AS first
+        FROM lake.main.items
+    )
+    SELECT
+        b.user_id,
+        v.value AS {column},
+        b.channel,
+        greatest(b.event_timestamp, v.since) AS event_timestamp
+    FROM lake.main.behaviors b
+    ASOF JOIN versions v
+        ON v.item_id = b.item_id
+        AND CASE WHEN v.first THEN '-infinity' ELSE v.since END <= b.event_timestamp
+    WHERE v.value IS NOT NULL
+    UNION ALL
+    SELECT b.user_id, v.value, b.channel, greatest(b.event_timestamp, v.since)
+    FROM lake.main.behaviors b
+    JOIN lake.main.atoms a USING (atom_id)
+    JOIN (
+        SELECT text, value, min(since) AS since FROM versions WHERE value IS NOT NULL GROUP BY text, value
+    ) v ON v.text = a.text
+    WHERE b.item_id IS NULL"""
+"""A behavior is with the value that its item had then, or had first, from when that is known. Where it
+names no item, with each value that items of its very text have."""
+
 _USER, _ITEM = (
     _Counted(
         (f"{entity}_id",),
-        f"{entity}_behaviors",
+        entity,
         f"{entity}_behaviors",
         f"SELECT {entity}_id, channel, event_timestamp FROM behaviors WHERE {entity}_id IS NOT NULL",
     )
     for entity in ("user", "item")
 )
 # Two views, so that who does without channels keeps few numbers of each pair online.
-_PAIR = _Counted(
-    ("user_id", "item_id"), "pair_behaviors", "user_item_behaviors", _OF_PAIRS, by_channel=False
-)
-_PAIR_BY_CHANNEL = _Counted(("user_id", "item_id"), "pair_behaviors", "user_item_channels", _OF_PAIRS)
+_PAIR = _Counted(("user_id", "item_id"), "pair", "user_item_behaviors", _OF_PAIRS, by_channel=False)
+_PAIR_BY_CHANNEL = _Counted(("user_id", "item_id"), "pair", "user_item_channels", _OF_PAIRS)
 
 
 def statements(channels: Sequence[str], days: Sequence[int]) -> list[str]:
@@ -73,17 +106,34 @@ def statements(channels: Sequence[str], days: Sequence[int]) -> list[str]:
     `item_behaviors`, `user_item_behaviors` and `user_item_channels` are of all time. Columns are
     `user_behaviors_<channel>_7d`, …; of pairs `pair_behaviors_7d` and `pair_behaviors_<channel>_7d`.
     """
-    windows = [_window(counted, channels, length) for counted in (_USER, _ITEM) for length in days]
+    views = {f"{one.view}_{n}d": _window(one, channels, n) for one in (_USER, _ITEM) for n in days}
     pairs = (_PAIR, _PAIR_BY_CHANNEL)
-    windows += [_window(counted, channels, length) for counted in pairs for length in PAIR_DAYS]
-    return [*windows, *(_so_far(counted, channels) for counted in (_ITEM, *pairs))]
+    views |= {f"{one.view}_{n}d": _window(one, channels, n) for one in pairs for n in PAIR_DAYS}
+    views |= {one.view: _so_far(one, channels) for one in (_ITEM, *pairs)}
+    return [f"CREATE OR REPLACE VIEW {name} AS {query}" for name, query in views.items()]
+
+
+def with_items_of_a_column(column: str, span: str) -> str:
+    """SQL of what users did with the items that share a column, so far or in a window (one of SPANS).
+
+    By user_id and column: `<column>_behaviors<span>`, and of all time `<column>_first_us` and
+    `<column>_last_us`.
+    """
+    events = _OF_COLUMN.format(column=sql_identifier(column))
+    counted = _Counted(("user_id", column), column, "", events, by_channel=False)
+    return _window(counted, (), PAIR_DAYS[SPANS.index(span) - 1]) if span else _so_far(counted, ())
 
 
 def pair_counts(channels: Sequence[str]) -> dict[str, str | None]:
     """The columns of the views of pairs that count, each with its channel; None: behaviors of all."""
-    spans = ["", *(f"_{days}d" for days in PAIR_DAYS)]
     endings: dict[str, str | None] = {"": None, **{f"_{channel}": channel for channel in channels}}
-    return {f"pair_behaviors{ending}{span}": one for ending, one in endings.items() for span in spans}
+    return {f"pair_behaviors{ending}{span}": one for ending, one in endings.items() for span in SPANS}
+
+
+def first_and_last(of: str) -> tuple[str, str]:
+    """The columns of when a user first and last did something with an item (`pair`), or with those that
+    share a column."""
+    return f"{of}_first_us", f"{of}_last_us"
 
 
 def _so_far(counted: _Counted, channels: Sequence[str]) -> str:
@@ -92,11 +142,12 @@ def _so_far(counted: _Counted, channels: Sequence[str]) -> str:
         for ending, where in _counts(counted, channels).items()
     ]
     if not counted.by_channel:  # the row of an instant is of its own behaviors too
+        first, last = map(sql_identifier, first_and_last(counted.of))
         columns += [
-            f"min(epoch_us(event_timestamp)) OVER past AS {PAIR_FIRST}",
-            f"epoch_us(event_timestamp) AS {PAIR_LAST}",
+            f"min(epoch_us(event_timestamp)) OVER past AS {first}",
+            f"epoch_us(event_timestamp) AS {last}",
         ]
-    return _view(counted, counted.view, columns, f"SELECT *, 1 AS change FROM ({counted.events})")
+    return _after_each_change(counted, columns, f"SELECT *, 1 AS change FROM ({counted.events})")
 
 
 def _window(counted: _Counted, channels: Sequence[str], days: int) -> str:
@@ -113,14 +164,13 @@ def _window(counted: _Counted, channels: Sequence[str], days: int) -> str:
             SELECT *, 1 AS change FROM ({counted.events})
             UNION ALL
             SELECT * REPLACE ({left}), -1 FROM ({counted.events})"""
-    return _view(counted, f"{counted.view}_{days}d", columns, changes)
+    return _after_each_change(counted, columns, changes)
 
 
-def _view(counted: _Counted, name: str, columns: Sequence[str], changes: str) -> str:
-    """Of the keys, event_timestamp and columns after each instant at which something changes."""
-    keys = ", ".join(counted.keys)
+def _after_each_change(counted: _Counted, columns: Sequence[str], changes: str) -> str:
+    """SQL of the keys, event_timestamp and columns after each instant at which something changes."""
+    keys = ", ".join(map(sql_identifier, counted.keys))
     return f"""
-        CREATE OR REPLACE VIEW {name} AS
         SELECT {keys}, event_timestamp, {", ".join(columns)}
         FROM ({changes})
         GROUP BY {keys}, event_timestamp

@@ -133,8 +133,8 @@ def _view(store: FeatureStore, kind: str, reference: str, name: str) -> FeatureV
     by_name: dict[str, FeatureView | OnDemandFeatureView] = {v.name: v for v in (*stored, *on_demand)}
     if name not in by_name:
         raise BadInput(
-            f"features.{kind}: {reference} is of no registered view; choose from"
-            f" {', '.join(sorted(by_name))}."
+            f"features.{kind}: {reference} is of no registered view; run `bahe apply` if it is new here, or"
+            f" choose from {', '.join(sorted(by_name))}."
         )
     return by_name[name]
 

@@ -19,9 +19,10 @@ from bahe_core.errors import BadInput, Damaged, NotReady, one_line
 from bahe_core.files import replace_atomically
 from bahe_core.home import Home
 from bahe_core.lake_location import bound_postgres_wait
-from bahe_lake.catalogue import tables
+from bahe_lake.catalogue import columns, tables
 from bahe_lake.connection import lake, require_catalogue
 from feast_ducklake.quick_import import import_feast
+from feature_repo.by_item_columns import views_by_item_columns
 from feature_repo.references import sources_of, view_of
 from feature_repo.team import team_objects
 
@@ -205,9 +206,11 @@ def apply(
     with lake(home) as connection:
         if "users" not in tables(connection):  # a lake of before; its next ingest makes the table
             objects = [thing for thing in objects if getattr(thing, "name", "") != "user_attributes"]
+        item_columns = columns(connection, "items")
     if team is not None:
         objects += _of_team(team, objects)
     views = {view_of(reference) for reference in online}
+    objects += views_by_item_columns(views, item_columns, objects)
     for view in objects:
         if isinstance(view, OnDemandFeatureView) and view.name in views:
             views = views | sources_of(view)

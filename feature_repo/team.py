@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import duckdb
 
 from bahe_core.errors import BadInput, one_line
+from feature_repo.by_item_columns import is_by_item_column
 from feature_repo.references import stored_views, view_of
 
 if TYPE_CHECKING:
@@ -81,6 +82,8 @@ def team_content(store: FeatureStore, references: Iterable[str]) -> str | None:
         content.append([name, definition, [str(field) for field in view.features]])
     for name in sorted(stored_views(store, references) - ours):
         stored = store.get_feature_view(name)
+        if is_by_item_column(stored):
+            continue
         source = stored.batch_source
         relation = relation_of(source, store.config)
         with open_lake(store.config) as connection:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
@@ -41,7 +41,9 @@ from bahe_lake.connection import lake
 from bahe_models import Artifact, AtomicEncoder, UserState, encoder_version, load_backbone
 from feast_ducklake import open_lake
 from feast_ducklake.online.rows import Vectors
-from feature_repo.behavior_counts import PAIR_FIRST, PAIR_LAST, pair_counts
+from feature_repo.behavior_counts import SPANS, first_and_last, pair_counts
+from feature_repo.by_item_columns import columns_counted
+from feature_repo.item_keys import reference_of
 from materialize.config.backbone import encoder_settings
 from materialize.config.dataset import home_dataset
 from materialize.ingest.atoms import ATOM_ID, NORMAL_TEXT
@@ -65,6 +67,7 @@ AHEAD = MARGIN
 _LAKE_FAILS = (Unreachable, Damaged, NotWritable)
 _NO_ID = "impression {} is no id of this log's impressions."
 _AHEAD = "{what} at {at} has not happened yet; correct its time."
+ITEM = "item_id"
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
@@ -92,8 +95,9 @@ class _Fresh:
 class _Act:
     """What a user did with some items."""
 
-    item_ids: frozenset[str]
-    """One, or all of the behavior's very text where it names none."""
+    of: Mapping[str, frozenset[Any]]
+    """ITEM: the item, or all of the behavior's very text where it names none; by column of items that the
+    model's counts are by, what these have there."""
     channel: str
     time_us: int
 
@@ -161,6 +165,8 @@ class LiveLookup(OnlineLookup):
         """Vectors of the encoder, the newest last."""
         self._by_text: tuple[dict[Identifier, str], dict[str, list[Identifier]]] = ({}, {})
         """A catalogue, and the items of each of its texts."""
+        self._columns: tuple[str, Sequence[str]] = ("", ())
+        """A model_version, and the columns of items by which it reads what a user did."""
         self._sql = duckdb.connect()
         self._encoder, self._encoder_version = self._load_encoder(self.artifact(self.live_version()))
         self._check_encoder(self.artifact(self.live_version()))
@@ -223,8 +229,8 @@ class LiveLookup(OnlineLookup):
     def items(
         self, items: Sequence[Identifier], version: str, user_id: Identifier | None = None
     ) -> tuple[Vectors, dict[str, list[Any]]]:
-        """Those of `OnlineLookup.items`, with the impressions that were sent; the pairs' with what the user
-        did since the publish.
+        """Those of `OnlineLookup.items`, with the impressions that were sent; those of what a user did
+        with what the user did since the publish.
 
         All of that counts in every window: a service is published to more often than once in the shortest.
         """
@@ -234,25 +240,13 @@ class LiveLookup(OnlineLookup):
             fresh = None if user_id is None else self._fresh.get(user_id)
         if fresh is None or fresh.model_version != version:
             return vectors, values
-        counts = pair_counts(self.artifact(version).dense.channels)
-        with_item: dict[str, list[_Act]] = {}
-        for act in fresh.acts:
-            for item in act.item_ids:
-                with_item.setdefault(item, []).append(act)
-        for place, item in enumerate(map(str, items)):
-            acts = with_item.get(item)
-            if acts is None:
-                continue
-            for column, channel in counts.items():
-                if column in values:
-                    came = sum(channel in (None, act.channel) for act in acts)
-                    values[column][place] = (values[column][place] or 0) + came
-            # Channels that are read apart may come out of order.
-            times = [act.time_us for act in acts]
-            for column, chosen in ((PAIR_FIRST, min), (PAIR_LAST, max)):
-                if column in values:
-                    stored = values[column][place]
-                    values[column][place] = chosen(times if stored is None else [stored, *times])
+        channels = self.artifact(version).dense.channels
+        _count(
+            fresh.acts, ITEM, list(map(str, items)), pair_counts(channels), first_and_last("pair"), values
+        )
+        for column in self._columns_counted(version):
+            counts = dict.fromkeys(f"{column}_behaviors{span}" for span in SPANS)
+            _count(fresh.acts, column, values[column], counts, first_and_last(column), values)
         return vectors, values
 
     def append(
@@ -421,7 +415,7 @@ class LiveLookup(OnlineLookup):
         self._check_encoder(artifact)
         channels, acts = artifact.dense.channels, list(fresh.acts)
         new = [one for one in pushed[len(fresh.taken) :] if one.channel in channels]
-        acts += [self._act(one) for one in new if _key(one) in fresh.unpublished]
+        acts += [self._act(one, fresh.model_version) for one in new if _key(one) in fresh.unpublished]
         lacking = [one for one in new if _key(one) not in fresh.in_lake]
         # All of them before the state is touched, which a failure must not leave half done.
         atoms = self._encoded(lacking)
@@ -431,7 +425,7 @@ class LiveLookup(OnlineLookup):
             if not fresh.state.takes(number, one.time_us):
                 continue
             fresh.state.append(number, torch.from_numpy(atoms[one.atom_id]), one.time_us, one.atom_id)
-            acts.append(self._act(one))
+            acts.append(self._act(one, fresh.model_version))
         return replace(
             fresh,
             lengths=fresh.state.lengths,
@@ -440,10 +434,21 @@ class LiveLookup(OnlineLookup):
             acts=tuple(acts),
         )
 
-    def _act(self, behavior: Pushed) -> _Act:
+    def _act(self, behavior: Pushed, version: str) -> _Act:
         named = behavior.item_id
         items = [named] if named is not None else self._items_of(behavior.text)
-        return _Act(frozenset(map(str, items)), behavior.channel, behavior.time_us)
+        of = {ITEM: frozenset(map(str, items))}
+        columns = self._columns_counted(version)
+        if items and columns:
+            values = self.read(list(map(reference_of, columns)), {"item_id": items})
+            of |= {column: frozenset(values[column]) - {None} for column in columns}
+        return _Act(of, behavior.channel, behavior.time_us)
+
+    def _columns_counted(self, version: str) -> Sequence[str]:
+        """Columns of items by which the model reads what a user did."""
+        if self._columns[0] != version:
+            self._columns = version, columns_counted(self._store, self.references(version)["attribute"])
+        return self._columns[1]
 
     def _encoded(self, behaviors: Sequence[Pushed]) -> dict[int, np.ndarray]:
         """Vectors by atom; those of late are kept, since many people do the same things."""
@@ -555,6 +560,38 @@ class LiveLookup(OnlineLookup):
                 f" {self._home.root}/dataset.yaml now describes {self._encoder_version}; publish a model"
                 " of it, or serve without --live."
             )
+
+
+def _count(
+    acts: Iterable[_Act],
+    of: str,
+    candidates: Sequence[Any],
+    counts: Mapping[str, str | None],
+    first_last: tuple[str, str],
+    values: Mapping[str, list[Any]],
+) -> None:
+    """Add to each candidate's columns of `values` the acts that it shares: those `of` the same thing.
+
+    `counts` are columns that count, each with its channel or, for all, None; `first_last` are of moments.
+    """
+    shared: dict[Any, list[_Act]] = {}
+    for act in acts:
+        for one in act.of.get(of, ()):
+            shared.setdefault(one, []).append(act)
+    for place, candidate in enumerate(candidates):
+        its = shared.get(candidate)
+        if its is None:
+            continue
+        for column, channel in counts.items():
+            if column in values:
+                came = sum(channel in (None, act.channel) for act in its)
+                values[column][place] = (values[column][place] or 0) + came
+        # Channels that are read apart may come out of order.
+        times = [act.time_us for act in its]
+        for column, chosen in zip(first_last, (min, max), strict=True):
+            if column in values:
+                stored = values[column][place]
+                values[column][place] = chosen(times if stored is None else [stored, *times])
 
 
 def _aware(at: datetime) -> datetime:

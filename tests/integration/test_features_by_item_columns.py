@@ -59,7 +59,7 @@ def seldom(inputs):
     frame["seldom"] = 1.0 / (1.0 + pd.to_numeric(inputs["visits"]).fillna(0.0).astype(float))
     return frame
 """
-NUMERIC = ["habit", "rent:cost", "seldom"]
+NUMERIC = ["habit", "rent:cost", "seldom", "user_category_behaviors", "user_shelf_behaviors_30d"]
 CATEGORIES = ["drama", "western", "crime"]
 
 
@@ -185,7 +185,9 @@ def test_a_request_reads_what_training_sees(project: bahe.Project) -> None:
     lookup = OnlineLookup(project.home, RequestLog(project.home))
     version = lookup.live_version()
     references = lookup.references(version)
-    assert set(references["attribute"]) == {"habit:visits", "rent:cost", "seldom:seldom"}
+    counted = [f"user_category_behaviors:category_{kind}" for kind in ("behaviors", "first_us", "last_us")]
+    counted.append("user_shelf_behaviors_30d:shelf_behaviors_30d")
+    assert set(references["attribute"]) == {"habit:visits", "rent:cost", "seldom:seldom", *counted}
     _, values = lookup.items(list(range(25)), version, "u1")
     assert None in values["category"]
     assert any(value is not None for value in values["visits"])
@@ -193,7 +195,7 @@ def test_a_request_reads_what_training_sees(project: bahe.Project) -> None:
     lookup.recommend("u2", 5)
     for found in (audit(project.home, requests=True), audit(project.home, last=300)):
         assert found.consistent, [(one.feature, one.causes) for one in found.features if one.differing]
-        assert {"habit:visits", "rent:cost", "item_attributes:category", "seldom:seldom"} <= {
+        assert {*references["attribute"], "item_attributes:category"} <= {
             one.feature for one in found.features
         }
 

@@ -36,7 +36,7 @@ LATER = "2024-06-01T12:00:00Z"
 
 @pytest.fixture(scope="module")
 def filled(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> tuple[Home, Path]:
-    """A home whose model reads merged channels and time gaps, and its dataset.yaml."""
+    """A home whose model reads merged channels, time gaps and what a user did, and its dataset.yaml."""
     folder = tmp_path_factory.mktemp("live")
     model = {
         "deep_width": 8,
@@ -45,8 +45,12 @@ def filled(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> tup
         "channels": "merged",
         "time_gaps": True,
     }
-    features = {"numeric": ["user_item_behaviors", "user_item_channels"]}
-    dataset = write_dataset(folder / "log", small_log(), tiny_backbone, model=model, features=features)
+    counted = ["item_behaviors", "item_channels", "genre_behaviors", "text_behaviors"]
+    features = {"numeric": [f"user_{name}" for name in counted]}
+    log = small_log()
+    # Items 2, 7, 12, 17 and 22 are of no genre.
+    log["items"]["genre"] = np.array(["a", "b", None, "c", "d"])[log["items"]["item_id"] % 5]
+    dataset = write_dataset(folder / "log", log, tiny_backbone, model=model, features=features)
     home = Home.at(folder / "home")
     call("run", dataset, "--tracker", "none", home=home)
     return home, dataset
@@ -74,7 +78,8 @@ def test_a_behavior_is_in_the_next_answer_and_equals_what_the_log_gives_later(
     other = client.get("/features", params={"user_id": "u2"}).json()
 
     sent = [
-        behavior(item_id=7),
+        behavior(item_id=8),
+        behavior(item_id=7, event_timestamp="2024-06-01T12:30:00Z"),
         behavior(
             channel="disliked", text="  disliked   some\nnew words ", event_timestamp="2024-06-01T13:00"
         ),
@@ -91,15 +96,27 @@ def test_a_behavior_is_in_the_next_answer_and_equals_what_the_log_gives_later(
     for one in sent:
         at = pd.Timestamp(one["event_timestamp"]).to_pydatetime()
         with_items.append("u1", one["channel"], one["text"], at, one.get("item_id"))
-    pairs = with_items.items([1, 7, 8], stored["model_version"], "u1")[1]
-    assert pairs["pair_behaviors"][1] > 0
+    asked = [1, 7, 8, 3]
+    pairs = with_items.items(asked, stored["model_version"], "u1")[1]
+    before = OnlineLookup(home).items(asked, stored["model_version"], "u1")[1]
+    assert before["genre"] == ["b", None, "c", "c"]
+    for column, came in (
+        ("pair_behaviors", [0, 1, 1, 0]),
+        ("genre_behaviors", [0, 0, 1, 1]),
+        ("text_behaviors", [0, 1, 1, 0]),
+    ):
+        assert [
+            (now or 0) - (then or 0) for now, then in zip(pairs[column], before[column], strict=True)
+        ] == came
+    noon = int(pd.Timestamp(LATER).timestamp() * 1e6)
+    assert pairs["genre_last_us"][2:] == [noon, noon]
 
     live = client.get("/features", params={"user_id": "u1"}).json()
     assert np.abs(np.subtract(live["embedding"], stored["embedding"])).max() > 0.02
     assert live["statistics"]["length_disliked"] == stored["statistics"]["length_disliked"] + 1
     assert client.post("/score", json=request).json()["scores"] != scores["scores"]
     best = client.get("/recommend", params={"user_id": "u1", "k": 25}).json()
-    assert 7 not in [score["item_id"] for score in best["scores"]]
+    assert not {7, 8} & {score["item_id"] for score in best["scores"]}
     assert client.get("/features", params={"user_id": "u2"}).json() == other
 
     # The log catches up: what it gives is what the service said, and the service lets go of its own.
@@ -117,7 +134,7 @@ def test_a_behavior_is_in_the_next_answer_and_equals_what_the_log_gives_later(
     encoded = LiveLookup(home)
     assert encoded.user("u1").seen_items == seen
     assert encoded.user("u1").behaviors == live["behaviors"]
-    of_encoded = encoded.items([1, 7, 8], stored["model_version"], "u1")[1]
+    of_encoded = encoded.items(asked, stored["model_version"], "u1")[1]
     assert of_encoded == pairs, "the lake has them, the online store not yet"
     for arguments in (("embed",), ("publish",)):
         call(*arguments, home=home)
@@ -125,10 +142,9 @@ def test_a_behavior_is_in_the_next_answer_and_equals_what_the_log_gives_later(
     assert caught_up["behaviors"] == live["behaviors"]
     np.testing.assert_allclose(caught_up["embedding"], live["embedding"], atol=0.02)
     np.testing.assert_array_equal(np.float32(caught_up["embedding"]), OnlineLookup(home).user("u1").vector)
-    of_log = OnlineLookup(home).items([1, 7, 8], stored["model_version"], "u1")[1]
-    assert {name: of_log[name] for name in of_log if name.startswith("pair_")} == {
-        name: pairs[name] for name in pairs if name.startswith("pair_")
-    }
+    of_log = OnlineLookup(home).items(asked, stored["model_version"], "u1")[1]
+    counted = [name for name in of_log if name.startswith(("pair_", "genre_", "text_"))]
+    assert {name: of_log[name] for name in counted} == {name: pairs[name] for name in counted}
     caught_up_scores = client.post("/score", json=request).json()["scores"]
     assert caught_up_scores != scores["scores"]
 
@@ -158,7 +174,7 @@ def test_pairs_of_a_live_service_know_when_whatever_came_first(
     (state,) = lookup._fresh.values()
     hours = [at.value // 1000 - hour * 3_600_000_000 for hour in (0, 2, 1)]
     acts = [replace(state.acts[0], time_us=time_us) for time_us in hours]
-    text_only = replace(acts[0], item_ids=frozenset({"8"}))
+    text_only = replace(acts[0], of={"item_id": frozenset({"8"})})
     lookup._fresh["u1"] = replace(state, acts=(*acts, text_only))
     version = lookup.live_version()
     before = OnlineLookup(lookup._home).items([7, 8], version, "u1")[1]

@@ -58,12 +58,12 @@ def moments(days_and_us: Iterable[tuple[int, int]]) -> list[pd.Timestamp]:
 
 
 @contextmanager
-def a_home(log: dict[str, pd.DataFrame]) -> Iterator[Home]:
+def a_home(log: dict[str, pd.DataFrame], *features: str) -> Iterator[Home]:
     with tempfile.TemporaryDirectory() as folder:
         home = Home.at(Path(folder) / "home")
         # Without its gate, of which every example would run another copy.
         ingest.__wrapped__(home, write_dataset(Path(folder) / "log", log))  # type: ignore[attr-defined]
-        apply(home)
+        apply(home, online=features)
         yield home
 
 
@@ -260,6 +260,72 @@ def test_what_a_user_did_with_an_item_equals_brute_force(rows: list[tuple]) -> N
             value = got.loc[index, column]
             assert pd.isna(value) == past.empty
             assert past.empty or value == time.value // 1000
+
+
+@settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    rows=st.lists(
+        st.tuples(
+            st.integers(0, 1),
+            st.just("liked"),
+            st.sampled_from(["item 0", "item 1", "something else"]),
+            st.tuples(st.integers(0, 100), st.sampled_from([-1, 0, 1])),
+            st.none() | st.integers(0, 4),
+        ),
+        min_size=30,
+        max_size=80,
+        unique_by=lambda row: row[:4],
+    )
+)
+def test_what_a_user_did_with_items_of_a_column_equals_brute_force(rows: list[tuple]) -> None:
+    """Item 0 changes its genre on day 50, item 2 has none before, item 3 is there from then, 4 never."""
+    log = frames([(0, n, 0, n == 0) for n in range(4)], [(0, "liked", 0, 0)])
+    later = START + pd.Timedelta(50, "D")
+    versions = [
+        (0, "item 0", START, "a"),
+        (0, "item 0", later, "b"),
+        (1, "item 1", START, "b"),
+        (2, "item 2", START, None),
+        (2, "item 2", later, "a"),
+        (3, "item 0", later, "c"),
+    ]
+    log["items"] = pd.DataFrame(versions, columns=["item_id", "text", "event_timestamp", "genre"])
+    log["behaviors"] = done = pd.DataFrame(rows, columns=["user_id", "channel", "text", "t", "item_id"])
+    done["event_timestamp"] = moments(done.pop("t"))
+    done["item_id"] = done["item_id"].astype("Int64")
+    spans = {"": None, "_7d": 7, "_30d": 30, "_90d": 90}
+    views = [f"user_genre_behaviors{span}" for span in spans]
+    asked = pd.DataFrame(
+        [(u, g, START + pd.Timedelta(t, "D")) for u, g, t in product((0, 1), "abc", range(0, 110, 7))],
+        columns=["user_id", "genre", "event_timestamp"],
+    )
+    with a_home(log, *views, "user_price_behaviors") as home:
+        store = open_store(home)
+        features = [f"{v}:{c.name}" for v in views for c in store.get_feature_view(v).features]
+        got = store.get_historical_features(asked, features).to_df()
+    known: list[tuple[int, str, pd.Timestamp]] = []
+    for row in done.itertuples():
+        if pd.isna(row.item_id):
+            first = {genre: at for _, text, at, genre in reversed(versions) if text == row.text and genre}
+        else:
+            its = [(at, genre) for item, _, at, genre in versions if item == row.item_id]
+            before = [one for one in its if one[0] <= row.event_timestamp] or its[:1]
+            first = {genre: at for at, genre in before[-1:] if genre}
+        known += [(row.user_id, genre, max(at, row.event_timestamp)) for genre, at in first.items()]
+    assert known
+    for index, one in asked.iterrows():
+        moment = one["event_timestamp"]
+        past = [
+            t for user, genre, t in known if (user, genre) == (one["user_id"], one["genre"]) and t < moment
+        ]
+        for span, days in spans.items():
+            counted = [t for t in past if days is None or t >= moment - pd.Timedelta(days, "D")]
+            value = got.loc[index, f"genre_behaviors{span}"]
+            assert (0 if pd.isna(value) else value) == len(counted), (span, one.to_dict())
+        for column, chosen in (("genre_first_us", min), ("genre_last_us", max)):
+            value = got.loc[index, column]
+            assert pd.isna(value) == (not past)
+            assert not past or value == chosen(past).value // 1000
 
 
 def test_the_order_and_the_rows_of_the_entity_frame_are_kept() -> None:
