@@ -142,7 +142,7 @@ def test_a_request_reads_what_training_would_have_seen(project: bahe.Project) ->
 @pytest.mark.parametrize(
     ("reference", "words"),
     [
-        ("item_prices", r"item_prices is of no registered view; choose from .*item_attributes"),
+        ("item_prices", r"item_prices is of no registered view; .* or choose from .*item_attributes"),
         ("item_attributes:prise", r"item_attributes:prise is not there; item_attributes has .*price"),
         ("item_attributes:genre", r"item_attributes:genre is String, no number"),
         ("atomic_behavior_embedding", r"keyed by atom_id, encoder_version; the model reads features of a"),
