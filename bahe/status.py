@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -20,6 +21,9 @@ from materialize import gate as gates
 from materialize.ingest.ingest import is_current
 from materialize.release import lag, pointer
 from materialize.release.quality import JOB as QUALITY
+
+Latest = Mapping[str, runs.Run]
+"""The latest run of each job."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,18 +92,16 @@ def status(home: Home) -> Status:
     with contextlib.closing(connected) as connection, damaged_files_named(home):
         found.live = pointer.live(connection)
         _day(found, home)
-        _log(found, connection)
-        encoded, framed, trained, embedded, published = (
-            runs.last(connection, job) for job in ("encode", "frame", "train", "embed", "publish")
-        )
-        _atoms(found, connection, encoded)
-        refused = _refusal(connection, trained)
+        latest = runs.latest(connection)
+        _log(found, connection, latest)
+        _atoms(found, connection, latest)
+        refused = _refusal(latest)
         if not _only_refreshed(home):
-            _frame(found, home, connection, framed)
-            _model(found, home, framed, trained)
+            _frame(found, home, latest)
+            _model(found, home, latest)
             found.add("quality", refused, "bahe daily --retrain never", fine="nothing is refused")
-        _vectors(found, connection, None if refused else trained, embedded)
-        _online(found, home, connection, embedded, published)
+        _vectors(found, connection, latest, None if refused else latest.get("train"))
+        _online(found, home, latest)
     return found
 
 
@@ -132,11 +134,11 @@ def _only_refreshed(home: Home) -> bool:
     return False
 
 
-def _log(found: Status, connection: duckdb.DuckDBPyConnection) -> None:
-    ingested = runs.last(connection, "ingest")
+def _log(found: Status, connection: duckdb.DuckDBPyConnection, latest: Latest) -> None:
+    ingested = latest.get("ingest")
     source = ingested.facts.get("source") if ingested else None
     command = f"bahe ingest {source or 'dataset.yaml'}"
-    problem = "nothing is ingested yet" if ingested is None else gates.refusal(connection, "ingest")
+    problem = "nothing is ingested yet" if ingested is None else gates.refusal(latest, "ingest")
     if ingested is not None and source is not None:
         try:
             if not is_current(connection, Path(source)):
@@ -147,8 +149,9 @@ def _log(found: Status, connection: duckdb.DuckDBPyConnection) -> None:
     found.add("log", problem, command, fine=f"ingested{when}")
 
 
-def _atoms(found: Status, connection: duckdb.DuckDBPyConnection, encoded: runs.Run | None) -> None:
-    problem = gates.refusal(connection, "encode")
+def _atoms(found: Status, connection: duckdb.DuckDBPyConnection, latest: Latest) -> None:
+    encoded = latest.get("encode")
+    problem = gates.refusal(latest, "encode")
     missing = 0
     if encoded is None:
         problem = "no atom has a vector yet"
@@ -160,11 +163,9 @@ def _atoms(found: Status, connection: duckdb.DuckDBPyConnection, encoded: runs.R
     found.add("atoms", problem, "bahe encode", fine=f"all have a vector under {version}")
 
 
-def _frame(
-    found: Status, home: Home, connection: duckdb.DuckDBPyConnection, framed: runs.Run | None
-) -> None:
-    ingested = runs.last(connection, "ingest")
-    problem = gates.refusal(connection, "frame")
+def _frame(found: Status, home: Home, latest: Latest) -> None:
+    framed, ingested = latest.get("frame"), latest.get("ingest")
+    problem = gates.refusal(latest, "frame")
     if framed is None:
         problem = "there is no training frame yet"
     elif not (home.frames / framed.fingerprint / "frame.parquet").is_file():
@@ -175,7 +176,8 @@ def _frame(
     found.add("frame", problem, command, fine=f"{framed.fingerprint if framed else ''}")
 
 
-def _model(found: Status, home: Home, framed: runs.Run | None, trained: runs.Run | None) -> None:
+def _model(found: Status, home: Home, latest: Latest) -> None:
+    framed, trained = latest.get("frame"), latest.get("train")
     waiting = sorted(path.stem for path in home.models.glob("*.checkpoint"))
     problem = None
     if waiting:
@@ -187,9 +189,9 @@ def _model(found: Status, home: Home, framed: runs.Run | None, trained: runs.Run
     found.add("model", problem, "bahe train", fine=trained.fingerprint if trained else "")
 
 
-def _refusal(connection: duckdb.DuckDBPyConnection, trained: runs.Run | None) -> str | None:
+def _refusal(latest: Latest) -> str | None:
     """Why the quality gate refused the model that was trained last; None when it did not."""
-    judged = runs.last(connection, QUALITY)
+    judged, trained = latest.get(QUALITY), latest.get("train")
     if judged is None or trained is None or judged.facts["model_version"] != trained.fingerprint:
         return None
     return None if judged.facts["passed"] else f"{trained.fingerprint}: {judged.facts['failures'][0]}"
@@ -198,10 +200,11 @@ def _refusal(connection: duckdb.DuckDBPyConnection, trained: runs.Run | None) ->
 def _vectors(
     found: Status,
     connection: duckdb.DuckDBPyConnection,
+    latest: Latest,
     trained: runs.Run | None,
-    embedded: runs.Run | None,
 ) -> None:
-    problem, command = gates.refusal(connection, "embed"), "bahe embed"
+    embedded = latest.get("embed")
+    problem, command = gates.refusal(latest, "embed"), "bahe embed"
     version = None
     if embedded is not None:
         version = str(embedded.facts["model_version"])
@@ -219,14 +222,8 @@ def _vectors(
         found.add("vectors", problem, command, fine=f"of all users and items under {version}")
 
 
-def _online(
-    found: Status,
-    home: Home,
-    connection: duckdb.DuckDBPyConnection,
-    embedded: runs.Run | None,
-    published: runs.Run | None,
-) -> None:
-    ingested = runs.last(connection, "ingest")
+def _online(found: Status, home: Home, latest: Latest) -> None:
+    embedded, published, ingested = (latest.get(job) for job in ("embed", "publish", "ingest"))
     if embedded is None or ingested is None:
         return
     problem = None
@@ -236,7 +233,7 @@ def _online(
         problem = f"the online store {home.online_store} is gone"
     elif published.fingerprint != lag.publish_fingerprint(embedded, ingested):
         problem = "the online store is behind the vectors and statistics"
-    rolled_back = runs.last(connection, "rollback")
+    rolled_back = latest.get("rollback")
     newer = (
         rolled_back is not None
         and published is not None

@@ -112,11 +112,30 @@ def history(
     connection: duckdb.DuckDBPyConnection, job: str | None = None, limit: int | None = None
 ) -> list[Run]:
     """Finished runs, of one job or of all, the newest first."""
-    if "runs" not in tables(connection):
-        return []
     of_job = "" if job is None else f"WHERE job = {sql_literal(job)}"
     at_most = "" if limit is None else f"LIMIT {limit}"
-    result = connection.execute(f"SELECT * FROM runs {of_job} {_NEWEST_FIRST} {at_most}")
+    return _read(connection, f"{of_job} {_NEWEST_FIRST} {at_most}")
+
+
+def latest(connection: duckdb.DuckDBPyConnection) -> dict[str, Run]:
+    """The latest finished run of each job."""
+    newest = f"QUALIFY row_number() OVER (PARTITION BY job {_NEWEST_FIRST}) = 1"
+    return {run.job: run for run in _read(connection, newest)}
+
+
+def last(connection: duckdb.DuckDBPyConnection, job: str) -> Run | None:
+    """The job's latest finished run."""
+    # Half the time of a query with a LIMIT, and no longer than for one job.
+    return latest(connection).get(job)
+
+
+def _read(connection: duckdb.DuckDBPyConnection, which: str) -> list[Run]:
+    try:
+        result = connection.execute(f"SELECT * FROM runs {which}")
+    except duckdb.CatalogException:
+        if "runs" in tables(connection):
+            raise
+        return []
     assert result.description is not None
     names = [column[0] for column in result.description]
     rows = [dict(zip(names, row, strict=True)) for row in result.fetchall()]
@@ -124,8 +143,3 @@ def history(
         Run(**{name: row[name] for name in _COLUMNS if name in row} | {"facts": json.loads(row["facts"])})
         for row in rows
     ]
-
-
-def last(connection: duckdb.DuckDBPyConnection, job: str) -> Run | None:
-    """The job's latest finished run."""
-    return next(iter(history(connection, job, 1)), None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -60,10 +60,10 @@ def gate(home: Home, job: str) -> None:
 
     dataset = home_dataset(home)
     with home.exclusive(), lake(home) as connection:
-        last = runs.last(connection, job)
+        latest = runs.latest(connection)
+        last, verdict = latest.get(job), latest.get(_name(job))
         if last is None:
             raise NotReady(f"the {job} gate has nothing to check yet; run `bahe {job}` first.")
-        verdict = runs.last(connection, _name(job))
         docs = home.reports / "data_docs"
         stamp = _stamp(last)
         if verdict is not None and verdict.fingerprint == stamp and verdict.facts["passed"]:
@@ -82,15 +82,19 @@ def gate(home: Home, job: str) -> None:
 
 def require_gates(connection: duckdb.DuckDBPyConnection, before: str) -> None:
     """Raises GateFailed when an earlier job's output has not passed its gate."""
+    latest = runs.latest(connection)
     for job in ORDER[: ORDER.index(before)] if before in ORDER else ORDER:
-        problem = refusal(connection, job)
+        problem = refusal(latest, job)
         if problem is not None:
             raise GateFailed(problem)
 
 
-def refusal(connection: duckdb.DuckDBPyConnection, job: str) -> str | None:
-    """Why the job's last output may not be used; None when it may, or when there is none yet."""
-    last, verdict = runs.last(connection, job), runs.last(connection, _name(job))
+def refusal(latest: Mapping[str, runs.Run], job: str) -> str | None:
+    """Why the job's last output may not be used; None when it may, or when there is none yet.
+
+    `latest` are the latest runs (`runs.latest`).
+    """
+    last, verdict = latest.get(job), latest.get(_name(job))
     if last is None:
         return None  # the job itself says what is missing
     if verdict is None or verdict.fingerprint != _stamp(last):

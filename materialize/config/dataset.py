@@ -197,8 +197,8 @@ class FeaturesConfig(_Section):
     numeric: list[Reference] = Field(default_factory=list)
     """Numbers of a user, an item or a pair of both, as `view:feature` or a whole `view` of the feature
     store: attributes (`item_attributes:price`), statistics of windows (`user_stats_7d`), behaviors by
-    channel, what a user did with an item (`user_item_behaviors`) or with those that share a column
-    (`user_category_behaviors`), and views of `feature_repo`, which may also be keyed by columns of items."""
+    channel, what a user did with an item (`user_item_behaviors`) or with those that share a column of items
+    (`user_category_behaviors`), and views of `feature_repo`, which may be keyed by such columns, too."""
     categorical: list[Reference] = Field(default_factory=list)
     """Categories of a user or an item (`item_attributes:genre`), as texts, integers or booleans; hashed."""
     vectors: list[Reference] = Field(default_factory=list)
