@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import http.server
 import json
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -195,3 +197,10 @@ def test_nobody_there_is_unreachable(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.raises(Unreachable, match="ConnectError"),
     ):
         service.score(1, [1])
+
+
+def test_a_ranking_service_imports_the_client_alone() -> None:
+    heavy = {"feast", "duckdb", "pyarrow", "torch"}
+    code = f"import sys, serving.client; print(sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
