@@ -67,7 +67,7 @@ AHEAD = MARGIN
 _LAKE_FAILS = (Unreachable, Damaged, NotWritable)
 _NO_ID = "impression {} is no id of this log's impressions."
 _AHEAD = "{what} at {at} has not happened yet; correct its time."
-ITEM = "item_id"
+_ITEM = "item_id"
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
@@ -96,7 +96,7 @@ class _Act:
     """What a user did with some items."""
 
     of: Mapping[str, frozenset[Any]]
-    """ITEM: the item, or all of the behavior's very text where it names none; by column of items that the
+    """_ITEM: the item, or all of the behavior's very text where it names none; by column of items that the
     model's counts are by, what these have there."""
     channel: str
     time_us: int
@@ -242,7 +242,7 @@ class LiveLookup(OnlineLookup):
             return vectors, values
         channels = self.artifact(version).dense.channels
         _count(
-            fresh.acts, ITEM, list(map(str, items)), pair_counts(channels), first_and_last("pair"), values
+            fresh.acts, _ITEM, list(map(str, items)), pair_counts(channels), first_and_last("pair"), values
         )
         for column in self._columns_counted(version):
             counts = dict.fromkeys(f"{column}_behaviors{span}" for span in SPANS)
@@ -437,7 +437,7 @@ class LiveLookup(OnlineLookup):
     def _act(self, behavior: Pushed, version: str) -> _Act:
         named = behavior.item_id
         items = [named] if named is not None else self._items_of(behavior.text)
-        of = {ITEM: frozenset(map(str, items))}
+        of = {_ITEM: frozenset(map(str, items))}
         columns = self._columns_counted(version)
         if items and columns:
             values = self.read(list(map(reference_of, columns)), {"item_id": items})
