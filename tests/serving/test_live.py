@@ -338,7 +338,7 @@ def test_what_came_while_others_were_let_go_of_is_not_passed_over(
     other.append("u1", "liked", "liked two", at + timedelta(minutes=1), 8)
     assert "8" in lookup.user("u1").seen_items
     (state,) = lookup._fresh.values()
-    assert [act.item_ids for act in state.acts] == [{"8"}]
+    assert [act.of["item_id"] for act in state.acts] == [{"8"}]
 
 
 def test_a_worker_that_stopped_holds_up_pushes_for_a_moment_and_answers_not_at_all(
