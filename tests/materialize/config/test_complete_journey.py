@@ -12,10 +12,10 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
+import bahe
 from bahe.cli.pipeline import DEMOS, demo
 from bahe_core.home import Home
 from bahe_lake.connection import lake
-from feature_repo.store import apply
 from materialize.config import fetch
 from materialize.config.dataset import Table, load_dataset
 from materialize.frames.frame import frame
@@ -179,13 +179,25 @@ def test_nothing_of_a_basket_is_in_its_history(
     times = of_basket["transaction_timestamp"].dt.tz_localize("UTC")
     assert (times == of_basket["event_timestamp"]).all()
     # A frame is joined strictly before: it has what was bought in earlier baskets, and no more.
-    apply(home)
+    bahe.open(home.root).apply()
     rows = pq.read_table(frame(home).path).to_pandas()
     for key, pattern in (("user_id", "^length_"), ("item_id", "^item_behaviors_")):
         counts = rows.filter(regex=pattern).fillna(0)
         assert counts.shape[1] == 5
         for count, id, at in zip(counts.sum(axis=1), rows[key], rows["event_timestamp"], strict=True):
             assert count == ((behaviors[key] == id) & (behaviors["event_timestamp"] < at)).sum()
+    for column in ("category", "type"):
+        values = behaviors["item_id"].map(rows_of(home, "FROM items").set_index("item_id")[column])
+        assert rows[f"{column}_behaviors"].max() > 1
+        for count, user, value, at in zip(
+            rows[f"{column}_behaviors"].fillna(0),
+            rows["user_id"],
+            rows[column],
+            rows["event_timestamp"],
+            strict=True,
+        ):
+            before = (behaviors["user_id"] == user) & (behaviors["event_timestamp"] < at)
+            assert count == (before & (values == value)).sum()
 
 
 def test_a_purchase_reads_like_the_product(home: Home, shop: Path, purchases: pd.DataFrame) -> None:
