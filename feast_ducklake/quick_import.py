@@ -15,7 +15,7 @@ def import_feast() -> None:
 
     Feast 0.67 imports torch for `to_tensor`, and has typeguard compile most of its classes again: together
     3.5 of 4.7 s of processor time. torch comes with the first call that needs it. Arguments are checked as
-    ever in a process that imports Feast by itself, as `feast apply` does.
+    ever in a process that imports Feast before the modules of feast_ducklake.online, as `feast apply` does.
     """
     if "feast" in sys.modules:
         return

@@ -17,6 +17,8 @@ PAIR_DAYS = (7, 30, 90)
 """Lengths of the windows of pairs: people come back to a thing more slowly than to a shop."""
 SPANS = ("", *(f"_{days}d" for days in PAIR_DAYS))
 """Endings of the names of what is counted of pairs: so far, and in each window."""
+_CHANGE = '"change of count"'
+"""A name that no column by which is counted has."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class _Counted:
     """Who, or with what, as the columns' names begin."""
     view: str
     events: str
-    """SQL of the keys, channel and event_timestamp of each behavior."""
+    """SQL of the keys and event_timestamp of each behavior, and its channel where that is counted by."""
     by_channel: bool = True
     """Whether each channel is counted by itself, or all together, with when the first and last was."""
 
@@ -63,22 +65,21 @@ _OF_COLUMN = """
             {column} AS value,
             event_timestamp AS since,
             lag(event_timestamp) OVER (PARTITION BY item_id ORDER BY event_timestamp) IS NULL AS first
-        FROM lake.main.items
+        FROM lake.main.items {at}
     )
     SELECT
         b.user_id,
         v.value AS {column},
-        b.channel,
         greatest(b.event_timestamp, v.since) AS event_timestamp
-    FROM lake.main.behaviors b
+    FROM (SELECT * FROM lake.main.behaviors {at}) b
     ASOF JOIN versions v
         ON v.item_id = b.item_id
         AND CASE WHEN v.first THEN '-infinity' ELSE v.since END <= b.event_timestamp
     WHERE v.value IS NOT NULL
     UNION ALL
-    SELECT b.user_id, v.value, b.channel, greatest(b.event_timestamp, v.since)
-    FROM lake.main.behaviors b
-    JOIN lake.main.atoms a USING (atom_id)
+    SELECT b.user_id, v.value, greatest(b.event_timestamp, v.since)
+    FROM (SELECT * FROM lake.main.behaviors {at}) b
+    JOIN (SELECT * FROM lake.main.atoms {at}) a USING (atom_id)
     JOIN (
         SELECT text, value, min(since) AS since FROM versions WHERE value IS NOT NULL GROUP BY text, value
     ) v ON v.text = a.text
@@ -113,13 +114,14 @@ def statements(channels: Sequence[str], days: Sequence[int]) -> list[str]:
     return [f"CREATE OR REPLACE VIEW {name} AS {query}" for name, query in views.items()]
 
 
-def with_items_of_a_column(column: str, span: str) -> str:
+def with_items_of_a_column(column: str, span: str, as_of: int | None = None) -> str:
     """SQL of what users did with the items that share a column, so far or in a window (one of SPANS).
 
     By user_id and column: `<column>_behaviors<span>`, and of all time `<column>_first_us` and
-    `<column>_last_us`.
+    `<column>_last_us`. `as_of` reads the tables of that snapshot of the lake.
     """
-    events = _OF_COLUMN.format(column=sql_identifier(column))
+    at = "" if as_of is None else f"AT (VERSION => {as_of})"
+    events = _OF_COLUMN.format(column=sql_identifier(column), at=at)
     counted = _Counted(("user_id", column), column, "", events, by_channel=False)
     return _window(counted, (), PAIR_DAYS[SPANS.index(span) - 1]) if span else _so_far(counted, ())
 
@@ -147,7 +149,7 @@ def _so_far(counted: _Counted, channels: Sequence[str]) -> str:
             f"min(epoch_us(event_timestamp)) OVER past AS {first}",
             f"epoch_us(event_timestamp) AS {last}",
         ]
-    return _after_each_change(counted, columns, f"SELECT *, 1 AS change FROM ({counted.events})")
+    return _after_each_change(counted, columns, f"SELECT *, 1 AS {_CHANGE} FROM ({counted.events})")
 
 
 def _window(counted: _Counted, channels: Sequence[str], days: int) -> str:
@@ -161,7 +163,7 @@ def _window(counted: _Counted, channels: Sequence[str], days: int) -> str:
     ]
     left = f"event_timestamp + INTERVAL '{days} days' AS event_timestamp"
     changes = f"""
-            SELECT *, 1 AS change FROM ({counted.events})
+            SELECT *, 1 AS {_CHANGE} FROM ({counted.events})
             UNION ALL
             SELECT * REPLACE ({left}), -1 FROM ({counted.events})"""
     return _after_each_change(counted, columns, changes)
@@ -180,7 +182,7 @@ def _after_each_change(counted: _Counted, columns: Sequence[str], changes: str) 
 
 def _of_instant(where: str | None) -> str:
     """SQL of how much one instant changes a count."""
-    return "sum(change)" if where is None else f"coalesce(sum(change) FILTER ({where}), 0)"
+    return f"sum({_CHANGE})" if where is None else f"coalesce(sum({_CHANGE}) FILTER ({where}), 0)"
 
 
 def _counts(counted: _Counted, channels: Sequence[str]) -> dict[str, str | None]:

@@ -17,9 +17,14 @@ if TYPE_CHECKING:
     from feast import Entity, FeatureStore, FeatureView
 
 _NAME = re.compile(rf"user_(\w+)_behaviors({'|'.join(SPANS)})")
-_KEY_TYPES = {"VARCHAR": "STRING", "INTEGER": "INT32", "BIGINT": "INT64"}
+_KEY_TYPES = {
+    "VARCHAR": "STRING",
+    **dict.fromkeys(("TINYINT", "SMALLINT", "INTEGER", "UTINYINT", "USMALLINT"), "INT32"),
+    **dict.fromkeys(("BIGINT", "UINTEGER"), "INT64"),
+}
 """Types of columns that a view can be keyed by, in the lake and for Feast."""
-_NO_KEYS = {"item_id", "atom_id"}
+_NO_KEYS = {"item_id", "atom_id", "user_id", "pair"}
+"""Keys of other views, and the name by which features of pairs begin."""
 _TAG = {"bahe": "by_item_column"}
 
 
@@ -37,16 +42,17 @@ def views_by_item_columns(
     from feature_repo.definitions import FOREVER
 
     by_key = {thing.join_key: thing for thing in others if isinstance(thing, Entity)}
+    entities = {thing.name for thing in by_key.values()}
     taken = {thing.name for thing in others if not isinstance(thing, Entity)}
     made: list[Entity | FeatureView] = []
     for view in sorted(set(named) - taken):
-        match = _NAME.fullmatch(view)
-        if match is None or match[1] in _NO_KEYS or columns.get(match[1]) not in _KEY_TYPES:
+        column, span = column_and_span(view)
+        if column in _NO_KEYS or columns.get(column) not in _KEY_TYPES:
             continue
-        column, span = match.groups()
         if column not in by_key:
+            name = f"item_{column}"
             by_key[column] = Entity(
-                name=f"item_{column}",
+                name=f"bahe_{name}" if name in entities else name,
                 join_keys=[column],
                 value_type=ValueType[_KEY_TYPES[columns[column]]],
                 description=f"The {column} of items.",
@@ -65,6 +71,12 @@ def views_by_item_columns(
             )
         )
     return made
+
+
+def column_and_span(view: str) -> tuple[str, str]:
+    """What the name of such a view says; empty of another's."""
+    match = _NAME.fullmatch(view)
+    return (match[1], match[2]) if match else ("", "")
 
 
 def is_by_item_column(view: FeatureView) -> bool:

@@ -162,7 +162,9 @@ class LiveLookup(OnlineLookup):
         with suppress(NotReady):  # requests that need it say so
             self._impressions.published()
         self._atoms: dict[int, np.ndarray] = {}
-        """Vectors of the encoder, the newest last."""
+        """Vectors of the lake, the newest last."""
+        self._encoded_here: dict[int, np.ndarray] = {}
+        """Of texts that the lake did not have."""
         self._by_text: tuple[dict[Identifier, str], dict[str, list[Identifier]]] = ({}, {})
         """A catalogue, and the items of each of its texts."""
         self._columns: tuple[str, Sequence[str]] = ("", ())
@@ -233,12 +235,13 @@ class LiveLookup(OnlineLookup):
         with what the user did since the publish.
 
         All of that counts in every window: a service is published to more often than once in the shortest.
+        A behavior that names no item is with the items that have its text now.
         """
         vectors, values = super().items(items, version, user_id)
         self._impressions.move("item", items, values)
         with self._fresh_lock:
             fresh = None if user_id is None else self._fresh.get(user_id)
-        if fresh is None or fresh.model_version != version:
+        if not items or fresh is None or fresh.model_version != version:
             return vectors, values
         channels = self.artifact(version).dense.channels
         _count(
@@ -419,13 +422,14 @@ class LiveLookup(OnlineLookup):
         lacking = [one for one in new if _key(one) not in fresh.in_lake]
         # All of them before the state is touched, which a failure must not leave half done.
         atoms = self._encoded(lacking)
-        for one in lacking:
+        of_lacking = [self._act(one, fresh.model_version) for one in lacking]
+        for one, act in zip(lacking, of_lacking, strict=True):
             number = channels.index(one.channel)
             # In order when it came, but the log has got later ones since: an ingest puts it in its place.
             if not fresh.state.takes(number, one.time_us):
                 continue
             fresh.state.append(number, torch.from_numpy(atoms[one.atom_id]), one.time_us, one.atom_id)
-            acts.append(self._act(one, fresh.model_version))
+            acts.append(act)
         return replace(
             fresh,
             lengths=fresh.state.lengths,
@@ -446,37 +450,44 @@ class LiveLookup(OnlineLookup):
 
     def _columns_counted(self, version: str) -> Sequence[str]:
         """Columns of items by which the model reads what a user did."""
-        if self._columns[0] != version:
-            self._columns = version, columns_counted(self._store, self.references(version)["attribute"])
-        return self._columns[1]
+        known = self._columns  # another request may put another version's in its place
+        if known[0] != version:
+            known = version, columns_counted(self._store, self.references(version)["attribute"])
+            self._columns = known
+        return known[1]
 
     def _encoded(self, behaviors: Sequence[Pushed]) -> dict[int, np.ndarray]:
-        """Vectors by atom; those of late are kept, since many people do the same things."""
+        """Vectors by atom; those of late are kept, since many people do the same things.
+
+        Those of the lake, from which a model has learned. What is encoded here answers until the lake has
+        it: in half precision some processors (Intel's AMX) give a text that is encoded alone other numbers
+        than beside others.
+        """
         new = {one.atom_id: one for one in behaviors if one.atom_id not in self._atoms}
         if new:
             self._atoms |= self._stored_vectors(list(new))
-            new = {atom: one for atom, one in new.items() if atom not in self._atoms}
+            new = {atom: one for atom, one in new.items() if atom not in self._atoms | self._encoded_here}
         if new:
             channels, texts = [o.channel for o in new.values()], [o.text for o in new.values()]
-            self._atoms |= dict(zip(new, self._encoder.encode(channels, texts), strict=True))
-        found = {one.atom_id: self._atoms[one.atom_id] for one in behaviors}
-        for atom in list(self._atoms)[:-ATOMS]:
-            del self._atoms[atom]
-        return found
+            self._encoded_here |= dict(zip(new, self._encoder.encode(channels, texts), strict=True))
+        both = self._encoded_here | self._atoms
+        for kept in (self._atoms, self._encoded_here):
+            for atom in list(kept)[:-ATOMS]:
+                del kept[atom]
+        return {one.atom_id: both[one.atom_id] for one in behaviors}
 
     def _stored_vectors(self, atoms: Sequence[int]) -> dict[int, np.ndarray]:
-        """The lake's vectors of those of these atoms that it has; of none while it cannot be read.
-
-        A model has learned from these. In half precision some processors (Intel's AMX) give a text that is
-        encoded alone other numbers than beside others.
-        """
-        if time.monotonic() < self._vectors_from:
+        """The lake's vectors of those of these atoms that it has; of none while it cannot be read."""
+        begun = time.monotonic()
+        if begun < max(self._vectors_from, self._lake_from):
             return {}
         try:
             with open_lake(self._store.config) as connection:
                 return vectors_of(connection, self._encoder_version, atoms)
         except (BaheError, duckdb.Error):
-            self._vectors_from = time.monotonic() + REST
+            # Others wait meanwhile: what failed slowly is tried seldom.
+            now = time.monotonic()
+            self._vectors_from = now + max(REST, 10 * (now - begun))
             return {}
 
     def _items_of(self, text: str) -> list[Identifier]:
@@ -553,7 +564,7 @@ class LiveLookup(OnlineLookup):
         """Load the live model's encoder when a publish has changed it."""
         if self._encoder_version != artifact.encoder_version:
             self._encoder, self._encoder_version = self._load_encoder(artifact)
-            self._atoms = {}
+            self._atoms, self._encoded_here = {}, {}
         if self._encoder_version != artifact.encoder_version:
             raise NotReady(
                 f"{artifact.model_version} reads vectors of {artifact.encoder_version}, but"

@@ -131,7 +131,8 @@ def value_causes(
             then = truth.values(references, rows, as_of=run.snapshot_read)
             causes.append(Cause(STALE, then, applies))
             whole = truth.values(references, rows, as_of=run.snapshot_read, all_of_it=True)
-        except (BadInput, NotReady):  # that snapshot has been forgotten
+        except (BadInput, NotReady, duckdb.BinderException, duckdb.CatalogException):
+            # That snapshot has been forgotten, or lacks a column that views are keyed by.
             continue
         causes.append(Cause(FRESHER, whole, applies))
     for shift in EARLIER_US:

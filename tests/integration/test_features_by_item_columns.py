@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ from materialize.frames.frame import latest_frame
 from serving.audit import audit
 from serving.lookup import OnlineLookup
 from serving.request_log import RequestLog
+from tests.support.home_contents import copy_of
 from tests.support.logs import small_log, write_dataset
 
 DEFINITIONS = """
@@ -242,3 +244,39 @@ def test_a_key_that_no_list_names_is_no_column(project: bahe.Project) -> None:
 def test_other_keys_are_refused(features: dict[str, list[str]], words: str, project: bahe.Project) -> None:
     with _changed(project, features=features), pytest.raises(BadInput, match=words):
         project.frame()
+
+
+def test_a_version_of_an_item_that_comes_late_moves_what_is_online(
+    project: bahe.Project, tmp_path: Path
+) -> None:
+    """What it counts for is another category, of which the store has later rows."""
+    log = Path(yaml.safe_load((project.home.root / "dataset.yaml").read_text())["feature_repo"]).parent
+    shutil.copytree(log, tmp_path / "log")
+    items = pd.read_parquet(log / "items.parquet")
+    late = items[items["category"].isin(CATEGORIES)].drop_duplicates("item_id")[::2].copy()
+    late["event_timestamp"] += pd.Timedelta("40D")
+    late["category"] = late["category"].map(dict(zip(CATEGORIES, [*CATEGORIES[1:], "opera"], strict=True)))
+    pd.concat([items, late]).drop_duplicates(["item_id", "event_timestamp"]).to_parquet(
+        tmp_path / "log" / "items.parquet"
+    )
+    moved = bahe.open(copy_of(project.home, tmp_path).root)
+    keys = [
+        {"user_id": f"u{u}", "category": category} for u in range(12) for category in [*CATEGORIES, "opera"]
+    ]
+
+    def counts() -> tuple[list[float], list[float]]:
+        store, features = moved.feature_store(), ["user_category_behaviors:category_behaviors"]
+        online = store.get_online_features(features, keys).to_dict()["category_behaviors"]
+        now = pd.DataFrame(keys).assign(event_timestamp=pd.Timestamp.now("UTC"))
+        offline = store.get_historical_features(now, features).to_df()["category_behaviors"]
+        return [one or 0 for one in online], offline.fillna(0).tolist()
+
+    before, expected = counts()
+    assert before == expected
+    moved.ingest(tmp_path / "log" / "dataset.yaml")
+    moved.encode()
+    moved.embed()
+    moved.publish()
+    online, expected = counts()
+    assert online == expected
+    assert online != before
