@@ -165,6 +165,8 @@ class LiveLookup(OnlineLookup):
         """Vectors of the lake, the newest last."""
         self._encoded_here: dict[int, np.ndarray] = {}
         """Of texts that the lake did not have."""
+        self._encoded_under: dict[Identifier, str] = {}
+        """The catalogue of that time, another one after a publish."""
         self._by_text: tuple[dict[Identifier, str], dict[str, list[Identifier]]] = ({}, {})
         """A catalogue, and the items of each of its texts."""
         self._columns: tuple[str, Sequence[str]] = ("", ())
@@ -459,14 +461,19 @@ class LiveLookup(OnlineLookup):
     def _encoded(self, behaviors: Sequence[Pushed]) -> dict[int, np.ndarray]:
         """Vectors by atom; those of late are kept, since many people do the same things.
 
-        Those of the lake, from which a model has learned. What is encoded here answers until the lake has
-        it: in half precision some processors (Intel's AMX) give a text that is encoded alone other numbers
-        than beside others.
+        Those of the lake, from which a model has learned. What is encoded here answers until the next
+        publish: in half precision some processors (Intel's AMX) give a text that is encoded alone other
+        numbers than beside others.
         """
-        new = {one.atom_id: one for one in behaviors if one.atom_id not in self._atoms}
+        catalogue = self.catalogue()
+        if self._encoded_under is not catalogue:  # since another publish the lake may have them
+            self._encoded_under, self._encoded_here = catalogue, {}
+        known = self._atoms.keys() | self._encoded_here.keys()
+        new = {one.atom_id: one for one in behaviors if one.atom_id not in known}
         if new:
-            self._atoms |= self._stored_vectors(list(new))
-            new = {atom: one for atom, one in new.items() if atom not in self._atoms | self._encoded_here}
+            stored = self._stored_vectors(list(new))
+            self._atoms |= stored
+            new = {atom: one for atom, one in new.items() if atom not in stored}
         if new:
             channels, texts = [o.channel for o in new.values()], [o.text for o in new.values()]
             self._encoded_here |= dict(zip(new, self._encoder.encode(channels, texts), strict=True))
