@@ -238,8 +238,8 @@ def _reason(error: BaseException) -> str:
 def _add_record(home: Home, day: Day, name: str, facts: StepFacts) -> None:
     """Complete a step's facts from the table `runs`."""
     with lake(home) as connection:
-        last = runs.last(connection, name)
-        verdict = runs.last(connection, f"gate {name}")
+        latest = runs.latest(connection)
+    last, verdict = latest.get(name), latest.get(f"gate {name}")
     if last is not None:
         facts.unchanged = last.finished < datetime.fromisoformat(facts.started)
         facts.snapshot, facts.versions = last.snapshot_read, last.versions

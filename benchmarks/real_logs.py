@@ -8,7 +8,6 @@ same features. Choices are made by the validation split; the test split is repor
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import mean
@@ -23,8 +22,7 @@ if TYPE_CHECKING:
     import bahe
     from bahe_models import Impressions, TrainingData
 
-OF_PAIRS = re.compile(r"user_item_")
-OF_LIKE_ITEMS = re.compile(r"user_(?!item_)\w+_behaviors")
+PAIRS = "user_item_"
 WITHOUT = ", without what a user did with"
 SEEDS = (0, 1, 2)
 CATEGORIES = 250
@@ -35,13 +33,19 @@ def measure(quick: bool, home_path: Path) -> Iterable[Row]:
     """One seed of the first three (quick), or three seeds of all, of deep layers one."""
     import bahe
     from bahe.variation import with_settings
+    from feature_repo.by_item_columns import column_and_span
+    from feature_repo.references import view_of
     from materialize.config.dataset import home_dataset
 
     project = bahe.open(home_path)
     dataset = home_dataset(project.home)
     features = dataset.features.model_dump()
-    pairs_only = [name for name in features["numeric"] if not OF_LIKE_ITEMS.match(name)]
-    neither = [name for name in pairs_only if not OF_PAIRS.match(name)]
+    pairs_only = [
+        name
+        for name in features["numeric"]
+        if name.startswith(PAIRS) or not column_and_span(view_of(name))[0]
+    ]
+    neither = [name for name in pairs_only if not name.startswith(PAIRS)]
     training, model = vars(dataset.training), vars(dataset.model)
     seeds = SEEDS[:1] if quick else SEEDS
     variants: dict[str, tuple[dict[str, Any], Sequence[int]]] = {

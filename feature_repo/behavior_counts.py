@@ -17,6 +17,8 @@ PAIR_DAYS = (7, 30, 90)
 """Lengths of the windows of pairs: people come back to a thing more slowly than to a shop."""
 SPANS = ("", *(f"_{days}d" for days in PAIR_DAYS))
 """Endings of the names of what is counted of pairs: so far, and in each window."""
+PAIR = "pair"
+"""How the columns' names of what is counted of pairs begin."""
 _CHANGE = '"change of count"'
 """A name that no column by which is counted has."""
 
@@ -97,8 +99,8 @@ _USER, _ITEM = (
     for entity in ("user", "item")
 )
 # Two views, so that who does without channels keeps few numbers of each pair online.
-_PAIR = _Counted(("user_id", "item_id"), "pair", "user_item_behaviors", _OF_PAIRS, by_channel=False)
-_PAIR_BY_CHANNEL = _Counted(("user_id", "item_id"), "pair", "user_item_channels", _OF_PAIRS)
+_PAIR = _Counted(("user_id", "item_id"), PAIR, "user_item_behaviors", _OF_PAIRS, by_channel=False)
+_PAIR_BY_CHANNEL = _Counted(("user_id", "item_id"), PAIR, "user_item_channels", _OF_PAIRS)
 
 
 def statements(channels: Sequence[str], days: Sequence[int]) -> list[str]:
@@ -126,15 +128,17 @@ def with_items_of_a_column(column: str, span: str, as_of: int | None = None) -> 
     return _window(counted, (), PAIR_DAYS[SPANS.index(span) - 1]) if span else _so_far(counted, ())
 
 
-def pair_counts(channels: Sequence[str]) -> dict[str, str | None]:
-    """The columns of the views of pairs that count, each with its channel; None: behaviors of all."""
+def counts_with(of: str, channels: Sequence[str]) -> dict[str, str | None]:
+    """The columns that may count what a user did with an item (PAIR) or with those that share a column.
+
+    Each with its channel; None: behaviors of all.
+    """
     endings: dict[str, str | None] = {"": None, **{f"_{channel}": channel for channel in channels}}
-    return {f"pair_behaviors{ending}{span}": one for ending, one in endings.items() for span in SPANS}
+    return {f"{of}_behaviors{ending}{span}": one for ending, one in endings.items() for span in SPANS}
 
 
 def first_and_last(of: str) -> tuple[str, str]:
-    """The columns of when a user first and last did something with an item (`pair`), or with those that
-    share a column."""
+    """The columns of when a user first and last did something with them."""
     return f"{of}_first_us", f"{of}_last_us"
 
 

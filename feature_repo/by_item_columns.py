@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from feature_repo.behavior_counts import SPANS, with_items_of_a_column
+from feature_repo.behavior_counts import PAIR, SPANS, with_items_of_a_column
 from feature_repo.references import view_of
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ _KEY_TYPES = {
     **dict.fromkeys(("BIGINT", "UINTEGER"), "INT64"),
 }
 """Types of columns that a view can be keyed by, in the lake and for Feast."""
-_NO_KEYS = {"item_id", "atom_id", "user_id", "pair"}
+_NO_KEYS = {"item_id", "atom_id", "user_id", PAIR}
 """Keys of other views, and the name by which features of pairs begin."""
 _TAG = {"bahe": "by_item_column"}
 

@@ -204,9 +204,10 @@ def apply(
         ]
     )
     with lake(home) as connection:
-        if "users" not in tables(connection):  # a lake of before; its next ingest makes the table
+        there = tables(connection)
+        if "users" not in there:  # a lake of before; its next ingest makes the table
             objects = [thing for thing in objects if getattr(thing, "name", "") != "user_attributes"]
-        item_columns = columns(connection, "items") if "items" in tables(connection) else {}
+        item_columns = columns(connection, "items") if "items" in there else {}
     if team is not None:
         objects += _of_team(team, objects)
     views = {view_of(reference) for reference in online}

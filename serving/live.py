@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import OrderedDict
+from collections import ChainMap, OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -41,7 +41,7 @@ from bahe_lake.connection import lake
 from bahe_models import Artifact, AtomicEncoder, UserState, encoder_version, load_backbone
 from feast_ducklake import open_lake
 from feast_ducklake.online.rows import Vectors
-from feature_repo.behavior_counts import SPANS, first_and_last, pair_counts
+from feature_repo.behavior_counts import PAIR, counts_with, first_and_last
 from feature_repo.by_item_columns import columns_counted
 from feature_repo.item_keys import reference_of
 from materialize.config.backbone import encoder_settings
@@ -67,7 +67,6 @@ AHEAD = MARGIN
 _LAKE_FAILS = (Unreachable, Damaged, NotWritable)
 _NO_ID = "impression {} is no id of this log's impressions."
 _AHEAD = "{what} at {at} has not happened yet; correct its time."
-_ITEM = "item_id"
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
@@ -96,7 +95,7 @@ class _Act:
     """What a user did with some items."""
 
     of: Mapping[str, frozenset[Any]]
-    """_ITEM: the item, or all of the behavior's very text where it names none; by column of items that the
+    """PAIR: the item, or all of the behavior's very text where it names none; by column of items that the
     model's counts are by, what these have there."""
     channel: str
     time_us: int
@@ -246,12 +245,9 @@ class LiveLookup(OnlineLookup):
         if not items or fresh is None or fresh.model_version != version:
             return vectors, values
         channels = self.artifact(version).dense.channels
-        _count(
-            fresh.acts, _ITEM, list(map(str, items)), pair_counts(channels), first_and_last("pair"), values
-        )
+        _count(fresh.acts, PAIR, list(map(str, items)), channels, values)
         for column in self._columns_counted(version):
-            counts = dict.fromkeys(f"{column}_behaviors{span}" for span in SPANS)
-            _count(fresh.acts, column, values[column], counts, first_and_last(column), values)
+            _count(fresh.acts, column, values[column], (), values)
         return vectors, values
 
     def append(
@@ -443,7 +439,7 @@ class LiveLookup(OnlineLookup):
     def _act(self, behavior: Pushed, version: str) -> _Act:
         named = behavior.item_id
         items = [named] if named is not None else self._items_of(behavior.text)
-        of = {_ITEM: frozenset(map(str, items))}
+        of = {PAIR: frozenset(map(str, items))}
         columns = self._columns_counted(version)
         if items and columns:
             values = self.read(list(map(reference_of, columns)), {"item_id": items})
@@ -468,7 +464,7 @@ class LiveLookup(OnlineLookup):
         catalogue = self.catalogue()
         if self._encoded_under is not catalogue:  # since another publish the lake may have them
             self._encoded_under, self._encoded_here = catalogue, {}
-        known = self._atoms.keys() | self._encoded_here.keys()
+        known = ChainMap(self._atoms, self._encoded_here)
         new = {one.atom_id: one for one in behaviors if one.atom_id not in known}
         if new:
             stored = self._stored_vectors(list(new))
@@ -477,11 +473,11 @@ class LiveLookup(OnlineLookup):
         if new:
             channels, texts = [o.channel for o in new.values()], [o.text for o in new.values()]
             self._encoded_here |= dict(zip(new, self._encoder.encode(channels, texts), strict=True))
-        both = self._encoded_here | self._atoms
-        for kept in (self._atoms, self._encoded_here):
-            for atom in list(kept)[:-ATOMS]:
-                del kept[atom]
-        return {one.atom_id: both[one.atom_id] for one in behaviors}
+        found = {one.atom_id: known[one.atom_id] for one in behaviors}
+        for kept in known.maps:
+            while len(kept) > ATOMS:
+                del kept[next(iter(kept))]
+        return found
 
     def _stored_vectors(self, atoms: Sequence[int]) -> dict[int, np.ndarray]:
         """The lake's vectors of those of these atoms that it has; of none while it cannot be read."""
@@ -584,14 +580,14 @@ def _count(
     acts: Iterable[_Act],
     of: str,
     candidates: Sequence[Any],
-    counts: Mapping[str, str | None],
-    first_last: tuple[str, str],
+    channels: Sequence[str],
     values: Mapping[str, list[Any]],
 ) -> None:
     """Add to each candidate's columns of `values` the acts that it shares: those `of` the same thing.
 
-    `counts` are columns that count, each with its channel or, for all, None; `first_last` are of moments.
+    `channels` are those that are counted each by itself, too.
     """
+    counts = counts_with(of, channels)
     shared: dict[Any, list[_Act]] = {}
     for act in acts:
         for one in act.of.get(of, ()):
@@ -606,7 +602,7 @@ def _count(
                 values[column][place] = (values[column][place] or 0) + came
         # Channels that are read apart may come out of order.
         times = [act.time_us for act in its]
-        for column, chosen in zip(first_last, (min, max), strict=True):
+        for column, chosen in zip(first_and_last(of), (min, max), strict=True):
             if column in values:
                 stored = values[column][place]
                 values[column][place] = chosen(times if stored is None else [stored, *times])

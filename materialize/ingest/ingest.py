@@ -81,9 +81,10 @@ def ingest(home: Home, dataset_path: Path) -> Ingested:
         with lake(home, create=True, others_queries=True) as connection:
             connection.execute(f"SET file_search_path = {sql_literal(str(folder))}")
             found = sources.find_sources(connection, dataset.sections, folder)
-            last = runs.last(connection, JOB)
+            latest = runs.latest(connection)
+            last = latest.get(JOB)
             _check_same_lake(home, dataset, last)
-            repaired = repair.due(connection, last, runs.last(connection, f"gate {JOB}"))
+            repaired = repair.due(connection, last, latest.get(f"gate {JOB}"))
             if repaired:
                 # By itself and first: what is read is compared with the lake as it then is.
                 _write(connection, dataset, {}, last, started, dataset_path, anew=True, mend=True)

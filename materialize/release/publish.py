@@ -83,16 +83,16 @@ def publish(home: Home) -> Published:
     """
     store = open_store(home)
     with home.exclusive(), lake(home) as connection, online_errors(home):
-        embedded, ingested = runs.last(connection, "embed"), runs.last(connection, "ingest")
+        latest = runs.latest(connection)
+        embedded, ingested, last = (latest.get(job) for job in ("embed", "ingest", JOB))
         if embedded is None or ingested is None:
-            trained = runs.last(connection, "train")
+            trained = latest.get("train")
             if trained is not None:
                 require_servable(home.models / trained.fingerprint)
             raise NotReady(f"{home.root} has no vectors yet; run `bahe embed` first.")
         require_gates(connection, JOB)
         version = str(embedded.facts["model_version"])
         require_quality(connection, version)
-        last = runs.last(connection, JOB)
         publications = pointer.recorded(connection)
         ours = bool(publications) and last is not None and pointer.online(store) == publications[0]
         fingerprint = lag.publish_fingerprint(embedded, ingested)

@@ -168,8 +168,10 @@ def _needed_models(connection: duckdb.DuckDBPyConnection) -> set[str]:
         QUALIFY row_number() OVER (PARTITION BY deployment ORDER BY max(event_timestamp) DESC) <= 2
         """
     ).fetchall()
-    last = [runs.last(connection, job) for job in ("train", "embed")]
-    return {row[0] for row in published} | {run.fingerprint for run in last if run is not None}
+    latest = runs.latest(connection)
+    return {row[0] for row in published} | {
+        latest[j].fingerprint for j in ("train", "embed") if j in latest
+    }
 
 
 def _made(connection: duckdb.DuckDBPyConnection, home: Home, version: str) -> datetime:

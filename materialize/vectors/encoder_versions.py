@@ -76,12 +76,11 @@ def other_versions_in_use(
 ) -> dict[str, Settings]:
     """Versions that jobs or models use, other than the one of these settings, where it is known how they
     were made."""
-    last = runs.last(connection, "encode")
-    if last is None:
+    latest = runs.latest(connection)
+    if "encode" not in latest:
         return {}
-    used = [last.facts["encoder_version"]]
-    trained, embedded = runs.last(connection, "train"), runs.last(connection, "embed")
-    models = [run.fingerprint for run in (trained, embedded) if run is not None]
+    used = [latest["encode"].facts["encoder_version"]]
+    models = [latest[job].fingerprint for job in ("train", "embed") if job in latest]
     for config in (home.models / model / "config.json" for model in models):
         if config.is_file():
             used.append(json.loads(config.read_text())["encoder_version"])

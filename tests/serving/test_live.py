@@ -174,7 +174,7 @@ def test_pairs_of_a_live_service_know_when_whatever_came_first(
     (state,) = lookup._fresh.values()
     hours = [at.value // 1000 - hour * 3_600_000_000 for hour in (0, 2, 1)]
     acts = [replace(state.acts[0], time_us=time_us) for time_us in hours]
-    text_only = replace(acts[0], of={"item_id": frozenset({"8"})})
+    text_only = replace(acts[0], of={"pair": frozenset({"8"})})
     lookup._fresh["u1"] = replace(state, acts=(*acts, text_only))
     version = lookup.live_version()
     before = OnlineLookup(lookup._home).items([7, 8], version, "u1")[1]
@@ -338,7 +338,7 @@ def test_what_came_while_others_were_let_go_of_is_not_passed_over(
     other.append("u1", "liked", "liked two", at + timedelta(minutes=1), 8)
     assert "8" in lookup.user("u1").seen_items
     (state,) = lookup._fresh.values()
-    assert [act.of["item_id"] for act in state.acts] == [{"8"}]
+    assert [act.of["pair"] for act in state.acts] == [{"8"}]
 
 
 def test_a_worker_that_stopped_holds_up_pushes_for_a_moment_and_answers_not_at_all(

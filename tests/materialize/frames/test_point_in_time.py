@@ -57,6 +57,20 @@ def moments(days_and_us: Iterable[tuple[int, int]]) -> list[pd.Timestamp]:
     return [START + pd.Timedelta(days, "D") + pd.Timedelta(us, "us") for days, us in days_and_us]
 
 
+def over_days(
+    *, channels: st.SearchStrategy[str], items: int
+) -> st.SearchStrategy[list[tuple[int, str, str, tuple[int, int], int | None]]]:
+    """Behaviors of two users within a hundred days, of which some name an item up to `items`."""
+    row = st.tuples(
+        st.integers(0, 1),
+        channels,
+        st.sampled_from(["item 0", "item 1", "something else"]),
+        st.tuples(st.integers(0, 100), st.sampled_from([-1, 0, 1])),
+        st.none() | st.integers(0, items),
+    )
+    return st.lists(row, min_size=30, max_size=80, unique_by=lambda one: one[:4])
+
+
 @contextmanager
 def a_home(log: dict[str, pd.DataFrame], *features: str) -> Iterator[Home]:
     with tempfile.TemporaryDirectory() as folder:
@@ -204,20 +218,7 @@ def test_behaviors_by_channel_equal_brute_force(rows: list[tuple]) -> None:
 
 
 @settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck))
-@given(
-    rows=st.lists(
-        st.tuples(
-            st.integers(0, 1),
-            st.sampled_from(["liked", "disliked"]),
-            st.sampled_from(["item 0", "item 1", "something else"]),
-            st.tuples(st.integers(0, 100), st.sampled_from([-1, 0, 1])),
-            st.none() | st.integers(0, 2),
-        ),
-        min_size=30,
-        max_size=80,
-        unique_by=lambda row: row[:4],
-    )
-)
+@given(rows=over_days(channels=st.sampled_from(["liked", "disliked"]), items=2))
 def test_what_a_user_did_with_an_item_equals_brute_force(rows: list[tuple]) -> None:
     """By the item that a behavior names, else by text; items 0 and 3 have one, item 3 only from day 50."""
     log = frames([(n % 2, n // 2 % 4, 0, n % 3 == 0) for n in range(110)], [(0, "liked", 0, 0)])
@@ -263,20 +264,7 @@ def test_what_a_user_did_with_an_item_equals_brute_force(rows: list[tuple]) -> N
 
 
 @settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck))
-@given(
-    rows=st.lists(
-        st.tuples(
-            st.integers(0, 1),
-            st.just("liked"),
-            st.sampled_from(["item 0", "item 1", "something else"]),
-            st.tuples(st.integers(0, 100), st.sampled_from([-1, 0, 1])),
-            st.none() | st.integers(0, 4),
-        ),
-        min_size=30,
-        max_size=80,
-        unique_by=lambda row: row[:4],
-    )
-)
+@given(rows=over_days(channels=st.just("liked"), items=4))
 def test_what_a_user_did_with_items_of_a_column_equals_brute_force(rows: list[tuple]) -> None:
     """Item 0 changes its genre on day 50, item 2 has none before, item 3 is there from then, 4 never."""
     log = frames([(0, n, 0, n == 0) for n in range(4)], [(0, "liked", 0, 0)])
