@@ -26,10 +26,14 @@ from bahe_core.errors import BadInput, Busy
 from bahe_core.progress import progress
 from bahe_core.results import Result
 from bahe_synth import rows as synth_rows
+from bahe_synth.errands import KINDS
 from bahe_synth.rows import Settings
 from bahe_synth.words import TOPICS
 
 SETTINGS_FILE = "synth.json"
+
+MOST_LOGITS = 20.0
+"""More makes no click likelier."""
 
 
 @dataclass(frozen=True)
@@ -67,9 +71,10 @@ def synth(folder: Path, *, days: int | None = None, **given: Any) -> Synthesized
             _write_atomically(folder / SETTINGS_FILE, json.dumps(asdict(settings), indent=2) + "\n")
             missing = [day for day in range(total_days) if not _is_complete(folder, settings, day)]
             rows = sum(
-                len(settings.rows(total, day))
+                len(settings.rows(settings.behaviors, day))
+                + settings.errand_rows(day)
+                + len(settings.rows(settings.impressions, day))
                 for day in missing
-                for total in (settings.behaviors, settings.impressions)
             )
             if missing:
                 with progress("behaviors and impressions", rows) as advance:
@@ -135,6 +140,14 @@ def _check(settings: Settings) -> None:
         if value < minimum:
             reason = f", {reasons[option]}" if option in reasons else ""
             raise BadInput(f"--{option} is {value:,}; it must be at least {minimum:,}{reason}.")
+    for kind in KINDS:
+        strength = getattr(settings, kind.name)
+        if not 0 <= strength <= MOST_LOGITS:
+            raise BadInput(
+                f"--{kind.name} is {strength}; it is in logits, from 0 (nothing planted) to {MOST_LOGITS}."
+            )
+        if strength and len(settings.channels) < kind.channels:
+            raise BadInput(f"--{kind.name} needs {kind.channels} --channels or more.")
     if settings.format not in ("parquet", "csv"):
         raise BadInput(f"--format is {settings.format}; it must be parquet or csv.")
     try:
@@ -286,7 +299,8 @@ def _summary(folder: Path, settings: Settings, written: int) -> Synthesized:
                     count[outcome] += np.bincount(bin_index[clicked == outcome], minlength=bins)
         days += 1
     rows = {
-        "behaviors": settings.rows(settings.behaviors, days).start,
+        "behaviors": settings.rows(settings.behaviors, days).start
+        + sum(settings.errand_rows(day) for day in range(days)),
         "impressions": settings.rows(settings.impressions, days).start,
         "users": settings.users,
         "items": settings.items,

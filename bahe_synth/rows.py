@@ -12,6 +12,7 @@ from datetime import date, timedelta
 import numpy as np
 import pyarrow as pa
 
+from bahe_synth.errands import KINDS, Errands
 from bahe_synth.words import ITEM_SENTENCE, SENTENCES, STYLES, TOPICS, behavior_texts, compose
 from bahe_synth.world import DAY_US, Indices, World, time_of_day
 
@@ -29,6 +30,9 @@ STAYS_ON_TOPIC = 0.7
 
 TARGETED = 0.4
 """Share of the impressions about a topic that the user is interested in; the others are of any topic."""
+
+ERRAND_SHOWN = 0.3
+"""Share of the impressions about the topic of a user's last errand, where errands are planted."""
 
 LIKED_STYLE = 0.6
 """Share of a user's behaviors that are drawn in the style that the user likes; the others in any."""
@@ -51,6 +55,10 @@ class Settings:
     atoms: int = 10_000
     """Distinct texts that behaviors can have; rare ones may never be drawn in a short log."""
     days: int = 30
+    recency: float = 0.0
+    order: float = 0.0
+    combination: float = 0.0
+    """Logits that errands of these kinds are worth (`bahe_synth.errands`); 0 plants none."""
     seed: int = 0
     start: str = "2024-01-01"
     format: str = "parquet"
@@ -66,6 +74,12 @@ class Settings:
             days=self.days,
         )
 
+    def errands(self) -> list[Errands]:
+        """Those that are planted."""
+        world = self.world()
+        strengths = {kind: getattr(self, kind.name) for kind in KINDS}
+        return [Errands(world, kind, logits) for kind, logits in strengths.items() if logits]
+
     def date(self, day: int) -> date:
         """The date of a day, counted from 0."""
         return date.fromisoformat(self.start) + timedelta(days=day)
@@ -75,8 +89,16 @@ class Settings:
         return (self.date(day) - date(1970, 1, 1)).days * DAY_US
 
     def rows(self, total: int, day: int) -> range:
-        """Row numbers of a day, in a table that has `total` rows over the first `days`."""
+        """Row numbers of a day, in a table that has `total` rows over the first `days`, errands aside."""
         return range(total * day // self.days, total * (day + 1) // self.days)
+
+    def chunks(self, total: int, day: int) -> int:
+        """In how many parts a day is drawn."""
+        return max(1, -(-len(self.rows(total, day)) // CHUNK))
+
+    def errand_rows(self, day: int) -> int:
+        """Behaviors of errands on a day, which come to those of `behaviors`."""
+        return sum(len(errand.starters(day)) * errand.kind.length for errand in self.errands())
 
 
 def behaviors(settings: Settings, day: int) -> Iterator[pa.Table]:
@@ -84,15 +106,21 @@ def behaviors(settings: Settings, day: int) -> Iterator[pa.Table]:
     world, names = settings.world(), pa.array(settings.channels)
     weights = np.resize(CHANNEL_WEIGHTS, len(settings.channels))
     cumulative = np.cumsum(weights) / weights.sum()
-    for rng, user_N, session_N, time_N in _sessions(settings, _BEHAVIORS, day):
+    for chunk, (rng, user_N, session_N, time_N) in enumerate(_sessions(settings, _BEHAVIORS, day)):
         first = np.unique(session_N, return_index=True)[1]
         topic_N = world.wanted_topics(rng, user_N[first], day)[session_N]
         off_topic = np.flatnonzero(rng.random(len(user_N)) >= STAYS_ON_TOPIC)
         topic_N[off_topic] = world.wanted_topics(rng, user_N[off_topic], day)
-        style_N = (rng.random(len(user_N)) * len(STYLES)).astype(np.int64)
-        style_N = np.where(rng.random(len(user_N)) < LIKED_STYLE, world.user_style(user_N), style_N)
+        style_N = _styles(rng, world, user_N)
         channel_N = np.searchsorted(cumulative[:-1], rng.random(len(user_N)), side="right")
         atom_N = world.atoms_of(rng, channel_N, topic_N, style_N)
+        for errand in settings.errands():
+            chunks = settings.chunks(settings.behaviors, day)
+            theirs_N, in_channel_N, about_N, moment_N = errand.behaviors(day, chunk, chunks)
+            atoms = world.atoms_of(rng, in_channel_N, about_N, _styles(rng, world, theirs_N))
+            user_N, atom_N = np.concatenate((user_N, theirs_N)), np.concatenate((atom_N, atoms))
+            channel_N = np.concatenate((channel_N, in_channel_N))
+            time_N = np.concatenate((time_N, moment_N + settings.midnight_us(day)))
         order = np.argsort(time_N, kind="stable")
         distinct, place = np.unique(atom_N[order], return_inverse=True)
         texts = behavior_texts(settings.channels, *world.atom_kind(distinct))
@@ -106,6 +134,12 @@ def behaviors(settings: Settings, day: int) -> Iterator[pa.Table]:
         )
 
 
+def _styles(rng: np.random.Generator, world: World, user_N: Indices) -> Indices:
+    """Styles [N] of what these users do, mostly those that they like."""
+    style_N = (rng.random(len(user_N)) * len(STYLES)).astype(np.int64)
+    return np.where(rng.random(len(user_N)) < LIKED_STYLE, world.user_style(user_N), style_N)
+
+
 def impressions(settings: Settings, day: int) -> Iterator[tuple[pa.Table, pa.Table]]:
     """Chunks of a day's impressions, each with the truth about its rows."""
     world = settings.world()
@@ -116,8 +150,14 @@ def impressions(settings: Settings, day: int) -> Iterator[tuple[pa.Table, pa.Tab
         topic_N = (rng.random(len(user_N)) * len(TOPICS)).astype(np.int64)
         targeted = np.flatnonzero(rng.random(len(user_N)) < TARGETED)
         topic_N[targeted] = world.wanted_topics(rng, user_N[targeted], day)
+        errands = settings.errands()
+        for errand in errands:
+            about_N = errand.topics(user_N, day)
+            meant_N = (rng.random(len(user_N)) < ERRAND_SHOWN / len(errands)) & (about_N >= 0)
+            topic_N = np.where(meant_N, about_N, topic_N)
         item_N = world.shown_items(rng, topic_N, day)
-        probability_N = world.click_probability(user_N, item_N, day)
+        further_N = sum((errand.logit(user_N, topic_N, day) for errand in errands), np.zeros(len(user_N)))
+        probability_N = world.click_probability(user_N, item_N, day, further_N)
         clicked = pa.array((rng.random(len(user_N)) < probability_N).astype(np.int8))
         ids = pa.array(np.arange(number, number + len(user_N)))
         number += len(user_N)
@@ -144,7 +184,7 @@ def _sessions(
     world = settings.world()
     total = settings.behaviors if kind == _BEHAVIORS else settings.impressions
     count, midnight = len(settings.rows(total, day)), settings.midnight_us(day)
-    chunks = max(1, -(-count // CHUNK))
+    chunks = settings.chunks(total, day)
     for chunk in range(chunks):
         rng = np.random.Generator(np.random.PCG64([settings.seed, kind, day, chunk]))
         rows = count * (chunk + 1) // chunks - count * chunk // chunks

@@ -170,9 +170,15 @@ class World:
             unknown = unknown[self.item_known_day(item_N[unknown]) > day]
         return item_N
 
-    def click_probability(self, user_N: Indices, item_N: Indices, day: int) -> Floats:
-        """Click probabilities [N] for an observer who knows everything about user, item and day."""
-        topic_N, logit = self.item_topic(item_N), INTERCEPT + self.item_appeal(item_N)
+    def click_probability(
+        self, user_N: Indices, item_N: Indices, day: int, further: Floats | float = 0.0
+    ) -> Floats:
+        """Click probabilities [N] for an observer who knows everything about user, item and day.
+
+        `further` are logits [N] that something else adds.
+        """
+        topic_N = self.item_topic(item_N)
+        logit = INTERCEPT + self.item_appeal(item_N) + further
         for weight, favourite_N in zip(SLOT_WEIGHTS, self.favourites(user_N, day), strict=True):
             logit += TOPIC_EFFECT * weight * (favourite_N == topic_N)
         logit += STYLE_EFFECT * (self.user_style(user_N) == self.item_style(item_N))

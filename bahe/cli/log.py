@@ -59,6 +59,26 @@ def synth(
     days: Annotated[
         int | None, typer.Option(help="Days of the log; more than there are adds days.", show_default="30")
     ] = None,
+    recency: Annotated[
+        float | None,
+        typer.Option(
+            help="Logits a click gains of a topic that the user last cared about.", show_default="0"
+        ),
+    ] = None,
+    order: Annotated[
+        float | None,
+        typer.Option(
+            help="Logits a click gains of a topic searched for after it was paid for; before, it loses them.",
+            show_default="0",
+        ),
+    ] = None,
+    combination: Annotated[
+        float | None,
+        typer.Option(
+            help="Logits a click gains of a topic met in both of the last two channels; in one, it loses them.",
+            show_default="0",
+        ),
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Another seed, another log.", show_default="0")] = None,
     start: Annotated[
         str | None, typer.Option(help="The first day, UTC.", show_default="2024-01-01")
@@ -68,6 +88,7 @@ def synth(
 ) -> None:
     """Write a synthetic log with planted preferences, and print the best AUC that there can be.
 
+    --recency, --order and --combination plant what only the sequence of a user's behaviors tells.
     A killed run is finished by the next. To add a day to a log of 30: bahe synth FOLDER --days 31.
     """
     from bahe_synth.log import synth as job
@@ -79,6 +100,9 @@ def synth(
         "impressions": impressions,
         "channels": None if channels is None else tuple(part.strip() for part in channels.split(",")),
         "atoms": atoms,
+        "recency": recency,
+        "order": order,
+        "combination": combination,
         "seed": seed,
         "start": start,
         "format": format,
