@@ -90,6 +90,10 @@ class ModelConfig:
     """Width of the deep part of the stored user and item vectors."""
     profile_width: int = 48
     """Width of the profile part."""
+    recent: tuple[int, ...] = ()
+    """Further profile parts, in which what a behavior adds has halved after so many later ones (of its
+    channel, or of all if merged): `[8]` says what the user cares about now, beside what they always did.
+    Each is as wide as the profile part, and costs next to nothing."""
     head: HeadName = "dnn"
     """`dnn`, `dcn`: cross layers (DCN-V2) before the DNN, or `target`: the candidate item's attention
     over the user's latest behaviors (DIN) beside the user vector, then the DNN. A `target` model reads
@@ -127,18 +131,23 @@ class ModelConfig:
             raise ValueError("`context_buckets` and `context_width` must be at least 1")
         if self.facts_width < 0:
             raise ValueError("`facts_width` must not be negative")
+        object.__setattr__(self, "recent", tuple(self.recent))  # JSON has lists
+        if any(half_life < 1 for half_life in self.recent):
+            raise ValueError("each number of `recent` must be at least 1")
         if self.target_history < 1:
             raise ValueError("`target_history` must be at least 1")
         if not 0 <= self.context_dropout < 1:
             raise ValueError("`context_dropout` must be at least 0 and below 1")
 
     def fields_affecting_weights(self) -> dict[str, Any]:
-        """All fields, by name; models from before `deep` and `facts_width` keep their names."""
+        """All fields, by name; models from before `deep`, `facts_width` and `recent` keep their names."""
         fields = asdict(self)
         if self.deep:
             del fields["deep"]
         if not self.facts_width:
             del fields["facts_width"]
+        if not self.recent:
+            del fields["recent"]
         return fields
 
     @property
@@ -149,7 +158,13 @@ class ModelConfig:
     @property
     def vector_width(self) -> int:
         """Width of the stored vectors."""
-        return self.deep_width + self.profile_width + (self.id_width if self.behavior_ids else 0)
+        return self.deep_width + sum(self.sum_widths)
+
+    @property
+    def sum_widths(self) -> list[int]:
+        """Widths of the parts after the deep one: the profile, the recent ones, the collaborative part."""
+        profiles = [self.profile_width] * (1 + len(self.recent))
+        return [*profiles, self.id_width] if self.behavior_ids else profiles
 
     @property
     def vectors_suffice(self) -> bool:

@@ -9,7 +9,7 @@ Windows follow the rule of `timelines.window_start`. When it moves a sequence's 
 pass over at most `size` behaviors. For that, a state keeps the behaviors of the current windows.
 
 Shape letters: C channels, S sequences, L behaviors, D backbone width, V deep part of a vector, K its
-sums.
+sums, B what a behavior adds to them, H half-lives of fading sums.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from bahe_models.config import WindowConfig
-from bahe_models.model import BaheModel
+from bahe_models.model import BaheModel, joined
 from bahe_models.timelines import Int64, Timelines, gap_buckets, window_start
 
 
@@ -126,7 +126,7 @@ class UserState:
     def vector(self) -> torch.Tensor:
         """The user vector [V + K] after the behaviors so far."""
         states_1SD = torch.stack([sequence.state_D for sequence in self._sequences])[None]
-        sum_1K = torch.stack([sequence.sum_K for sequence in self._sequences]).sum(dim=0, keepdim=True)
+        sum_1K = torch.stack([sequence.sums() for sequence in self._sequences]).sum(dim=0, keepdim=True)
         behaviors = sum(len(sequence.window_L) for sequence in self._sequences)
         behaviors_1 = torch.tensor([behaviors], device=sum_1K.device)
         return self.model.join_sequences(states_1SD.float(), sum_1K.float(), behaviors_1)[0]
@@ -184,10 +184,10 @@ class _Sequence:
         deep: Any = self.model.aggregator.deep
         self.window_L = window_L
         self.cache = None if deep is None else DynamicCache(config=deep.config)
-        config = self.model.config
-        self.sum_K = torch.zeros(
-            config.vector_width - config.deep_width, device=self.model.aggregator.start_D.device
-        )
+        config, device = self.model.config, self.model.aggregator.start_D.device
+        added = config.profile_width + (config.id_width if config.behavior_ids else 0)
+        self.sum_B = torch.zeros(added, device=device)
+        self.fading_HB = torch.zeros(len(config.recent), config.profile_width, device=device)
         self._step(window_L, self.model.aggregator.start_D[None])
 
     def _step(self, behaviors: list[_Behavior], start_1D: torch.Tensor | None = None) -> None:
@@ -199,7 +199,9 @@ class _Sequence:
             channel_P, gap_P, id_row_P = torch.tensor(marks, device=atoms_PD.device)
             inputs.append(self.model.behaviors(atoms_PD, channel_P, gap_P))
             present_P = torch.ones_like(channel_P, dtype=torch.bool)
-            self.sum_K = self.sum_K + self.model.added(atoms_PD, present_P, channel_P, id_row_P).sum(dim=0)
+            added_PB = self.model.added(atoms_PD, present_P, channel_P, id_row_P)
+            self.sum_B = self.sum_B + added_PB.sum(dim=0)
+            self.fading_HB = self._faded(added_PB[:, : self.fading_HB.shape[1]])
         if self.model.aggregator.deep is None:
             self.state_D = torch.zeros_like(self.model.aggregator.start_D)
             return
@@ -207,6 +209,19 @@ class _Sequence:
             inputs_embeds=torch.cat(inputs)[None], past_key_values=self.cache, use_cache=True
         )
         self.state_D = output.last_hidden_state[0, -1]
+
+    def _faded(self, added_PB: torch.Tensor) -> torch.Tensor:
+        """The fading sums [H, B] after some behaviors more."""
+        age_P = torch.arange(len(added_PB), 0, -1, device=added_PB.device) - 1
+        half_life_H1 = torch.tensor(self.model.config.recent, device=added_PB.device).reshape(-1, 1)
+        before_H1 = 0.5 ** (len(added_PB) / half_life_H1)
+        faded_HB: torch.Tensor = self.fading_HB * before_H1 + 0.5 ** (age_P / half_life_H1) @ added_PB
+        return faded_HB
+
+    def sums(self) -> torch.Tensor:
+        """The sums after the behaviors so far [K]."""
+        width = self.model.config.profile_width
+        return joined(self.sum_B[None], [part_B[None] for part_B in self.fading_HB], width)[0]
 
     def _window_start(self) -> int:
         return int(window_start(np.array(self.length), self.window))

@@ -3,7 +3,8 @@
 A user vector has three parts. The *deep* part is the deep layers' state, as in the paper. The *profile*
 part is a running sum of projected atoms, each weighted by a learned gate; its inner product with the
 item's projected text says how similar the item is to what the user liked. The *collaborative* part does
-the same with ID embeddings in place of texts (see `bahe_models.collaborative`). The sums are causal, so
+the same with ID embeddings in place of texts (see `bahe_models.collaborative`). With `model.recent` there
+are further profile parts, sums in which earlier behaviors fade. The sums are causal, so
 all parts come from one pass, and none sees the candidate item, so all can be stored (invariant 7).
 Profile and collaborative part are our own additions: on small logs the deep layers alone learn poorly
 what these parts express.
@@ -12,8 +13,9 @@ With the `target` head the candidate also attends to the raw history; the vector
 longer enough for a score.
 
 Shape letters: N impressions, C channels, S sequences (C, or 1 where the channels are merged), P
-positions of all windows, A atoms, D backbone width, V deep part of a vector, K its sums (profile and
-collaborative part), F dense features, X context columns.
+positions of all windows, A atoms, D backbone width, V deep part of a vector, K its sums (profile, recent
+and collaborative parts), B what a behavior adds to them (profile and collaborative part), F dense
+features, X context columns.
 """
 
 from __future__ import annotations
@@ -165,7 +167,7 @@ class BaheModel(nn.Module):
         self.head = Head(
             config.head,
             vector=vector,
-            facts=dense_features + (1 if self.collaborative is None else 2),
+            facts=dense_features + len(config.sum_widths),
             hidden=config.head_width,
             dropout=config.dropout,
             crosses=config.cross_layers,
@@ -204,7 +206,10 @@ class BaheModel(nn.Module):
         atoms_PD = atoms_AD[atom_P]
         id_row_P = torch.zeros_like(rows_P) if id_row_A is None else id_row_A[atom_P] * present_P
         states_PD = self.aggregator(self.behaviors(atoms_PD, channel_P, gap_P), packing)
-        sums_PK = packing.running_sums(self.added(atoms_PD, present_P, channel_P, id_row_P))
+        added_PB = self.added(atoms_PD, present_P, channel_P, id_row_P)
+        width = self.config.profile_width
+        fading = [packing.fading_sums(added_PB[:, :width], half_life) for half_life in self.config.recent]
+        sums_PK = joined(packing.running_sums(added_PB), fading, width)
         state_NS = torch.from_numpy(batch.state_NS).to(device)
         behaviors_N = torch.from_numpy(batch.position_NS).to(device).sum(dim=1)
         return self.join_sequences(states_PD[state_NS].float(), sums_PK[state_NS].sum(dim=1), behaviors_N)
@@ -216,33 +221,40 @@ class BaheModel(nn.Module):
         channel_P: torch.Tensor,
         id_row_P: torch.Tensor,
     ) -> torch.Tensor:
-        """What each behavior adds to the sums of profile and collaborative part [P, K]."""
-        profile_PK: torch.Tensor = self.profile(atoms_PD, present_P, channel_P).float()
+        """What each behavior adds to the sums of profile and collaborative part [P, B]."""
+        profile_PB: torch.Tensor = self.profile(atoms_PD, present_P, channel_P).float()
         if self.collaborative is None:
-            return profile_PK
-        return torch.cat([profile_PK, self.collaborative(id_row_P)], dim=1)
+            return profile_PB
+        return torch.cat([profile_PB, self.collaborative(id_row_P)], dim=1)
 
     def join_sequences(
         self, states_NSD: torch.Tensor, sum_NK: torch.Tensor, behaviors_N: torch.Tensor
     ) -> torch.Tensor:
         """User vectors [N, V + K] from the sequences' states, sums and counts of behaviors."""
         deep_NV = self.user_projection(self.dropout(self.user_norm(states_NSD.flatten(1))))
-        scaled_NK = sum_NK / (behaviors_N[:, None] + 5).sqrt()
-        return torch.cat([deep_NV.float(), scaled_NK], dim=1)
+        # A fading sum is of so many behaviors at the most.
+        most = [1 / (1 - 0.5 ** (1 / half_life)) for half_life in self.config.recent]
+        counts = [behaviors_N, *(behaviors_N.clamp_max(count) for count in most), behaviors_N]
+        parts = torch.split(sum_NK, self.config.sum_widths, dim=1)
+        scaled = [
+            part / (count_N[:, None] + 5).sqrt() for part, count_N in zip(parts, counts, strict=False)
+        ]
+        return torch.cat([deep_NV.float(), *scaled], dim=1)
 
     def item_vectors(self, atoms_ND: torch.Tensor, item_N: torch.Tensor) -> torch.Tensor:
         """Item vectors [N, V + K] from the item texts' atoms and rows of the ID table (0: unseen)."""
         standard_ND = self.profile.standard_items(atoms_ND)
-        sums_NK = self.profile.items(standard_ND)
+        profile_NK = self.profile.items(standard_ND)
+        sums = [profile_NK] * (1 + len(self.config.recent))
         if self.collaborative is not None:
-            sums_NK = torch.cat([sums_NK, self.collaborative.item(item_N)], dim=1)
+            sums.append(self.collaborative.item(item_N))
         if not self.config.item_ids:
             item_N = torch.zeros_like(item_N)
         elif self.training and self.config.item_id_dropout:
             hidden = torch.rand(len(item_N), device=item_N.device) < self.config.item_id_dropout
             item_N = item_N.masked_fill(hidden, 0)
         deep_NV = self.item_projection(standard_ND) + self.item_id(item_N)
-        return torch.cat([deep_NV, sums_NK], dim=1)
+        return torch.cat([deep_NV, *sums], dim=1)
 
     def interests(
         self,
@@ -282,8 +294,8 @@ class BaheModel(nn.Module):
         """
         width = self.config.deep_width
         products_NK = user_NV[:, width:] * item_NV[:, width:]
-        parts = products_NK.tensor_split([self.config.profile_width], dim=1)
-        similarities = [part.sum(dim=1, keepdim=True) for part in parts if part.shape[1]]
+        parts = torch.split(products_NK, self.config.sum_widths, dim=1)
+        similarities = [part.sum(dim=1, keepdim=True) for part in parts]
         facts = torch.cat([dense_NF, *similarities], dim=1)
         extra = [] if interest_NT is None else [interest_NT]
         if self.context is not None:
@@ -292,6 +304,12 @@ class BaheModel(nn.Module):
             extra.append(self.vectors(vectors))
         logits: torch.Tensor = self.head(user_NV[:, :width], item_NV[:, :width], facts, extra)
         return logits
+
+
+def joined(sums_PB: torch.Tensor, fading: Sequence[torch.Tensor], profile_width: int) -> torch.Tensor:
+    """The sums of a vector in their order [P, K]: profile, fading, collaborative."""
+    profile_PB, collaborative_PB = sums_PB.tensor_split([profile_width], dim=1)
+    return torch.cat([profile_PB, *fading, collaborative_PB], dim=1)
 
 
 def context_embedding(columns: Sequence[str], config: ModelConfig) -> ContextEmbedding | None:

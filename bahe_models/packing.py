@@ -73,6 +73,17 @@ class Packing:
         """Cumulative sums within each sequence [P, K]."""
         return torch.cat([group.packed(group.padded(x_PK).cumsum(dim=1)) for group in self.groups])
 
+    def fading_sums(self, x_PK: torch.Tensor, half_life: int) -> torch.Tensor:
+        """As `running_sums`, but a row's weight in them halves every `half_life` rows after it [P, K]."""
+        parts = []
+        for group in self.groups:
+            age_LL = torch.arange(group.longest, device=x_PK.device)
+            age_LL = age_LL[:, None] - age_LL
+            weight_LL = torch.where(age_LL >= 0, 0.5 ** (age_LL.clamp_min(0) / half_life), 0.0)
+            with torch.autocast(x_PK.device.type, enabled=False):
+                parts.append(group.packed(weight_LL.to(x_PK.dtype) @ group.padded(x_PK)))
+        return torch.cat(parts)
+
 
 def _groups(length_W: Int64, device: torch.device) -> Iterator[Group]:
     start = 0

@@ -289,7 +289,7 @@ def build_model(
     # The first predictions are close to the floor itself, or to what the dense features say by themselves;
     # training learns the rest.
     weights_F = torch.zeros(model.head.wide.in_features)
-    weights_F[len(dense.names)] = 0.1
+    weights_F[len(dense.names) :] = 0.1
     if model.collaborative is not None:
         weights_F[-1] = 0.3
     if model.head.alone is None:

@@ -21,6 +21,7 @@ _SHAPE_FIELDS = (
     "deep",
     "deep_width",
     "profile_width",
+    "recent",
     "head_width",
     "channels",
     "behavior_ids",

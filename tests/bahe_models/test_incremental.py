@@ -42,7 +42,7 @@ def build(
     halves = cut(tiny_model(family), None, BackboneConfig(path=family, shallow_layers=1, deep_layers=2))
     torch.manual_seed(1)
     config = ModelConfig(
-        deep_width=8, profile_width=8, head_width=8, channels=channels, time_gaps=time_gaps
+        deep_width=8, profile_width=8, recent=(2, 6), head_width=8, channels=channels, time_gaps=time_gaps
     )
     model = BaheModel(
         halves.deep, width=32, channels=2, items=5, dense_features=3, config=config, behaviors=30

@@ -22,6 +22,7 @@ from bahe_models import (
     load_backbone,
     window_batch,
 )
+from bahe_models.packing import Packing
 from bahe_models.timelines import GAP_BUCKETS, Int64, gap_buckets, plan_steps, window_start
 from tests.support.toy import know_behaviors
 
@@ -71,7 +72,7 @@ def build(
 ) -> BaheModel:
     torch.manual_seed(1)
     config = ModelConfig(
-        deep_width=8, profile_width=8, head_width=8, channels=channels, time_gaps=time_gaps
+        deep_width=8, profile_width=8, recent=(2, 6), head_width=8, channels=channels, time_gaps=time_gaps
     )
     model = BaheModel(deep, width=width, channels=2, items=5, dense_features=3, config=config, behaviors=30)
     know_behaviors(model, np.arange(30))
@@ -284,3 +285,16 @@ def test_what_has_no_order_is_refused() -> None:
             window_batch(timelines, user, np.array([[1, 1], wrong]), WindowConfig(), merged=True)
     with pytest.raises(ValueError, match=r"time goes back .* channel b"):
         replace(timelines, time_us=(np.array([3, 8, 1]), np.array([5, 4, 1])))
+
+
+def test_fading_sums_are_those_of_a_loop() -> None:
+    lengths = np.array([9, 4, 4, 1])
+    packing = Packing.of(lengths, torch.device("cpu"))
+    rows = torch.randn(lengths.sum(), 3)
+    expected = []
+    for part in rows.split(lengths.tolist()):  # type: ignore[no-untyped-call]
+        total = torch.zeros(3)
+        for row in part:
+            total = total / 2 ** (1 / 3) + row
+            expected.append(total)
+    torch.testing.assert_close(packing.fading_sums(rows, 3), torch.stack(expected))
