@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from materialize.vectors.embed import Embedded
     from materialize.vectors.encode import Encoded
     from materialize.vectors.stored_atoms import Atoms
-    from serving.lookup import Answer, UserFeatures
+    from serving.lookup import Answer, SimilarItems, UserFeatures
 
 _RESULTS = {
     "Answer": "serving.lookup",
@@ -63,6 +63,7 @@ _RESULTS = {
     "Pruned": "materialize.upkeep.prune",
     "Published": "materialize.release.publish",
     "Run": "bahe_lake.runs",
+    "SimilarItems": "serving.lookup",
     "Status": "bahe.status",
     "TrainingOutcome": "materialize.training.train",
     "UserFeatures": "serving.lookup",
@@ -95,6 +96,7 @@ __all__ = [
     "Pruned",
     "Published",
     "Run",
+    "SimilarItems",
     "Status",
     "TrainingOutcome",
     "UnknownEntity",

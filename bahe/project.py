@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from materialize.vectors.encode import Encoded
     from materialize.vectors.stored_atoms import Atoms
     from serving.audit_result import Audit
-    from serving.lookup import Answer, Identifier, OnlineLookup, UserFeatures
+    from serving.lookup import Answer, Identifier, OnlineLookup, SimilarItems, UserFeatures
 
 Done = TypeVar("Done", bound=Result)
 
@@ -361,6 +361,10 @@ class Project:
     ) -> Answer:
         """The k items that the user will most likely click, without those acted on before."""
         return self._online.recommend(user, k, at, include_seen=include_seen, context=context)
+
+    def similar_items(self, item: Identifier, k: int = 10) -> SimilarItems:
+        """The k items whose vectors under the live model are most alike to an item's, without itself."""
+        return self._online.similar_items(item, k)
 
     def audit(
         self,

@@ -53,6 +53,8 @@ from serving.messages import (
     ScoreItemsAnswer,
     ScoreItemsRequest,
     ScoreRequest,
+    SimilarItemAnswer,
+    SimilarItemsAnswer,
     TakenInAnswer,
     UserAnswer,
 )
@@ -91,7 +93,8 @@ _SCOPES = {
     "/behaviors": "write",
 }
 """Scope that a path asks of an API key."""
-_OF_USERS = "/v1/users/"
+_SCOPES_BY_PREFIX = {"/v1/users/": "read", "/v1/similar/items/": "score"}
+"""Of routes whose path ends with an id."""
 
 _PATH = re.compile(r"(?<![\w:/.])/(?:[^\s/:;,()'\"]+/)+([^\s/:;,()'\"]*)")
 """An absolute path of files, of which an answer shows the last part."""
@@ -147,7 +150,8 @@ def scope_of(path: str) -> str | None:
     is no such route."""
     if path in _OPEN:
         return None
-    return _SCOPES.get(path, "read" if path.startswith(_OF_USERS) else NOWHERE)
+    by_prefix = (scope for prefix, scope in _SCOPES_BY_PREFIX.items() if path.startswith(prefix))
+    return _SCOPES.get(path) or next(by_prefix, NOWHERE)
 
 
 def create_app(
@@ -321,6 +325,16 @@ def _version_1(service: _Service) -> APIRouter:
         """A user's state under the live model, with what was pushed to this service."""
         found = await service.ask(partial(lookup.user, user_id))
         return UserAnswer(**_features(found), seen_items=sorted(found.seen_items))
+
+    @router.get("/similar/items/{item_id:path}")
+    async def similar_items(item_id: Id, k: Annotated[int, Query(ge=1, le=K)] = 10) -> SimilarItemsAnswer:
+        """The k items whose vectors under the live model are most alike to the item's, without itself."""
+        found = await service.ask(partial(lookup.similar_items, item_id, k))
+        return SimilarItemsAnswer(
+            item_id=found.item_id,
+            model_version=found.model_version,
+            items=[SimilarItemAnswer(**vars(one)) for one in found.items],
+        )
 
     if isinstance(lookup, LiveLookup):
         router.post("/behaviors")(_taking_in(service, lookup))

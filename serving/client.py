@@ -40,6 +40,7 @@ from serving.messages import (
     ScoreAnswer,
     ScoreItemsAnswer,
     ScoreItemsRequest,
+    SimilarItemsAnswer,
     TakenInAnswer,
     UserAnswer,
 )
@@ -162,6 +163,10 @@ def _behavior(
 
 def _user(user_id: Identifier) -> _Call[UserAnswer]:
     return _Call(f"/v1/users/{quote(str(user_id), safe='')}", None, UserAnswer)
+
+
+def _similar_items(item_id: Identifier, k: int) -> _Call[SimilarItemsAnswer]:
+    return _Call(f"/v1/similar/items/{quote(str(item_id), safe='')}?k={k:d}", None, SimilarItemsAnswer)
 
 
 def _impressions(rows: Rows) -> _Call[TakenInAnswer]:
@@ -300,6 +305,10 @@ class Client(_Tries):
         """A user's vector, statistics and history under the live model."""
         return self._send(_user(user_id))
 
+    def similar_items(self, item_id: Identifier, k: int = 10) -> SimilarItemsAnswer:
+        """The k items most alike to one under the live model."""
+        return self._send(_similar_items(item_id, k))
+
     def impressions(self, rows: Rows) -> TakenInAnswer:
         """Send what was shown: rows of impression_id, user_id, item_id and event_timestamp."""
         return self._send(_impressions(rows))
@@ -403,6 +412,10 @@ class AsyncClient(_Tries):
     async def user(self, user_id: Identifier) -> UserAnswer:
         """A user's vector, statistics and history under the live model."""
         return await self._send(_user(user_id))
+
+    async def similar_items(self, item_id: Identifier, k: int = 10) -> SimilarItemsAnswer:
+        """The k items most alike to one under the live model."""
+        return await self._send(_similar_items(item_id, k))
 
     async def impressions(self, rows: Rows) -> TakenInAnswer:
         """Send what was shown: rows of impression_id, user_id, item_id and event_timestamp."""

@@ -102,6 +102,25 @@ class ItemScores(Result):
 
 
 @dataclass(frozen=True)
+class SimilarItem:
+    """An item, and how alike it is to the one asked about."""
+
+    item_id: Identifier
+    text: str
+    cosine: float
+    """Of the two item vectors under the live model: 1 for the same direction."""
+
+
+@dataclass(frozen=True)
+class SimilarItems(Result):
+    """Items like one, most alike first."""
+
+    item_id: Identifier
+    model_version: str
+    items: list[SimilarItem]
+
+
+@dataclass(frozen=True)
 class _Inputs:
     """What a model reads of the online store beside vectors."""
 
@@ -358,12 +377,15 @@ class OnlineLookup:
         vectors, statistics = self._items_for(user, items)
         missing = [item for item, stored in zip(items, vectors.found_N, strict=True) if not stored]
         if missing:
-            more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-            raise UnknownEntity(
-                f"item {clipped(missing[0])}{more} is not in the online store of {self._home.root}; check"
-                " the id, or ingest, embed and publish the item first."
-            )
+            raise self._unknown_items(missing)
         return self._answer(user, items, vectors.vectors_ND, statistics, at, context)
+
+    def _unknown_items(self, missing: Sequence[Identifier]) -> UnknownEntity:
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        return UnknownEntity(
+            f"item {clipped(missing[0])}{more} is not in the online store of {self._home.root}; check"
+            " the id, or ingest, embed and publish the item first."
+        )
 
     def score_each(
         self,
@@ -414,6 +436,28 @@ class OnlineLookup:
         items = [item for item in self.catalogue() if include_seen or str(item) not in user.seen_items]
         vectors, statistics = self._items_for(user, items)
         return self._answer(user, *_found(items, vectors, statistics), at, context, best=k)
+
+    def similar_items(self, item_id: Identifier, k: int = 10) -> SimilarItems:
+        """The k items whose vectors under the live model are most alike to an item's, without itself.
+
+        Every item is compared, in one product. Raises UnknownEntity when the item is not online.
+        """
+        if k < 1:
+            raise BadInput(f"k is {k}; it must be at least 1.")
+        version, texts = self.live_version(), self.catalogue()
+        own_id = self._as_stored("item_embedding", "item_id", item_id)
+        item_ids = [one for one in texts if one != own_id]
+        vectors = self._vectors_of([own_id, *item_ids], version)
+        if not vectors.found_N[0]:
+            raise self._unknown_items([own_id])
+        norm_N = np.linalg.norm(vectors.vectors_ND, axis=1).clip(1e-12)
+        cosine_N = vectors.vectors_ND @ vectors.vectors_ND[0] / (norm_N * norm_N[0])
+        cosine_N[~vectors.found_N] = -np.inf
+        best = np.argsort(-cosine_N[1:], kind="stable")[: min(k, int(vectors.found_N[1:].sum()))]
+        found = [
+            SimilarItem(item_ids[i], texts[item_ids[i]], float(cosine_N[1 + i])) for i in best.tolist()
+        ]
+        return SimilarItems(own_id, version, found)
 
     def _answer(
         self,
@@ -517,13 +561,22 @@ class OnlineLookup:
         self, items: Sequence[Identifier], version: str
     ) -> tuple[Vectors, dict[str, list[Any]]]:
         """One read of the vectors, one of the features."""
-        with online_errors(self._home):
-            vectors = self._item_vectors.read({"item_id": items, "model_version": [version] * len(items)})
+        vectors = self._read_item_vectors(items, version)
         if not items:
             return vectors, {}
         values = self.read(self.references(version)["item"], {"item_id": items})
         found = {name: column for name, column in values.items() if name not in _KEYS}
         return vectors, found | self.read_vectors("item", version, {"item_id": items})
+
+    def _vectors_of(self, items: Sequence[Identifier], version: str) -> Vectors:
+        """Vectors of items, which a service has in memory."""
+        if self._table is not None:
+            return self.items(items, version)[0]
+        return self._read_item_vectors(items, version)
+
+    def _read_item_vectors(self, items: Sequence[Identifier], version: str) -> Vectors:
+        with online_errors(self._home):
+            return self._item_vectors.read({"item_id": items, "model_version": [version] * len(items)})
 
     @cached_property
     def _item_vectors(self) -> VectorReader:

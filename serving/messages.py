@@ -25,7 +25,7 @@ FEATURES = 200
 PUSHED = 1_000
 """Impressions or clicks of one request."""
 K = 1_000
-"""Recommendations of one request."""
+"""Recommendations, or items like one, of one request."""
 
 Id = Annotated[
     Annotated[StrictStr, Field(min_length=1, max_length=256)]
@@ -220,6 +220,23 @@ class RecommendRequest(Asked):
     at: At = None
     context: Context
     unknown_user: Literal["empty", "refuse"] = "empty"
+
+
+class SimilarItemAnswer(BaseModel):
+    """An item like the one asked about."""
+
+    item_id: str | int
+    text: str
+    cosine: float
+    """Of the two item vectors under the live model."""
+
+
+class SimilarItemsAnswer(BaseModel):
+    """Items like one, most alike first."""
+
+    item_id: str | int
+    model_version: str
+    items: list[SimilarItemAnswer]
 
 
 class FeaturesRequest(Asked):

@@ -68,14 +68,14 @@ def synth(
     order: Annotated[
         float | None,
         typer.Option(
-            help="Logits a click gains of a topic searched for after it was paid for; before, it loses them.",
+            help="Logits a click gains of a topic searched for after it was paid for; else it loses them.",
             show_default="0",
         ),
     ] = None,
     combination: Annotated[
         float | None,
         typer.Option(
-            help="Logits a click gains of a topic met in both of the last two channels; in one, it loses them.",
+            help="Logits a click gains of a topic met in both last channels; of one in one, it loses them.",
             show_default="0",
         ),
     ] = None,

@@ -84,6 +84,24 @@ def recommend(
 
 
 @app.command()
+def similar(
+    item: Annotated[str, typer.Option(help="Id of an item of the log.")],
+    k: Annotated[int, typer.Option("-k", help="How many items.")] = 10,
+    home: HomeOption = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """The k items whose vectors under the live model are most alike to an item's."""
+    found = bahe.open(home).similar_items(item, k)
+    if as_json:
+        typer.echo(json.dumps({**vars(found), "items": [vars(one) for one in found.items]}))
+        return
+    print_table(
+        ("item", "cosine", "text"),
+        [(str(one.item_id), f"{one.cosine:.4f}", one.text) for one in found.items],
+    )
+
+
+@app.command()
 def audit(
     home: HomeOption = None,
     requests: Annotated[

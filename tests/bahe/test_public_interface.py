@@ -40,6 +40,7 @@ PUBLIC = [
     "Pruned",
     "Published",
     "Run",
+    "SimilarItems",
     "Status",
     "TrainingOutcome",
     "UnknownEntity",
@@ -75,6 +76,7 @@ METHODS = [
     "runs",
     "score",
     "serve",
+    "similar_items",
     "status",
     "train",
 ]
@@ -143,6 +145,9 @@ def test_online_answers_come_as_objects(project: bahe.Project) -> None:
     assert len(answer.scores) == 3
     again = project.score("u1", [score.item_id for score in answer.scores])
     assert [score.item_id for score in again.scores] == [score.item_id for score in answer.scores]
+    alike = project.similar_items(0, 2)
+    assert isinstance(alike, bahe.SimilarItems)
+    assert len(alike.items) == 2
     with pytest.raises(bahe.UnknownEntity, match="user nobody"):
         project.lookup("nobody")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import shutil
 import weakref
 from datetime import UTC, datetime
@@ -14,8 +15,10 @@ from fastapi.testclient import TestClient
 
 from bahe_core.errors import BadInput, Damaged, NotReady, UnknownEntity
 from bahe_core.home import Home
+from feature_repo.store import open_store
 from serving.api import create_app
 from serving.lookup import OnlineLookup, parsed_context
+from tests.support.cli import call
 from tests.support.home_contents import copy_of
 from tests.support.logs import small_log
 
@@ -91,6 +94,45 @@ def test_recommendations_are_the_best_scores_among_unseen_items(client: TestClie
     scored = client.post("/score", json=request).json()["scores"]
     assert [score["item_id"] for score in scored] == [score["item_id"] for score in every]
     assert all(score["text"] for score in every)
+
+
+def test_similar_items_are_the_nearest_by_the_stored_vectors(home: Home, client: TestClient) -> None:
+    version = OnlineLookup(home).live_version()
+    stored = open_store(home).get_online_features(
+        ["item_embedding:embedding"],
+        [{"item_id": item, "model_version": version} for item in sorted(EVERY_ITEM)],
+    )
+    vectors = np.array(stored.to_dict()["embedding"])
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    cosine = unit @ unit[7]
+    expected = [item for item in np.argsort(-cosine).tolist() if item != 7]
+    answer = client.get("/v1/similar/items/7", params={"k": 1000}).json()
+    assert [one["item_id"] for one in answer["items"]] == expected
+    assert [one["cosine"] for one in answer["items"]] == pytest.approx(cosine[expected], abs=1e-5)
+    assert all(one["text"] for one in answer["items"])
+    few = client.get("/v1/similar/items/7", params={"k": 3}).json()
+    assert (few["item_id"], few["model_version"]) == (7, version)
+    assert few["items"] == answer["items"][:3]
+    by_command = json.loads(call("similar", "--item", "7", "-k", "3", "--json", home=home).stdout)
+    assert [one["item_id"] for one in by_command["items"]] == expected[:3]
+    assert f"{cosine[expected[0]]:.4f}" in call("similar", "--item", "7", home=home).stdout
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "reason"),
+    [
+        ("/v1/similar/items/999", 404, "item 999 is not in the online store"),
+        ("/v1/similar/items/07", 404, "item 07 is not an integer"),
+        ("/v1/similar/items/7?k=0", 422, "k: "),
+        ("/v1/similar/items/7?k=1001", 422, "k: "),
+    ],
+)
+def test_similar_items_that_cannot_be_given(
+    client: TestClient, path: str, status: int, reason: str
+) -> None:
+    answer = client.get(path)
+    assert answer.status_code == status
+    assert reason in answer.json()["detail"]
 
 
 def test_a_user_without_history_is_cold_and_still_gets_an_answer(client: TestClient) -> None:

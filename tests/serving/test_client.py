@@ -61,6 +61,7 @@ def test_every_method_answers(url: str) -> None:
         best = service.recommend("u1", 3, include_seen=True)
         assert len(best.scores) == 3
         assert service.recommend("nobody at all").cold
+        assert 3 not in {one.item_id for one in service.similar_items(3, 24).items}
         columns = service.features(["item_stats:item_impressions"], {"item_id": [1, 2]}).columns
         assert len(columns["item_impressions"]) == 2
         full = service.features(
@@ -90,6 +91,9 @@ def test_the_awaited_one_says_the_same(url: str) -> None:
                 )
                 assert (await service.user("u1")).behaviors == same.user("u1").behaviors
             assert (await service.recommend("u1", 2)).scores
+            alike = await service.similar_items(3, 4)
+            with Client(url, seconds=20) as same:
+                assert alike == same.similar_items(3, 4)
             asked = {"item_id": [1]}
             assert (await service.features(["item_stats:item_clicks"], asked)).columns["item_clicks"]
             now = datetime.now(UTC)

@@ -44,6 +44,7 @@ def filled(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Path) -> tup
         "head_width": 16,
         "channels": "merged",
         "time_gaps": True,
+        "recent": [3],
     }
     counted = ["item_behaviors", "item_channels", "genre_behaviors", "text_behaviors"]
     features = {"numeric": [f"user_{name}" for name in counted]}
