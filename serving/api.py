@@ -132,6 +132,15 @@ class _Service:
 
         return await self._probe.run(look)
 
+    async def freshness(self) -> tuple[str, dict[str, float]]:
+        """The live model, and the age in seconds of the views that it reads."""
+
+        def look() -> tuple[str, dict[str, float]]:
+            version = self.lookup.live_version()
+            return version, self.lookup.freshness(version)
+
+        return await self._probe.run(look)
+
     def _warm(self) -> None:
         self.lookup.items(list(self.lookup.catalogue())[:1], self.lookup.live_version())
 
@@ -251,8 +260,14 @@ def _probes(service: _Service) -> APIRouter:
 
     @router.get("/metrics", response_class=Response)
     async def metrics() -> Response:
-        """Latency by route, answers by status, requests in work: for Prometheus."""
-        return Response(service.metrics.text(), media_type=service.metrics.content_type)
+        """Latency by route, answers by status, requests in work, age of the features: for Prometheus.
+
+        What the store has to say is left out while it is away.
+        """
+        live: tuple[str | None, dict[str, float] | None] = (None, None)
+        with suppress(BaheError, OSError):
+            live = await service.freshness()
+        return Response(service.metrics.text(*live), media_type=service.metrics.content_type)
 
     return router
 

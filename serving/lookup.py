@@ -266,6 +266,24 @@ class OnlineLookup:
         """What is read with a user's or an item's features although the model does not read it."""
         return []
 
+    def freshness(self, version: str) -> dict[str, float]:
+        """For how many seconds nothing was written of each view that a model's scores are made of.
+
+        By publishing (or Feast's materialization), of this or another process; what was pushed is newer.
+        """
+        inputs = self._inputs_of(version)
+        read = {view_of(one) for listed in inputs.references.values() for one in listed}
+        read |= {view_of(one) for readers in inputs.vectors.values() for one in readers}
+        read |= {"user_embedding", "item_embedding"}
+        with online_errors(self._home):
+            views = self._store.registry.list_feature_views(self._store.project, allow_cache=False)
+        now = datetime.now(UTC)
+        return {
+            view.name: max(0.0, (now - view.most_recent_end_time).total_seconds())
+            for view in sorted(views, key=lambda view: view.name)
+            if view.name in read and view.most_recent_end_time is not None
+        }
+
     def catalogue(self) -> dict[Identifier, str]:
         """Text of every item that can be recommended, by id."""
         path = self._home.catalogue_of_items

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from bisect import bisect_left
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import accumulate
 
 _BUCKETS = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
@@ -49,10 +49,18 @@ class Metrics:
         """Ask this for the requests in work, whenever somebody looks."""
         self._in_work = in_work
 
-    def text(self) -> str:
-        """Prometheus's text format."""
+    def text(self, live_model: str | None = None, freshness: Mapping[str, float] | None = None) -> str:
+        """Prometheus's text format; with the model that answers, and the age of each view that it reads."""
         with self._lock:
-            return "\n".join([*self._lines(), ""])
+            lines = list(self._lines())
+        if live_model is not None:
+            lines += _head("bahe_live_model", "gauge", "1 for the model that answers.")
+            lines.append(f'bahe_live_model{{model_version="{_escaped(live_model)}"}} 1')
+            about = "Since a view that the model reads was last written online by a publish."
+            lines += _head("bahe_feature_freshness_seconds", "gauge", about)
+            for view, seconds in (freshness or {}).items():
+                lines.append(f'bahe_feature_freshness_seconds{{view="{_escaped(view)}"}} {seconds:.3f}')
+        return "\n".join([*lines, ""])
 
     def _lines(self) -> Iterator[str]:
         yield from _head("bahe_requests_total", "counter", "Answers; 499 are clients that went away.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from feast import Field, RequestSource
 from feast.infra.online_stores import remote
 from feast.on_demand_feature_view import on_demand_feature_view
 from feast.types import Int64
+from prometheus_client.parser import text_string_to_metric_families
 from typer.testing import CliRunner
 
 from bahe.cli import app as commands
@@ -407,3 +409,32 @@ def test_metrics_are_prometheus_text(client: TestClient) -> None:
     assert text.headers["content-type"].startswith("text/plain; version=0.0.4")
     assert 'bahe_request_seconds_bucket{route="/v1/score",le="0.001"}' in text.text
     assert "bahe_requests_in_work 0" in text.text
+
+
+def test_metrics_say_how_old_the_features_of_the_live_model_are(served: Home, tmp_path: Path) -> None:
+    home = copy_of(served, tmp_path)
+    client = TestClient(create_app(home))
+    version = OnlineLookup(home).live_version()
+
+    def ages() -> dict[str, float]:
+        families = text_string_to_metric_families(client.get("/metrics").text)
+        found = {family.name: family.samples for family in families}
+        assert [one.labels for one in found["bahe_live_model"]] == [{"model_version": version}]
+        return {one.labels["view"]: one.value for one in found["bahe_feature_freshness_seconds"]}
+
+    before = ages()
+    read = {"item_embedding", "item_stats", "user_embedding", "user_stats", "user_timeline"}
+    assert set(before) == read
+    assert min(before.values()) > 0
+    store = open_store(home)  # as another process that writes
+    view, end = store.get_feature_view("item_stats"), datetime.now(UTC) + timedelta(hours=5)
+    store.registry.apply_materialization(view, store.project, datetime(2020, 1, 1, tzinfo=UTC), end)
+    after = ages()
+    assert after["item_stats"] == 0
+    assert after["user_stats"] > before["user_stats"]
+    for path in home.root.glob("online.db*"):
+        path.write_bytes(b"no database")
+    text = client.get("/metrics")
+    assert text.status_code == 200
+    assert "bahe_requests_total" in text.text
+    assert "freshness" not in text.text
