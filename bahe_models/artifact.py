@@ -6,6 +6,7 @@ The deep layers' weights are in it, so that loading needs neither the backbone's
 from __future__ import annotations
 
 import json
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -104,6 +105,8 @@ class Artifact:
             (part / "config.json").write_text(json.dumps(config, indent=2) + "\n")
             (part / "item_ids.json").write_text(json.dumps(self.item_ids) + "\n")
             save_file(state, part / "model.safetensors")
+            # safetensors lets its owner alone read a file, whatever the umask; others may serve the home.
+            (part / "model.safetensors").chmod(stat.S_IMODE((part / "config.json").stat().st_mode))
 
     @torch.inference_mode()
     def user_vectors(
@@ -267,7 +270,9 @@ class Artifact:
 
 
 def load(folder: Path | str) -> Artifact:
-    """Read an artifact. Raises BadInput when the folder is not one, or is damaged."""
+    """Read an artifact. Raises BadInput when the folder is not one, or is damaged, NotWritable when it may
+    not be read.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -275,6 +280,7 @@ def load(folder: Path | str) -> Artifact:
     config = read_config(folder)
     try:
         item_ids = tuple(json.loads((folder / "item_ids.json").read_text()))
+        (folder / "model.safetensors").open("rb").close()  # safetensors calls one it may not read absent
         state = load_file(folder / "model.safetensors")
     except (OSError, ValueError, SafetensorError) as error:
         raise no_artifact(folder, error) from None

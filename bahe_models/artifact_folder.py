@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from bahe_core.errors import BadInput, NotServable
+from bahe_core.errors import BadInput, BaheError, NotServable, storage_problem
 from bahe_models.config import ModelConfig
 
 FORMAT = 1
@@ -32,7 +32,9 @@ def require_vectors_suffice(model_version: str, config: ModelConfig) -> None:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The config. Raises BadInput when the folder is not an artifact, or of another format."""
+    """The config. Raises BadInput when the folder is no artifact of this format, NotWritable when it may
+    not be read.
+    """
     try:
         config: dict[str, Any] = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError) as error:
@@ -66,6 +68,6 @@ def vector_widths_of(config: dict[str, Any]) -> dict[str, int]:
     return dict(config.get("vectors", {}))  # older artifacts have none
 
 
-def no_artifact(folder: Path, error: Exception) -> BadInput:
-    """The error for a folder that cannot be read as an artifact."""
-    return BadInput(f"{folder} is not a model artifact ({error}); train again.")
+def no_artifact(folder: Path, error: Exception) -> BaheError:
+    """The error for a folder that cannot be read as an artifact: NotWritable where it is not allowed to."""
+    return storage_problem(error) or BadInput(f"{folder} is not a model artifact ({error}); train again.")
