@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bahe_core.errors import BadInput, BaheError
+from bahe_core.files import replace_atomically
 from bahe_core.machine import configure_threads, usable_cores
 
 LIBRARIES = ("torch", "transformers", "feast", "duckdb", "numpy")
@@ -40,38 +41,70 @@ class Row:
 
 
 def main(name: str, description: str, measure: Callable[[bool, Path], Iterable[Row]]) -> None:
-    """Run `measure(quick, home)`, print its rows, and write them as JSON when asked to."""
+    """Run `measure(quick, home)`, print each row when it is there, and write them as JSON when asked to.
+
+    The JSON of a run that is stopped has the rows so far, and `--from` puts them on the page.
+    """
     threads = configure_threads()
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=description)
     parser.add_argument("--quick", action="store_true", help="measure less of the same")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--write", action="store_true", help=f"put the figures into {MEASUREMENTS.name}")
     parser.add_argument("--home", type=Path, default=Path(".bahe"), help="a home filled by `bahe demo`")
+    parser.add_argument(
+        "--from", type=Path, dest="earlier", help="measure nothing: the figures of this JSON"
+    )
     arguments = parser.parse_args()
     try:
         if arguments.write:
             around(MEASUREMENTS, name)  # before hours of measuring, not after
-        rows = list(measure(arguments.quick, arguments.home))
+        if arguments.earlier is not None:
+            content = _read(arguments.earlier, name)
+        else:
+            content = {
+                "name": name,
+                "quick": arguments.quick,
+                "whole": False,
+                "date": datetime.now(UTC).date().isoformat(),
+                "commit": _commit(),
+                "hardware": f"{_processor()}, {usable_cores()} cores",
+                "threads": threads,
+                "versions": _versions(),
+                "rows": [],
+            }
+            for row in measure(arguments.quick, arguments.home):
+                print(_line(row), flush=True)
+                content["rows"].append(asdict(row))
+                _save(content, arguments.json)
+            content["whole"] = True
+            _save(content, arguments.json)
     except BaheError as error:
         parser.exit(error.exit_code, f"{parser.prog}: {error}\n")
-    for row in rows:
-        against = f"  ({row.peer}: {row.peer_value:.4g})" if row.peer_value is not None else ""
-        goal = f"  goal {row.goal}: {'holds' if row.holds else 'MISSED'}" if row.goal else ""
-        print(f"{row.metric:<48} {row.value:>10.4g} {row.unit}{against}{goal}")
-    content = {
-        "name": name,
-        "quick": arguments.quick,
-        "date": datetime.now(UTC).date().isoformat(),
-        "commit": _commit(),
-        "hardware": f"{_processor()}, {usable_cores()} cores",
-        "threads": threads,
-        "versions": _versions(),
-        "rows": [asdict(row) for row in rows],
-    }
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(content, indent=2) + "\n")
     if arguments.write:
         put(MEASUREMENTS, name, section(content))
+
+
+def _line(row: Row) -> str:
+    against = f"  ({row.peer}: {row.peer_value:.4g})" if row.peer_value is not None else ""
+    goal = f"  goal {row.goal}: {'holds' if row.holds else 'MISSED'}" if row.goal else ""
+    return f"{row.metric:<48} {row.value:>10.4g} {row.unit}{against}{goal}"
+
+
+def _save(content: dict[str, Any], path: Path | None) -> None:
+    if path is not None:
+        with replace_atomically(path) as part:
+            part.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _read(path: Path, name: str) -> dict[str, Any]:
+    """The JSON of an earlier run. Raises BadInput when it is none of this benchmark."""
+    try:
+        content: dict[str, Any] = json.loads(path.read_text())
+        if content["name"] == name:
+            return content
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise BadInput(f"{path} is no JSON of benchmarks.{name}; name what its --json wrote.")
 
 
 def against(metric: str, value: float, unit: str, peers: Mapping[str, float]) -> Iterator[Row]:
@@ -93,7 +126,8 @@ def section(content: dict[str, Any]) -> str:
     command = f"python -m benchmarks.{content['name']}{' --quick' if content['quick'] else ''}"
     threads = "1 thread" if content["threads"] == 1 else f"{content['threads']} threads"
     lines = [
-        f"`{command}`, {content['date']}, {content['hardware']}, {threads}, commit {content['commit']}.",
+        f"`{command}`, {content['date']}, {content['hardware']}, {threads}, commit {content['commit']}"
+        f"{'' if content.get('whole', True) else '; stopped before its end'}.",
         "",
         "| | Measured | Against | Goal |",
         "|---|---|---|---|",
