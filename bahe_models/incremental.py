@@ -201,7 +201,7 @@ class _Sequence:
             present_P = torch.ones_like(channel_P, dtype=torch.bool)
             added_PB = self.model.added(atoms_PD, present_P, channel_P, id_row_P)
             self.sum_B = self.sum_B + added_PB.sum(dim=0)
-            self.fading_HB = self._faded(added_PB[:, : self.fading_HB.shape[1]])
+            self.fading_HB = self._faded(added_PB[:, : self.model.config.profile_width])
         if self.model.aggregator.deep is None:
             self.state_D = torch.zeros_like(self.model.aggregator.start_D)
             return

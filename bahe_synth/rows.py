@@ -106,6 +106,7 @@ def behaviors(settings: Settings, day: int) -> Iterator[pa.Table]:
     world, names = settings.world(), pa.array(settings.channels)
     weights = np.resize(CHANNEL_WEIGHTS, len(settings.channels))
     cumulative = np.cumsum(weights) / weights.sum()
+    errands, chunks = settings.errands(), settings.chunks(settings.behaviors, day)
     for chunk, (rng, user_N, session_N, time_N) in enumerate(_sessions(settings, _BEHAVIORS, day)):
         first = np.unique(session_N, return_index=True)[1]
         topic_N = world.wanted_topics(rng, user_N[first], day)[session_N]
@@ -114,8 +115,7 @@ def behaviors(settings: Settings, day: int) -> Iterator[pa.Table]:
         style_N = _styles(rng, world, user_N)
         channel_N = np.searchsorted(cumulative[:-1], rng.random(len(user_N)), side="right")
         atom_N = world.atoms_of(rng, channel_N, topic_N, style_N)
-        for errand in settings.errands():
-            chunks = settings.chunks(settings.behaviors, day)
+        for errand in errands:
             theirs_N, in_channel_N, about_N, moment_N = errand.behaviors(day, chunk, chunks)
             atoms = world.atoms_of(rng, in_channel_N, about_N, _styles(rng, world, theirs_N))
             user_N, atom_N = np.concatenate((user_N, theirs_N)), np.concatenate((atom_N, atoms))
@@ -143,14 +143,13 @@ def _styles(rng: np.random.Generator, world: World, user_N: Indices) -> Indices:
 def impressions(settings: Settings, day: int) -> Iterator[tuple[pa.Table, pa.Table]]:
     """Chunks of a day's impressions, each with the truth about its rows."""
     world = settings.world()
-    number = settings.rows(settings.impressions, day).start
+    number, errands = settings.rows(settings.impressions, day).start, settings.errands()
     for rng, user_N, _, time_N in _sessions(settings, _IMPRESSIONS, day):
         order = np.argsort(time_N, kind="stable")
         user_N, time_N = user_N[order], time_N[order]
         topic_N = (rng.random(len(user_N)) * len(TOPICS)).astype(np.int64)
         targeted = np.flatnonzero(rng.random(len(user_N)) < TARGETED)
         topic_N[targeted] = world.wanted_topics(rng, user_N[targeted], day)
-        errands = settings.errands()
         for errand in errands:
             about_N = errand.topics(user_N, day)
             meant_N = (rng.random(len(user_N)) < ERRAND_SHOWN / len(errands)) & (about_N >= 0)

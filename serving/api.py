@@ -264,10 +264,10 @@ def _probes(service: _Service) -> APIRouter:
 
         What the store has to say is left out while it is away.
         """
-        live: tuple[str | None, dict[str, float] | None] = (None, None)
+        live = None
         with suppress(BaheError, OSError):
             live = await service.freshness()
-        return Response(service.metrics.text(*live), media_type=service.metrics.content_type)
+        return Response(service.metrics.text(live), media_type=service.metrics.content_type)
 
     return router
 

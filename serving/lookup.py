@@ -464,17 +464,18 @@ class OnlineLookup:
             raise BadInput(f"k is {k}; it must be at least 1.")
         version, texts = self.live_version(), self.catalogue()
         own_id = self._as_stored("item_embedding", "item_id", item_id)
-        item_ids = [one for one in texts if one != own_id]
-        vectors = self._vectors_of([own_id, *item_ids], version)
-        if not vectors.found_N[0]:
+        item_ids = list(texts)  # in the catalogue's order, in which a service has them in memory
+        vectors = self._vectors_of(item_ids, version)
+        others_N = vectors.found_N.copy()
+        own = item_ids.index(own_id) if own_id in texts else None
+        if own is None or not others_N[own]:
             raise self._unknown_items([own_id])
+        others_N[own] = False
         norm_N = np.linalg.norm(vectors.vectors_ND, axis=1).clip(1e-12)
-        cosine_N = vectors.vectors_ND @ vectors.vectors_ND[0] / (norm_N * norm_N[0])
-        cosine_N[~vectors.found_N] = -np.inf
-        best = np.argsort(-cosine_N[1:], kind="stable")[: min(k, int(vectors.found_N[1:].sum()))]
-        found = [
-            SimilarItem(item_ids[i], texts[item_ids[i]], float(cosine_N[1 + i])) for i in best.tolist()
-        ]
+        cosine_N = vectors.vectors_ND @ vectors.vectors_ND[own] / (norm_N * norm_N[own])
+        cosine_N[~others_N] = -np.inf
+        best = np.argsort(-cosine_N, kind="stable")[: min(k, int(others_N.sum()))].tolist()
+        found = [SimilarItem(item_ids[i], texts[item_ids[i]], float(cosine_N[i])) for i in best]
         return SimilarItems(own_id, version, found)
 
     def _answer(

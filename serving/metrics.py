@@ -49,16 +49,17 @@ class Metrics:
         """Ask this for the requests in work, whenever somebody looks."""
         self._in_work = in_work
 
-    def text(self, live_model: str | None = None, freshness: Mapping[str, float] | None = None) -> str:
+    def text(self, live: tuple[str, Mapping[str, float]] | None = None) -> str:
         """Prometheus's text format; with the model that answers, and the age of each view that it reads."""
         with self._lock:
             lines = list(self._lines())
-        if live_model is not None:
+        if live is not None:
+            model_version, freshness = live
             lines += _head("bahe_live_model", "gauge", "1 for the model that answers.")
-            lines.append(f'bahe_live_model{{model_version="{_escaped(live_model)}"}} 1')
+            lines.append(f'bahe_live_model{{model_version="{_escaped(model_version)}"}} 1')
             about = "Since a view that the model reads was last written online by a publish."
             lines += _head("bahe_feature_freshness_seconds", "gauge", about)
-            for view, seconds in (freshness or {}).items():
+            for view, seconds in freshness.items():
                 lines.append(f'bahe_feature_freshness_seconds{{view="{_escaped(view)}"}} {seconds:.3f}')
         return "\n".join([*lines, ""])
 
