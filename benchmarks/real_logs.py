@@ -2,8 +2,9 @@
 
 BAHE as the log's dataset.yaml has it, without what a user did with the items like a candidate (of its
 category, type, very text), without that and what the user did with the candidate itself, without a network
-on the features alone, with embeddings of IDs, and with deep layers; beside them gradient boosting on the
-same features. Choices are made by the validation split; the test split is reported for what was chosen.
+on the features alone, with embeddings of IDs, with fading sums over the behaviors, and with deep layers;
+beside them gradient boosting on the same features and on likeness of texts. Choices are made by the
+validation split; the test split is reported for what was chosen.
 """
 
 from __future__ import annotations
@@ -13,20 +14,14 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
-
 from benchmarks.harness import Row, against, main
 
 if TYPE_CHECKING:
     import bahe
-    from bahe_models import Impressions, TrainingData
 
 PAIRS = "user_item_"
 WITHOUT = ", without what a user did with"
 SEEDS = (0, 1, 2)
-CATEGORIES = 250
-"""Categories of more values are left out: gradient boosting bins no more."""
 
 
 def measure(quick: bool, home_path: Path) -> Iterable[Row]:
@@ -57,6 +52,7 @@ def measure(quick: bool, home_path: Path) -> Iterable[Row]:
         without_it, ids = {"facts_width": 0}, {"behavior_ids": True, "item_ids": True}
         variants[", without a network on the features alone"] = ({"model": model | without_it}, seeds)
         variants[", with embeddings of IDs"] = ({"model": model | ids}, seeds)
+        variants[", with fading sums"] = ({"model": model | {"recent": [8, 64]}}, seeds)
         # They take ten times as long.
         variants[", with deep layers"] = ({"model": model | {"deep": True}}, SEEDS[:1])
     for name, (sections, of_variant) in variants.items():
@@ -87,14 +83,10 @@ def measure(quick: bool, home_path: Path) -> Iterable[Row]:
 
 
 def _boosted(project: bahe.Project) -> dict[str, float]:
-    """AUC by split of scikit-learn's HistGradientBoostingClassifier on the features of the last frame.
-
-    Its number of trees is that of the best validation AUC.
-    """
-    from sklearn.ensemble import HistGradientBoostingClassifier
-
+    """AUC by split of gradient boosting on the last frame, as good as the validation split makes it."""
     from bahe_lake.connection import lake
-    from bahe_models import auc
+    from bahe_models import auc, fit_dense
+    from bahe_models.baselines import train_gradient_boosting
     from materialize.config.dataset import home_dataset
     from materialize.frames.frame import latest_frame
     from materialize.training.training_data import read_training_data
@@ -105,35 +97,9 @@ def _boosted(project: bahe.Project) -> dict[str, float]:
         encoder = current_encoder(connection, home)
         channels = home_dataset(home).channels
         data = read_training_data(connection, latest_frame(home), encoder, channels)
-    table = {name: _table(data, split) for name, split in data.splits.items()}
-    fitted = HistGradientBoostingClassifier(
-        max_iter=400, learning_rate=0.05, early_stopping=False, random_state=0
-    ).fit(table["train"], data.splits["train"].clicked_N)
-    aucs = {
-        name: [
-            auc(data.splits[name].clicked_N, scores[:, 1])
-            for scores in fitted.staged_predict_proba(table[name])
-        ]
-        for name in ("validation", "test")
-    }
-    best = int(np.argmax(aucs["validation"]))
-    return {name: values[best] for name, values in aucs.items()}
-
-
-def _table(data: TrainingData, split: Impressions) -> npt.NDArray[np.float64]:
-    """Dense features and codes of the categories, NaN where a category is rare or unknown [N, F]."""
-    from bahe_models import fit_dense
-
-    dense_NF = fit_dense(data).transform(split.columns, split.length_NC, split.time_us_N)
-    columns: list[npt.NDArray[Any]] = list(dense_NF.T)
-    train = data.splits["train"]
-    if train.context_NX is not None and split.context_NX is not None:
-        for known_N, hash_N in zip(train.context_NX.T, split.context_NX.T, strict=True):
-            known = np.unique(known_N)
-            if len(known) <= CATEGORIES:
-                place_N = np.minimum(np.searchsorted(known, hash_N), len(known) - 1)
-                columns.append(np.where(known[place_N] == hash_N, place_N, np.nan))
-    return np.column_stack(columns)
+    score = train_gradient_boosting(data, fit_dense(data))
+    splits = {name: data.splits[name] for name in ("validation", "test")}
+    return {name: auc(split.clicked_N, score(split)) for name, split in splits.items()}
 
 
 if __name__ == "__main__":

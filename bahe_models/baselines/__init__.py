@@ -1,7 +1,8 @@
-"""What BAHE has to beat, on the same frame: the floor, networks on IDs, and the LLM over long text."""
+"""What BAHE has to beat, on the same frame: the floor, networks on IDs, trees, the LLM over long text."""
 
 from bahe_models.baselines.din import train_din
 from bahe_models.baselines.floor import floor_scores
+from bahe_models.baselines.gradient_boosting import train_gradient_boosting
 from bahe_models.baselines.id_only import train_id_only
 from bahe_models.baselines.long_text import LongText, TokenTimelines, token_timelines
 
@@ -11,5 +12,6 @@ __all__ = [
     "floor_scores",
     "token_timelines",
     "train_din",
+    "train_gradient_boosting",
     "train_id_only",
 ]
