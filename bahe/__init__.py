@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from materialize.ingest.ingest import Ingested
     from materialize.ingest.quarantine import Held
     from materialize.release.publish import Published
+    from materialize.training.comparison import Comparison
     from materialize.training.train import TrainingOutcome
     from materialize.upkeep.compact import Compacted
     from materialize.upkeep.prune import Pruned
@@ -51,6 +52,7 @@ _RESULTS = {
     "Atoms": "materialize.vectors.stored_atoms",
     "Checked": "materialize.ingest.check",
     "Compacted": "materialize.upkeep.compact",
+    "Comparison": "materialize.training.comparison",
     "Day": "bahe.daily",
     "Embedded": "materialize.vectors.embed",
     "Encoded": "materialize.vectors.encode",
@@ -78,6 +80,7 @@ __all__ = [
     "Busy",
     "Checked",
     "Compacted",
+    "Comparison",
     "Damaged",
     "Day",
     "Embedded",

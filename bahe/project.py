@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from materialize.ingest.ingest import Ingested
     from materialize.ingest.quarantine import Held
     from materialize.release.publish import Published
+    from materialize.training.comparison import Comparison
     from materialize.training.refit import Refitted
     from materialize.training.tracking import Tracker
     from materialize.training.train import TrainingOutcome
@@ -195,6 +196,43 @@ class Project:
         with job("refit"):
             return _say(
                 refit(self.home, model_version=model_version, warm_start=warm_start, device_name=device)
+            )
+
+    def compare(
+        self,
+        dataset: Path | str | None = None,
+        *,
+        models: Sequence[str] | None = None,
+        variants: Sequence[str] = (),
+        seeds: int = 3,
+        test: bool = False,
+        device: str | None = None,
+    ) -> Comparison:
+        """Train BAHE and its peers on one frame with several seeds; is one better, beyond chance?
+
+        The last frame, or that of a `dataset`, which is ingested, encoded and framed first. `models` are
+        `floor`, `id-only`, `din`, `gradient-boosting`, `bahe`, `bahe-deep`, `bahe-no-deep`, all that differ
+        when left out; each of `variants` is BAHE with other settings, `model.deep=true training.epochs=6`.
+        Choices are made by validation; `test` adds the test split. Nothing is put online. A killed
+        comparison goes on where it stopped.
+        """
+        from materialize.training.compare import compare
+
+        if dataset is not None:
+            self.ingest(dataset)
+            self.encode(device=device)
+            self.apply()
+            self.frame()
+        with job("compare"):
+            return _say(
+                compare(
+                    self.home,
+                    models=models,
+                    variants=variants,
+                    seeds=seeds,
+                    test=test,
+                    device_name=device,
+                )
             )
 
     def embed(

@@ -151,6 +151,11 @@ class Home:
         return self.root / "reports"
 
     @property
+    def compared(self) -> Path:
+        """What the models of comparisons predicted, one file each."""
+        return self.root / "compared"
+
+    @property
     def days(self) -> Path:
         """What each daily run did and how far it got, one JSON file per date."""
         return self.root / "daily"

@@ -1,6 +1,6 @@
 """Quality of click predictions: ranking (AUC, GAUC) and probabilities (log loss, calibration).
 
-Shape letters: N impressions, B bins.
+Shape letters: N impressions, U users, B bins.
 """
 
 from __future__ import annotations
@@ -32,6 +32,15 @@ def gauc(clicked: npt.ArrayLike, score: npt.ArrayLike, user: npt.NDArray[Any]) -
 
     Users with one class only say nothing about ranking and are left out. NaN when none is left.
     """
+    auc_U, size_U = user_aucs(clicked, score, user)
+    mixed = ~np.isnan(auc_U)
+    return float(np.average(auc_U[mixed], weights=size_U[mixed])) if mixed.any() else float("nan")
+
+
+def user_aucs(
+    clicked: npt.ArrayLike, score: npt.ArrayLike, user: npt.NDArray[Any]
+) -> tuple[Float, npt.NDArray[np.int64]]:
+    """AUC and impressions of each user [U], in the order of the users' ids; NaN with one class only."""
     labels, scores = np.asarray(clicked, dtype=np.float64), np.asarray(score)
     _, group = np.unique(user, return_inverse=True)
     order = np.lexsort((scores, group))
@@ -43,12 +52,9 @@ def gauc(clicked: npt.ArrayLike, score: npt.ArrayLike, user: npt.NDArray[Any]) -
     rank = np.repeat(starts + (runs + 1) / 2, runs) - first
     size, clicks = np.bincount(group), np.bincount(group, labels)
     pairs = clicks * (size - clicks)
-    mixed = pairs > 0
-    if not mixed.any():
-        return float("nan")
     # The Mann-Whitney statistic of each user, all users at once.
     wins = np.bincount(group, rank * labels) - clicks * (clicks + 1) / 2
-    return float(np.average(wins[mixed] / pairs[mixed], weights=size[mixed]))
+    return np.divide(wins, pairs, out=np.full(len(pairs), np.nan), where=pairs > 0), size
 
 
 def probability(logit: npt.ArrayLike) -> Float:

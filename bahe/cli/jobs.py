@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -16,7 +17,7 @@ from bahe.cli.options import (
     RayAddressOption,
     TrackerOption,
 )
-from bahe.cli.printing import print_results
+from bahe.cli.printing import print_comparison, print_results
 from bahe.cli.program import app
 from bahe_core.errors import BadInput
 from bahe_core.machine import is_first_process
@@ -121,6 +122,50 @@ def refit(
     beside it. `bahe embed --model VERSION` and `bahe publish` put it online; `bahe daily` does all of it.
     """
     bahe.open(home).refit(model_version=model, device=device)
+
+
+@app.command()
+def compare(
+    dataset: Annotated[
+        Path | None,
+        typer.Argument(
+            help="dataset.yaml, which is ingested, encoded and framed first.", show_default="the last frame"
+        ),
+    ] = None,
+    home: HomeOption = None,
+    models: Annotated[
+        str | None,
+        typer.Option(
+            help="Of floor, id-only, din, gradient-boosting, bahe, bahe-deep, bahe-no-deep, with commas.",
+            show_default="all that differ",
+        ),
+    ] = None,
+    variant: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="BAHE with other settings, as 'model.deep=true training.epochs=6'; may be repeated.",
+            metavar="SETTINGS",
+        ),
+    ] = None,
+    seeds: Annotated[
+        int, typer.Option(min=1, help="Trainings of each model that chance has a part in.")
+    ] = 3,
+    test: Annotated[
+        bool, typer.Option("--test", help="Compare on the test split too: once, when the choice is made.")
+    ] = False,
+    device: DeviceOption = None,
+) -> None:
+    """Is BAHE better than its peers on this log, and do its deep layers pay? Beyond chance?
+
+    Trains each on one frame and compares them on the validation split, on the same resamples of users.
+    Writes a page, HOME/reports/comparison.html, and the same as JSON; nothing is put online. What a model
+    predicted is kept: killed, the same call goes on, and a model that is added is all that is trained.
+    """
+    names = None if models is None else [name.strip() for name in models.split(",") if name.strip()]
+    done = bahe.open(home).compare(
+        dataset, models=names, variants=variant or (), seeds=seeds, test=test, device=device
+    )
+    print_comparison(done.rows)
 
 
 @app.command()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import typer
@@ -34,6 +35,28 @@ def print_results(results: list[dict[str, Any]]) -> None:
             for row in results
         ],
     )
+
+
+def print_comparison(rows: Sequence[Any]) -> None:
+    """A table a split, for 80 columns; a difference is the reference's AUC minus the model's."""
+    from materialize.training.comparison_report import shown_gain
+    from materialize.training.report import shown
+
+    for split in dict.fromkeys(row.split for row in rows):
+        print_table(
+            (split, "AUC", "difference [95 %]", "GAUC", "s"),
+            [
+                (
+                    row.model,
+                    shown(row.auc),
+                    shown_gain(row.gain),
+                    shown(row.gauc),
+                    f"{row.train_seconds:.0f}",
+                )
+                for row in rows
+                if row.split == split
+            ],
+        )
 
 
 def print_answer(answer: Any, as_json: bool) -> None:

@@ -23,6 +23,7 @@ from bahe_models.metrics import (
     log_loss,
     probability,
     reliability,
+    user_aucs,
 )
 from bahe_models.trainer.impressions import Impressions
 
@@ -191,6 +192,29 @@ def resampled_aucs(
         for model, ranking in rankings.items():
             result[model][begin:end] = ranking.auc(weight_UR)
         begin = end
+    return result
+
+
+def resampled_gaucs(
+    clicked: npt.ArrayLike,
+    scores: Mapping[str, Float],
+    user: npt.NDArray[Any],
+    *,
+    replicates: int = REPLICATES,
+    seed: int = 0,
+) -> dict[str, Float]:
+    """GAUC [R] of each model on the resamples of users that `resampled_aucs` draws, NaN likewise."""
+    of_users = {model: user_aucs(clicked, score_N, user) for model, score_N in scores.items()}
+    users = len(np.unique(user))
+    weight_UR = np.hstack(list(resampled_users(users, replicates, seed=seed)))
+    result = {}
+    for model, (auc_U, size_U) in of_users.items():
+        mixed = ~np.isnan(auc_U)
+        weights = weight_UR[mixed] * size_U[mixed, None]
+        total_R = weights.sum(axis=0)
+        summed_R = auc_U[mixed] @ weights
+        undefined = np.full(replicates, np.nan)
+        result[model] = np.divide(summed_R, total_R, out=undefined, where=(total_R > 0) & (users > 1))
     return result
 
 

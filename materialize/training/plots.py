@@ -1,15 +1,17 @@
-"""The figures of the training report, as inline SVG."""
+"""The figures of the reports, as inline SVG."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from bahe_models import Epoch, SplitEvaluation
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from materialize.training.comparison import Compared
 
 NAMES = {"floor": "Floor", "id_only": "ID-only network", "bahe": "BAHE"}
 """How a report calls the models."""
@@ -62,6 +64,32 @@ def reliability_plot(evaluations: Mapping[str, SplitEvaluation]) -> str:
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, loc="upper left")
     return _svg(figure, "Share clicked against predicted click probability, by split")
+
+
+def differences_plot(rows: Sequence[Compared], reference: str) -> str:
+    """How far each model is from the reference, with its interval; and AUC against seconds of training."""
+    from matplotlib.figure import Figure
+
+    others = [row for row in reversed(rows) if row.gain is not None]
+    figure = Figure(figsize=(10, 1.6 + 0.35 * len(rows)), layout="constrained")
+    gains, cost = figure.subplots(1, 2)
+    gains.axvline(0, color="#d0d7de", linewidth=1)
+    for place, row in enumerate(others):
+        assert row.gain is not None
+        ends = [[row.gain.value - row.gain.low], [row.gain.high - row.gain.value]]
+        colour = _COLOURS["bahe" if row.gain.certain else "floor"]
+        gains.errorbar([row.gain.value], [place], xerr=ends, fmt="o", color=colour, capsize=3)
+    gains.set_yticks(range(len(others)), [row.title for row in others])
+    gains.set(xlabel=f"AUC of {reference} minus the model's")
+    for row in rows:
+        seconds = max(row.train_seconds, 0.1)  # the floor learns nothing
+        cost.plot([seconds], [row.auc], "o", color=_COLOURS["bahe" if row.gain is None else "id_only"])
+        cost.annotate(row.title, (seconds, row.auc), xytext=(5, 4), textcoords="offset points", fontsize=8)
+    cost.set(xlabel="seconds of training", ylabel="AUC", xscale="log")
+    cost.margins(x=0.25, y=0.12)
+    for axes in (gains, cost):
+        axes.spines[["top", "right"]].set_visible(False)
+    return _svg(figure, "Differences in AUC with their intervals, and AUC against training time")
 
 
 def _svg(figure: Figure, label: str) -> str:

@@ -12,25 +12,11 @@ from typing import Any
 from bahe_models import SplitEvaluation
 from bahe_models.trainer.evaluation import LEVEL, REPLICATES
 from bahe_models.trainer.importance import REPEATS, Importance
+from materialize.training.page import write_page
 from materialize.training.plots import NAMES, reliability_plot, training_curves
 from materialize.training.train_with_baselines import Outcome
 
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
-<style>
- body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 3rem auto;
-   padding: 0 1rem; color: #1b1f24; }}
- h2 {{ margin-top: 2.5rem; }}
- table {{ border-collapse: collapse; width: 100%; margin: 1.5rem 0; }}
- th, td {{ padding: .45rem .7rem; border-bottom: 1px solid #d8dee4; text-align: right; }}
- th {{ vertical-align: bottom; }} td {{ font-variant-numeric: tabular-nums; white-space: nowrap; }}
- td span {{ color: #57606a; font-size: .85em; font-weight: 400; }}
- table.results :is(th, td):nth-child(-n+2), table.segments :is(th, td):first-child {{ text-align: left; }}
- tr.best td {{ font-weight: 600; background: #eef6ff; }}
- .quiet {{ color: #57606a; }} svg {{ width: 100%; height: auto; }}
-</style></head><body>
-<h1>{title}</h1>
-<p class="quiet">model_version {version}, {when}</p>
+_BODY = """<p class="quiet">model_version {version}, {when}</p>
 <table class="results"><thead><tr><th>Model</th><th>Split</th><th>AUC</th><th>GAUC</th><th>Log loss</th>
 <th>ECE</th><th>Training, s</th><th>Peak memory, MiB</th></tr></thead><tbody>{rows}</tbody></table>
 <h2>Is BAHE better?</h2>
@@ -54,9 +40,8 @@ AUC lost: mean over {repeats} shuffles of the feature's values among the impress
 the same stand in for each other. A view's features are shuffled together.
 Floor: logit of the item's click rate plus logit of the user's, both strictly before the impression;
 its probability is the sigmoid of that sum.
-Peak memory is that of the whole process while the model trained. The splits follow each other in time.</p>
-</body></html>
-"""
+Peak memory is that of the whole process while the model trained. The splits follow each other in
+time.</p>"""
 
 
 def shown(value: float | None, digits: int = 4) -> str:
@@ -99,25 +84,21 @@ def write_report(
     """Write the page; it needs no other file and no network. `advice` is that of `advice.advice`."""
     results, evaluations = outcome.results, outcome.evaluations
     floor = next(r["auc"] for r in results if r["model"] == "floor" and r["split"] == "validation")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(
-        _PAGE.format(
-            title=f"BAHE on {escape(dataset)}",
-            version=version,
-            when=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-            rows=_results(results),
-            differences="".join(f"<li>{_difference(row)}</li>" for row in results if "bahe_gain" in row),
-            advice="".join(f"<li>{escape(one[0].upper() + one[1:])}</li>" for one in advice),
-            segments=_segments(evaluations["test"]),
-            reliability=reliability_plot(evaluations),
-            curves=training_curves(outcome.histories, floor),
-            importance=_importance(outcome.importance),
-            level=LEVEL,
-            replicates=REPLICATES,
-            repeats=REPEATS,
-        ),
-        encoding="utf-8",
+    body = _BODY.format(
+        version=version,
+        when=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        rows=_results(results),
+        differences="".join(f"<li>{_difference(row)}</li>" for row in results if "bahe_gain" in row),
+        advice="".join(f"<li>{escape(one[0].upper() + one[1:])}</li>" for one in advice),
+        segments=_segments(evaluations["test"]),
+        reliability=reliability_plot(evaluations),
+        curves=training_curves(outcome.histories, floor),
+        importance=_importance(outcome.importance),
+        level=LEVEL,
+        replicates=REPLICATES,
+        repeats=REPEATS,
     )
+    write_page(path, f"BAHE on {dataset}", body)
 
 
 def _results(results: list[dict[str, Any]]) -> str:

@@ -23,7 +23,16 @@ from bahe_lake import runs
 from bahe_lake.connection import lake
 from bahe_lake.sql import sql_literal
 from bahe_lake.transactions import commit
-from bahe_models import Artifact, Checkpoint, TrainingData, encoder_version, load, load_backbone
+from bahe_models import (
+    Artifact,
+    Backbone,
+    BackboneConfig,
+    Checkpoint,
+    TrainingData,
+    encoder_version,
+    load,
+    load_backbone,
+)
 from bahe_models.artifact_folder import FORMAT
 from bahe_models.trainer.ctr_training import refuse_deep, require_fit
 from bahe_models.trainer.distributed import own_device, processes
@@ -99,7 +108,7 @@ def train_models(
             refuse_deep(settings.training, shard=shard)
         encoder = current_encoder(connection, home)
         require_gates(connection, "embed")
-        backbone, encoder_config = encoder_settings(dataset)
+        backbone, _ = encoder_settings(dataset)
         version = version_of(
             [
                 FORMAT,
@@ -131,17 +140,7 @@ def train_models(
         checkpoint = Checkpoint(home.checkpoint(version), version)
         checkpoint.check()
         data = read_training_data(connection, frame, encoder, dataset.channels)
-        halves = load_backbone(backbone)
-        configured = encoder_version(halves, encoder_config, backbone.shallow_layers)
-        if configured != encoder:
-            older = recorded_settings(connection, encoder)
-            if older is None or configured not in {v.encoder_version for v in versions(connection)}:
-                raise NotReady(
-                    f"the atoms are encoded by {encoder} and dataset.yaml asks for {configured}; run `bahe"
-                    " encode` first."
-                )
-            say(f"  {configured} is not complete yet; this model reads the vectors of {encoder}")
-            halves = load_backbone(replace(older[0], deep_layers=backbone.deep_layers))
+        _, halves = backbone_of(connection, dataset, encoder)
         if settings.model.deep:
             require_fit(halves.deep, data, settings.window)
         do_train = partial(
@@ -194,6 +193,29 @@ def train_models(
             learned = {"results": results, "encoder_version": encoder, "frame_id": frame.frame_id}
             commit(connection, [run.statement(learned, rows_read=sum(frame.rows.values()))])
     return TrainingOutcome(version, artifact_path, results, report, skipped=False)
+
+
+def backbone_of(
+    connection: duckdb.DuckDBPyConnection, dataset: Dataset, encoder: str
+) -> tuple[BackboneConfig, Backbone]:
+    """The backbone that vectors were made with, which a dataset.yaml may have changed since.
+
+    Raises NotReady when that is not known, or the changed one has encoded nothing yet.
+    """
+    backbone, encoder_config = encoder_settings(dataset)
+    halves = load_backbone(backbone)
+    configured = encoder_version(halves, encoder_config, backbone.shallow_layers)
+    if configured == encoder:
+        return backbone, halves
+    older = recorded_settings(connection, encoder)
+    if older is None or configured not in {v.encoder_version for v in versions(connection)}:
+        raise NotReady(
+            f"the atoms are encoded by {encoder} and dataset.yaml asks for {configured}; run `bahe"
+            " encode` first."
+        )
+    say(f"  {configured} is not complete yet; this model reads the vectors of {encoder}")
+    backbone = replace(older[0], deep_layers=backbone.deep_layers)
+    return backbone, load_backbone(backbone)
 
 
 def _with_rewritten(done: Outcome, framed: runs.Run | None) -> Outcome:

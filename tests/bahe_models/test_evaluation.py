@@ -18,6 +18,7 @@ from bahe_models.trainer.evaluation import (
     history_segments,
     interval,
     resampled_aucs,
+    resampled_gaucs,
     resampled_users,
 )
 
@@ -96,6 +97,24 @@ def test_resampled_auc_is_that_of_the_repeated_rows() -> None:
         for count in times.T.astype(int)
     ]
     np.testing.assert_allclose(fast, slow)
+
+
+def test_resampled_gauc_is_that_of_the_repeated_users() -> None:
+    clicked, logit, user = noisy(np.random.default_rng(0), rows=300, users=12)
+    clicked[user == user[0]] = 1  # one class only
+    fast = resampled_gaucs(clicked, {"m": logit}, user, replicates=20, seed=3)["m"]
+    distinct, row = np.unique(user, return_inverse=True)
+    times = np.concatenate(list(resampled_users(len(distinct), 20, seed=3)), axis=1)
+    slow = []
+    for count in times.T.astype(int):
+        copies = [
+            (np.flatnonzero(row == u), copy) for u in range(len(distinct)) for copy in range(count[u])
+        ]
+        rows = np.concatenate([at for at, _ in copies])
+        names = np.concatenate([np.full(len(at), f"{row[at[0]]}/{copy}") for at, copy in copies])
+        slow.append(gauc(clicked[rows], logit[rows], names))
+    np.testing.assert_allclose(fast, slow)
+    assert np.isnan(resampled_gaucs(clicked, {"m": logit}, np.zeros(300))["m"]).all()
 
 
 @given(st.integers(0, 1000))

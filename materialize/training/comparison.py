@@ -1,0 +1,242 @@
+"""What a comparison of models found: means over seeds, paired intervals, and what they say in sentences.
+
+Shape letters: N impressions, R bootstrap replicates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from bahe_core.results import Result
+from bahe_models import (
+    Impressions,
+    Int64,
+    TrainingData,
+    auc,
+    expected_calibration_error,
+    gauc,
+    item_id_rows,
+    log_loss,
+)
+from bahe_models.calibration import fit_calibration
+from bahe_models.metrics import Float, probability
+from bahe_models.trainer.evaluation import (
+    LEVEL,
+    history_segments,
+    interval,
+    resampled_aucs,
+    resampled_gaucs,
+)
+from materialize.training.contenders import BAHE, WITH_DEEP, WITHOUT_DEEP, Fit
+from materialize.training.train_with_baselines import CALIBRATED_ON
+
+NEW_ITEMS = "items unseen in training"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gain:
+    """By how much a metric of the reference is above another model's, with the interval of that."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def certain(self) -> bool:
+        """Whether the interval leaves out zero."""
+        return self.low > 0 or self.high < 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compared:
+    """One model on one split: means over its seeds, NaN where a metric is undefined."""
+
+    model: str
+    title: str
+    split: str
+    seeds: int
+    auc: float
+    auc_least: float
+    """Of the seeds."""
+    auc_most: float
+    gauc: float
+    log_loss: float
+    ece: float
+    """Expected calibration error."""
+    gain: Gain | None
+    """Of the reference, in AUC; None for the reference itself."""
+    gauc_gain: Gain | None
+    segments: Mapping[str, float]
+    """AUC by segment: length of the history, items unseen in training."""
+    train_seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison(Result):
+    """What `compare` found."""
+
+    reference: str
+    """Title of the model that the others are compared with."""
+    rows: list[Compared]
+    """Models in the order that they were asked for, split by split."""
+    segments: Mapping[str, Mapping[str, int]]
+    """Impressions of each segment, by split."""
+    findings: list[str]
+    """What the table says, in sentences."""
+    report: Path
+    """The same as a page, with plots."""
+    data: Path
+    """The same as JSON."""
+
+    @property
+    def summary(self) -> list[str]:
+        """The findings, and where the page is."""
+        return [*self.findings, f"report: {self.report}"]
+
+    def _repr_html_(self) -> str:
+        """The table and the findings, as in the report."""
+        from materialize.training.comparison_report import table
+
+        return table(self.rows) + "".join(f"<p>{finding}</p>" for finding in self.findings)
+
+
+def compared(
+    data: TrainingData,
+    names: Sequence[str],
+    fits: Mapping[str, Sequence[Fit]],
+    titles: Mapping[str, str],
+    reference: str,
+) -> list[Compared]:
+    """Each model on each of the splits of these names; `fits` by model, one for each seed.
+
+    The interval of a difference is that of the means over the seeds on the same resamples of users. It does
+    not hold how much other seeds would move it: for that there is the range of the seeds.
+    """
+    rows = []
+    for name in names:
+        split = data.splits[name]
+        quality = {model: [_quality(data, name, fit) for fit in each] for model, each in fits.items()}
+        mean = {
+            model: {metric: float(np.mean([one[metric] for one in each])) for metric in each[0]}
+            for model, each in quality.items()
+        }
+        draws = _draws(split, {model: [fit.logits[name] for fit in each] for model, each in fits.items()})
+        segments = segments_of(data, split)
+        for model, each in fits.items():
+            gains: dict[str, Gain | None] = {"auc": None, "gauc": None}
+            if model != reference:
+                for metric, of_metric in draws.items():
+                    low, high = interval(of_metric[reference] - of_metric[model])
+                    value = mean[reference][metric] - mean[model][metric]
+                    gains[metric] = Gain(value=value, low=low, high=high)
+            rows.append(
+                Compared(
+                    model=model,
+                    title=titles[model],
+                    split=name,
+                    seeds=len(each),
+                    auc_least=min(one["auc"] for one in quality[model]),
+                    auc_most=max(one["auc"] for one in quality[model]),
+                    gain=gains["auc"],
+                    gauc_gain=gains["gauc"],
+                    segments={
+                        segment: float(
+                            np.mean([auc(split.clicked_N[at], fit.logits[name][at]) for fit in each])
+                        )
+                        for segment, at in segments.items()
+                    },
+                    train_seconds=float(np.mean([fit.seconds for fit in each])),
+                    **mean[model],
+                )
+            )
+    return rows
+
+
+def segments_of(data: TrainingData, split: Impressions) -> dict[str, Int64]:
+    """Rows of the segments that have any: by behaviors before the impression, and of unseen items."""
+    found = {f"{name} behaviors before": rows for name, rows in history_segments(split.length_NC).items()}
+    seen_I = item_id_rows(data.splits["train"].item_N, data.item_ids)
+    found[NEW_ITEMS] = np.flatnonzero(seen_I[split.item_N] == 0)
+    return {name: rows for name, rows in found.items() if len(rows)}
+
+
+def _quality(data: TrainingData, name: str, fit: Fit) -> dict[str, float]:
+    """One fit on one split, calibrated as every other on what it has not learned from."""
+    split, logit_N = data.splits[name], fit.logits[name]
+    calibration = fit_calibration(data.splits[CALIBRATED_ON].clicked_N, fit.logits[CALIBRATED_ON])
+    calibrated_N = calibration.apply(logit_N)
+    return {
+        "auc": auc(split.clicked_N, logit_N),
+        "gauc": gauc(split.clicked_N, logit_N, split.user_N),
+        "log_loss": log_loss(split.clicked_N, calibrated_N),
+        "ece": expected_calibration_error(split.clicked_N, probability(calibrated_N)),
+    }
+
+
+def _draws(split: Impressions, logits: Mapping[str, Sequence[Float]]) -> dict[str, dict[str, Float]]:
+    """By metric and model, the means over seeds on each resample of users [R]."""
+    single = {f"{model}/{n}": one for model, each in logits.items() for n, one in enumerate(each)}
+    drawn = {
+        "auc": resampled_aucs(split.clicked_N, single, split.user_N),
+        "gauc": resampled_gaucs(split.clicked_N, single, split.user_N),
+    }
+    return {
+        metric: {
+            model: np.mean([of_metric[f"{model}/{n}"] for n in range(len(each))], axis=0)
+            for model, each in logits.items()
+        }
+        for metric, of_metric in drawn.items()
+    }
+
+
+def findings(rows: Sequence[Compared], reference: str) -> list[str]:
+    """What the last split of the rows says: who is better, by how much, and whether deep layers pay."""
+    split = rows[-1].split
+    rows = [row for row in rows if row.split == split]
+    by_model = {row.model: row for row in rows}
+    title = by_model[reference].title
+    said = []
+    others = [(row, row.gain) for row in rows if row.gain is not None]
+    groups = {
+        "is below, by more than chance": [(row, gain) for row, gain in others if gain.high < 0],
+        "is above, by more than chance": [(row, gain) for row, gain in others if gain.low > 0],
+        "cannot be told from": [(row, gain) for row, gain in others if not gain.certain],
+    }
+    for verdict, group in groups.items():
+        if group:
+            named = ", ".join(f"{row.title} ({_signed(gain)})" for row, gain in group)
+            said.append(f"on the {split} split {title} {verdict}: {named}.")
+    alike = [row for row, _ in groups["cannot be told from"]]
+    cheaper = [row for row in alike if row.train_seconds * 2 < by_model[reference].train_seconds]
+    if cheaper:
+        least = min(cheaper, key=lambda row: row.train_seconds)
+        said.append(
+            f"{least.title} trains in {least.train_seconds:.0f} s, {title} in"
+            f" {by_model[reference].train_seconds:.0f}."
+        )
+    return said + _about_deep_layers(by_model, reference)
+
+
+def _about_deep_layers(by_model: Mapping[str, Compared], reference: str) -> list[str]:
+    other = next((by_model[name] for name in (WITH_DEEP, WITHOUT_DEEP) if name in by_model), None)
+    if reference != BAHE or other is None or other.gain is None:
+        return []
+    gain, with_deep, without = other.gain, by_model[BAHE], other
+    if other.model == WITH_DEEP:
+        gain = Gain(value=0 - gain.value, low=0 - gain.high, high=0 - gain.low)  # no -0.0
+        with_deep, without = other, by_model[BAHE]
+    times = with_deep.train_seconds / max(without.train_seconds, 0.01)
+    advice = (
+        "they pay: `model: {deep: true}`"
+        if gain.low > 0
+        else "no gain beyond chance, so `model: {deep: false}` is the better choice"
+    )
+    return [f"the deep layers bring {_signed(gain)}, for {times:.1f} times the training time: {advice}."]
+
+
+def _signed(gain: Gain) -> str:
+    return f"{gain.value:+.4f}, {LEVEL:.0%} interval {gain.low:+.4f} to {gain.high:+.4f}"
