@@ -45,10 +45,10 @@ if TYPE_CHECKING:
     from materialize.vectors.embed import Embedded
     from materialize.vectors.encode import Encoded
     from materialize.vectors.stored_atoms import Atoms
-    from serving.lookup import Answer, SimilarItems, UserFeatures
+    from serving.answers import Answer, SimilarItems, UserFeatures
 
 _RESULTS = {
-    "Answer": "serving.lookup",
+    "Answer": "serving.answers",
     "Atoms": "materialize.vectors.stored_atoms",
     "Checked": "materialize.ingest.check",
     "Compacted": "materialize.upkeep.compact",
@@ -65,10 +65,10 @@ _RESULTS = {
     "Pruned": "materialize.upkeep.prune",
     "Published": "materialize.release.publish",
     "Run": "bahe_lake.runs",
-    "SimilarItems": "serving.lookup",
+    "SimilarItems": "serving.answers",
     "Status": "bahe.status",
     "TrainingOutcome": "materialize.training.train",
-    "UserFeatures": "serving.lookup",
+    "UserFeatures": "serving.answers",
 }
 """What the jobs return, imported when asked for: `import bahe` loads neither torch nor DuckDB nor Feast."""
 

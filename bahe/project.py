@@ -43,8 +43,10 @@ if TYPE_CHECKING:
     from materialize.vectors.embed import Embedded
     from materialize.vectors.encode import Encoded
     from materialize.vectors.stored_atoms import Atoms
+    from serving.answers import Answer, SimilarItems, UserFeatures
     from serving.audit_result import Audit
-    from serving.lookup import Answer, Identifier, OnlineLookup, SimilarItems, UserFeatures
+    from serving.identifiers import Identifier
+    from serving.lookup import OnlineLookup
 
 Done = TypeVar("Done", bound=Result)
 
@@ -441,32 +443,11 @@ class Project:
         made later. Raises BadInput when other machines could ask (`host` is not this one) and there is
         none.
         """
-        import uvicorn
-
-        from serving.api import create_app
         from serving.guards import Limits
-        from serving.keys import has_keys
+        from serving.server import serve
 
-        local = host in ("127.0.0.1", "::1", "localhost")
-        with_keys = has_keys(self.home)
-        if not local and not with_keys:
-            raise BadInput(
-                f"a service on {host} can be asked by other machines, and needs API keys; make one with"
-                " `bahe api-key NAME`, or leave out --host."
-            )
         limits = Limits(seconds=timeout, threads=threads, waiting=waiting)
-        uvicorn.run(
-            create_app(
-                self.home, live=live, log_requests=log_requests, limits=limits, require_keys=with_keys
-            ),
-            host=host,
-            port=port,
-            log_level="warning",
-            access_log=False,
-            server_header=False,
-            # Connections beyond it get 503 before they are read.
-            limit_concurrency=1000,
-        )
+        serve(self.home, host=host, port=port, live=live, log_requests=log_requests, limits=limits)
 
     def new_api_key(self, name: str, scopes: Sequence[str] = ("read", "score")) -> str:
         """Make a key for the service; only its hash is kept. Scopes are read, score and write."""

@@ -256,7 +256,7 @@ def served_as_training_sees(home: Home, requests: int = 1_000) -> Iterator[Itera
     """For each skew its name, the features that it is planted in, and the requests."""
     lookup = OnlineLookup(home)
     version = lookup.live_version()
-    artifact, references = lookup.artifact(version), lookup.references(version)
+    artifact, references = lookup.artifact(version), lookup.models.inputs(version).references
     channels = artifact.dense.channels
     names = {entity: [column_of(r) for r in listed] for entity, listed in references.items()}
     listed = [*references["user"], *references["item"]]

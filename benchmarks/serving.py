@@ -31,7 +31,10 @@ import psutil
 from bahe_core.errors import Unreachable
 from bahe_core.home import Home
 from benchmarks.harness import Row, main
-from serving.lookup import Identifier, OnlineLookup
+from feast_ducklake.online.features import FeatureReader
+from feature_repo.store import open_store
+from serving.identifiers import Identifier
+from serving.lookup import OnlineLookup
 
 if TYPE_CHECKING:
     from feast import FeatureService
@@ -45,15 +48,24 @@ SENT = 100_000
 PEER = "get_online_features"
 
 
-class ByFeast(OnlineLookup):
-    """The lookup as it was: features come through Feast's own call, item vectors by `VectorReader`."""
+class FeastReader(FeatureReader):
+    """Feast's own call in place of the reader of bytes."""
 
     def read(
-        self, features: list[str] | FeatureService, entities: Mapping[str, Sequence[Any]]
+        self,
+        features: list[str] | FeatureService,
+        entities: Mapping[str, Sequence[Any]],
+        full_feature_names: bool = False,
     ) -> dict[str, list[Any]]:
-        """Feast's call in place of the reader of bytes."""
-        answer: dict[str, list[Any]] = self._store.get_online_features(features, entities).to_dict()
-        return answer
+        """`get_online_features`, as it is called by everyone."""
+        return self._by_feast(features, entities, full_feature_names)
+
+
+def by_feast(home: Home) -> OnlineLookup:
+    """The lookup as it was: features come through Feast's own call, item vectors by `VectorReader`."""
+    lookup = OnlineLookup(home)
+    lookup.online.reader = FeastReader(open_store(home))
+    return lookup
 
 
 def in_turn(calls: Mapping[str, Callable[[], object]], turns: int) -> dict[str, list[float]]:
@@ -235,7 +247,7 @@ STATISTICS = [
 def measure(quick: bool, home_path: Path) -> Iterable[Row]:
     """Milliseconds; `quick` repeats less."""
     home, turns = Home.at(home_path), 30 if quick else 200
-    ours, feast = OnlineLookup(home), ByFeast(home)
+    ours, feast = OnlineLookup(home), by_feast(home)
     service = OnlineLookup(home, keep_items=True)
     every = list(ours.catalogue())
     user = _users(home)[0]
@@ -243,11 +255,11 @@ def measure(quick: bool, home_path: Path) -> Iterable[Row]:
     some = [every[i] for i in rng.choice(len(every), CANDIDATES, replace=False).tolist()]
     for items in (some[:1], some, every):
         asked = {"item_id": items}
-        assert ours.read(STATISTICS, asked) == feast.read(STATISTICS, asked)
+        assert ours.online.read(STATISTICS, asked) == feast.online.read(STATISTICS, asked)
         yield compared(
             f"4 statistics of {len(items):,} items",
-            partial(ours.read, STATISTICS, asked),
-            partial(feast.read, STATISTICS, asked),
+            partial(ours.online.read, STATISTICS, asked),
+            partial(feast.online.read, STATISTICS, asked),
             turns,
         )
     yield compared("a user's features", partial(ours.user, user), partial(feast.user, user), turns)

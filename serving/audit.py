@@ -30,7 +30,8 @@ from feature_repo.item_keys import reference_of
 from feature_repo.store import online_errors, open_store
 from materialize.config.dataset import home_dataset
 from serving.audit_result import EXAMPLES, Audit, Difference, FeatureAudit, together
-from serving.lookup import VECTOR, Identifier, OnlineLookup
+from serving.identifiers import Identifier
+from serving.lookup import VECTOR, OnlineLookup
 from serving.offline_truth import OfflineTruth, lengths_of
 from serving.request_log import in_sample, read_requests
 from serving.skew import (
@@ -104,7 +105,7 @@ def audit(
         store = open_store(home)
         for served in source:
             try:
-                keys = lookup.item_keys(served.model_version)
+                keys = lookup.models.inputs(served.model_version).item_keys
                 truth = OfflineTruth(home, store, connection, served.pairs, dataset.freshness, keys)
                 artifact = lookup.artifact(served.model_version)
                 artifact.model.to(device(device_name))
@@ -150,12 +151,12 @@ def _of_requests(home: Home, lookup: OnlineLookup, last: int, sample: float) -> 
             "moment": pa.array([requests[i].at for i in repeated], pa.timestamp("us", "UTC")),
         }
         try:
-            references = lookup.references(version)
+            inputs = lookup.models.inputs(version)
         except BaheError as error:
             say(f"  left out: {len(repeated):,} pairs of {version}: {error}")
             continue
         values: dict[str, Sequence[Any]] = {}
-        vectors = lookup.vectors(version)
+        references, vectors = inputs.references, inputs.vectors
         for reference in (*references["user"], *vectors["user"]):
             name = _logged_as(reference, vectors["user"])
             values[reference] = [requests[i].user.get(name) for i in repeated]
@@ -212,7 +213,8 @@ def _asked_now(
     item_IV = np.where(vectors.found_N[:, None], vectors.vectors_ND, np.float32(np.nan))
     if item_IV.shape[1] != width:  # none is online
         item_IV = np.full((len(item_ids), width), np.nan, dtype=np.float32)
-    references = lookup.references(version)
+    inputs = lookup.models.inputs(version)
+    references = inputs.references
     values: dict[str, Sequence[Any]] = {}
     for reference in references["user"]:
         of_user = [None if user is None else user.statistics[column_of(reference)] for user in found]
@@ -220,23 +222,22 @@ def _asked_now(
     for reference in references["item"]:
         of_item = item_values[column_of(reference)]
         values[reference] = [of_item[i] for i in item_N]
-    of_vectors = lookup.vectors(version)
-    for reference in of_vectors["user"]:
+    for reference in inputs.vectors["user"]:
         its_U = [None if user is None else _plain(user.vectors[reference]) for user in found]
         values[reference] = [its_U[i] for i in user_N]
-    for reference in of_vectors["item"]:
+    for reference in inputs.vectors["item"]:
         its_I = [_plain(vector) for vector in item_values[reference]]
         values[reference] = [its_I[i] for i in item_N]
     in_pairs = {key: pairs[key].to_pylist() for key in ("user_id", "item_id")}
-    for reference, vectors_N in lookup.read_vectors("pair", version, in_pairs).items():
+    for reference, vectors_N in lookup.models.read_vectors("pair", version, in_pairs).items():
         values[reference] = [_plain(vector) for vector in vectors_N]
-    columns = {name: values[reference_of(name)] for name in lookup.item_keys(version)}
-    by_attributes = lookup.read_by_attributes(version, {**columns, **in_pairs})
+    columns = {name: values[reference_of(name)] for name in inputs.item_keys}
+    by_attributes = lookup.models.read_by_attributes(version, {**columns, **in_pairs})
     values |= {one: by_attributes[column_of(one)] for one in references["attribute"]}
     if references["pair"]:
-        of_pairs = lookup.read(references["pair"], pairs.to_pydict())
+        of_pairs = lookup.online.read(references["pair"], pairs.to_pydict())
         values |= {reference: of_pairs[column_of(reference)] for reference in references["pair"]}
-    histories = lookup.read([HISTORY], {"user_id": ids})[column_of(HISTORY)]
+    histories = lookup.online.read([HISTORY], {"user_id": ids})[column_of(HISTORY)]
     values[HISTORY] = [histories[i] for i in user_N]
     now = datetime.now(UTC)
     moments = pa.array([now] * len(pairs), pa.timestamp("us", "UTC"))

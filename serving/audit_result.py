@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from bahe_core.results import Result
-from serving.lookup import Identifier
+from serving.identifiers import Identifier
 
 EXAMPLES = 10
 """Rows that differ that are kept of each feature."""

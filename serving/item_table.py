@@ -22,7 +22,7 @@ from feast_ducklake.online.store import GuardedOnlineStore
 if TYPE_CHECKING:
     from feast import FeatureStore, FeatureView
 
-    from serving.lookup import Identifier
+    from serving.identifiers import Identifier
 
 MOST_BYTES = 2**30
 """Of vectors in the table; of more items each request reads its own."""

@@ -9,83 +9,32 @@ clicks.
 
 from __future__ import annotations
 
-import heapq
 import logging
 import threading
-import time
-from array import array
-from bisect import bisect_right, insort
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-import duckdb
-import pyarrow as pa
-
-from bahe_core.errors import BaheError, NotReady, one_line
+from bahe_core.errors import BaheError, NotReady
 from bahe_core.home import Home
-from bahe_lake.connection import lake
-from materialize.config.dataset import CLICKED_AT
-from materialize.ingest.statistics import WINDOW_DAYS, log_rate, rate_before, smoothed_rate
 from materialize.release import counted
 from materialize.release.counted import Counted
+from serving.identifiers import Identifier
 from serving.journal import Journal
-
-Identifier = str | int
-Columns = dict[str, list[Any]]
+from serving.published_impressions import Impression, InLog, PublishedImpressions
+from serving.sent_counts import Columns, SentCounts
 
 KEEP = timedelta(days=7)
 """The shortest window of statistics: what is counted here is counted in each of them. What no publish has
 so long after it was sent, the log never got."""
 MARGIN = timedelta(minutes=5)
 """How much later than in the log an impression may be said to have been shown."""
-REST = 5.0
-"""Seconds, at least, that the lake is left alone after it could not say what the publish has."""
-_WINDOWS = ("", *(f"_{days}d" for days in WINDOW_DAYS))
-_ENTITIES = ("user", "item")
 _NOT_SENT = "is neither published nor sent; send it first"
 _BEFORE = "was shown after that click; correct the time"
 OLD = f"is of more than {KEEP.days} days before the log's end; leave it to the next ingest"
 _FINAL = "is published as not clicked, which only a log with clicked_timestamp can correct"
 _log = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class Impression:
-    """An impression, and when it was clicked."""
-
-    impression_id: Identifier
-    user_id: Identifier
-    item_id: Identifier
-    shown_us: int
-    clicked_us: int | None = None
-    received: str = ""
-    """The day, UTC, on which this was sent."""
-
-
-@dataclass(frozen=True)
-class _InLog:
-    """An impression as the publish has it."""
-
-    shown: Impression
-    click_counted: bool
-
-    def lacks_click(self, base: Counted) -> bool:
-        """Whether a click of it is still to count: the log tells of one later only by its time."""
-        return not self.click_counted and (base.click_times or self.shown.clicked_us is not None)
-
-
-@dataclass(slots=True)
-class _Counts:
-    """Of a user or an item, beyond the publish."""
-
-    shown: int = 0
-    clicks: int = 0
-    last_shown_us: int | None = None
-    latest_us: int = 0
-    """The latest event: a smoothed rate starts from the log's rate at that moment."""
 
 
 @dataclass(frozen=True)
@@ -99,73 +48,9 @@ class _Edition:
     """What was sent long before is let go of once a day."""
 
 
-@dataclass
-class _Sent:
-    """What was sent and the publish does not count, counted."""
-
-    impressions: dict[Identifier, Impression] = field(default_factory=dict)
-    of: dict[str, defaultdict[Identifier, _Counts]] = field(
-        default_factory=lambda: {entity: defaultdict(_Counts) for entity in _ENTITIES}
-    )
-    clicked_items: defaultdict[Identifier, set[str]] = field(default_factory=lambda: defaultdict(set))
-    """By user."""
-    shown_us: array[int] = field(default_factory=lambda: array("q"))
-    clicked_us: array[int] = field(default_factory=lambda: array("q"))
-    """Times of all impressions, and of all clicks, in order."""
-    later: list[tuple[int, str, Impression]] = field(default_factory=list)
-    """A heap of the clicks that are not known yet, by when they will be."""
-
-    def take(self, sent: Impression, in_log: _InLog | None, base: Counted) -> None:
-        """Count an impression, and its click, unless the publish counts it, or it is here."""
-        kept = self.impressions.get(sent.impression_id)
-        if kept is None:
-            if in_log is not None and (sent.clicked_us is None or not in_log.lacks_click(base)):
-                return
-            self.impressions[sent.impression_id] = kept = sent
-            if in_log is None:
-                self._count(kept, kept.shown_us, click=False)
-        elif kept.clicked_us is None and sent.clicked_us is not None:
-            kept.clicked_us = sent.clicked_us
-        else:
-            return
-        if kept.clicked_us is not None:
-            self.clicked_items[kept.user_id].add(str(kept.item_id))
-            moment_us = base.known_us(kept.shown_us, kept.clicked_us)
-            heapq.heappush(self.later, (moment_us, str(kept.impression_id), kept))
-            self.pass_time()
-
-    def pass_time(self) -> None:
-        """Count the clicks that are known by now."""
-        while self.later and self.later[0][0] <= time.time_ns() // 1000:
-            moment_us, _, one = heapq.heappop(self.later)
-            self._count(one, moment_us, click=True)
-
-    def _count(self, one: Impression, moment_us: int, *, click: bool) -> None:
-        insort(self.clicked_us if click else self.shown_us, moment_us)
-        for entity, identifier in zip(_ENTITIES, (one.user_id, one.item_id), strict=True):
-            counts = self.of[entity][identifier]
-            counts.latest_us = max(counts.latest_us, moment_us)
-            if click:
-                counts.clicks += 1
-            else:
-                counts.shown += 1
-                counts.last_shown_us = max(counts.last_shown_us or moment_us, moment_us)
-
-
 def too_old(moment_us: int, base: Counted) -> bool:
     """Whether something would not count in each window."""
     return moment_us < base.log_end_us - KEEP // timedelta(microseconds=1)
-
-
-def counts_beside(references: Sequence[str]) -> list[str]:
-    """The counts that the click rates among the features (`view:feature`) are made of."""
-    beside = []
-    for entity in _ENTITIES:
-        for window in _WINDOWS:
-            view = f"{entity}_stats{window}"
-            if f"{view}:{entity}_click_rate{window}" in references:
-                beside += [f"{view}:{entity}_{count}{window}" for count in ("impressions", "clicks")]
-    return beside
 
 
 class LiveStatistics:
@@ -178,17 +63,16 @@ class LiveStatistics:
     def __init__(self, home: Home) -> None:
         self._home = home
         self._journal = Journal(home.pushed / "impressions")
+        self._in_log = PublishedImpressions(home)
         self._lock = threading.Lock()
         """Of what follows; held for no longer than it takes to count."""
         self._edition: _Edition | None = None
-        self._sent = _Sent()
+        self._sent = SentCounts()
         self._in_question: list[Impression] = []
         """Read, and perhaps counted by the publish."""
-        self._waiting: list[_InLog] | None = None
+        self._waiting: list[InLog] | None = None
         """Clicks of the publish that it does not count yet; None until they are read."""
         self._settling = threading.Lock()
-        self._not_before = 0.0
-        """When the lake may be read again, by the monotonic clock."""
 
     def move(self, entity: str, identifiers: Sequence[Identifier], values: Columns) -> None:
         """Add to the statistics of `user`s or `item`s what was sent of them.
@@ -198,47 +82,8 @@ class LiveStatistics:
         """
         self._bring_up_to_date()
         with self._lock:
-            of, edition = self._sent.of[entity], self._edition
-            if not of or edition is None:
-                return
-            places = [place for place, identifier in enumerate(identifiers) if identifier in of]
-            for window in _WINDOWS if places else ():
-                self._move_window(edition.counted, places, identifiers, values, entity, window)
-            last = values.get(f"{entity}_last_impression_us")
-            if last is not None:
-                for place in places:
-                    sent_us = of[identifiers[place]].last_shown_us
-                    if sent_us is not None:
-                        last[place] = max(sent_us, last[place] or sent_us)
-
-    def _move_window(
-        self,
-        base: Counted,
-        places: Sequence[int],
-        identifiers: Sequence[Identifier],
-        values: Columns,
-        entity: str,
-        window: str,
-    ) -> None:
-        shown, clicks, rate = (
-            values.get(f"{entity}_{kind}{window}") for kind in ("impressions", "clicks", "click_rate")
-        )
-        of, sent = self._sent.of[entity], self._sent
-        for place in places:
-            counts = of[identifiers[place]]
-            if rate is not None and shown is not None and clicks is not None:
-                before = clicks[place] or 0, shown[place] or 0
-                if counts.latest_us > base.log_end_us or rate[place] is None:
-                    start = log_rate(
-                        base.clicks + bisect_right(sent.clicked_us, counts.latest_us),
-                        base.impressions + bisect_right(sent.shown_us, counts.latest_us),
-                    )
-                else:
-                    start = rate_before(rate[place], *before)
-                rate[place] = smoothed_rate(before[0] + counts.clicks, before[1] + counts.shown, start)
-            for column, came in ((shown, counts.shown), (clicks, counts.clicks)):
-                if column is not None:
-                    column[place] = (column[place] or 0) + came
+            if self._edition is not None:
+                self._sent.add_to(values, entity, identifiers, self._edition.counted)
 
     def clicked_items(self, user_id: Identifier) -> frozenset[str]:
         """Items that the user clicked, of the clicks that were sent before the last `move`."""
@@ -322,7 +167,7 @@ class LiveStatistics:
         self._sent.pass_time()
 
     def _begin(self) -> None:
-        self._sent, self._in_question = _Sent(), []
+        self._sent, self._in_question = SentCounts(), []
         if self._edition is not None:
             for click in self._waiting or ():
                 self._sent.take(click.shown, click, self._edition.counted)
@@ -342,12 +187,12 @@ class LiveStatistics:
         with self._lock:
             self._read_on()
             settled = not self._in_question and self._waiting is not None and self._is_of_today()
-        if settled or time.monotonic() < self._not_before or not self._settling.acquire(blocking=False):
+        if settled or self._in_log.pause.on or not self._settling.acquire(blocking=False):
             return
         try:
             self._settle()
         except Exception as error:  # whatever it is, what is counted answers
-            self._not_before = max(self._not_before, time.monotonic() + REST)
+            self._in_log.pause.begin()
             reason = error if isinstance(error, BaheError) else type(error).__name__
             _log.warning("impressions that were sent are not compared with the publish: %s", reason)
         finally:
@@ -369,7 +214,7 @@ class LiveStatistics:
         if not self._is_of_today():
             file, base = self._file(), counted.read(self._home)
             if file is None or base is None:
-                self._not_before = time.monotonic() + REST
+                self._in_log.pause.begin()
                 return
             self._journal.tidy(_kept_for(base))
             with self._lock:
@@ -377,7 +222,7 @@ class LiveStatistics:
         edition = self._edition
         assert edition is not None
         if self._waiting is None:
-            waiting = self._clicks_waiting(edition)
+            waiting = self._in_log.clicks_waiting(edition.counted)
             with self._lock:
                 self._waiting = waiting
                 for click in waiting:
@@ -406,63 +251,10 @@ class LiveStatistics:
         for one in kept:
             self._sort_in(one)
 
-    def _of_publish(self, impression_ids: Sequence[Identifier]) -> dict[Identifier, _InLog]:
+    def _of_publish(self, impression_ids: Sequence[Identifier]) -> dict[Identifier, InLog]:
         """Those of the impressions that the publish has."""
         edition = self._edition
-        if not impression_ids or edition is None:
-            return {}
-        condition = "impression_id IN (SELECT impression_id FROM asked)"
-        return {one.shown.impression_id: one for one in self._read_log(edition, condition, impression_ids)}
-
-    def _clicks_waiting(self, edition: _Edition) -> list[_InLog]:
-        """Clicks that the publish has and does not count, as they were not known yet at the log's end."""
-        base = edition.counted
-        if not base.label_delay_us:
-            return []
-        return self._read_log(edition, f"clicked = 1 AND epoch_us({base.label_time}) > {base.log_end_us}")
-
-    def _read_log(
-        self, edition: _Edition, condition: str, asked: Sequence[Identifier] = ()
-    ) -> list[_InLog]:
-        """Impressions of the publish. Raises NotReady where the lake failed a moment ago, or fails now."""
-        if time.monotonic() < self._not_before:
-            raise NotReady(f"the lake of {self._home.root} failed a moment ago; send it again.")
-        base, start = edition.counted, time.monotonic()
-        late = f"epoch_us({CLICKED_AT})" if base.click_times else "NULL"
-        query = f"""
-            SELECT
-                impression_id,
-                user_id,
-                item_id,
-                epoch_us(event_timestamp),
-                CASE WHEN clicked = 1 THEN coalesce({late}, epoch_us(event_timestamp)) END,
-                clicked = 1 AND epoch_us({base.label_time}) <= {base.log_end_us}
-            FROM impressions {{at}}
-            WHERE {condition}
-            """
-        ids = pa.array(asked, pa.int64() if base.integer_ids else pa.string())
-        try:
-            with lake(self._home) as connection:
-                connection.register("asked", pa.table({"impression_id": ids}))
-                try:
-                    rows = connection.execute(
-                        query.format(at=f"AT (VERSION => {base.snapshot})")
-                    ).fetchall()
-                except duckdb.InvalidInputException as error:
-                    if "No snapshot found" not in str(error):
-                        raise
-                    rows = connection.execute(
-                        query.format(at="")
-                    ).fetchall()  # compacted away: as it is now
-                connection.unregister("asked")
-        except (BaheError, duckdb.Error) as error:
-            # A server that is away takes long to say so, and must not keep more than one thread of many.
-            taken = time.monotonic() - start
-            self._not_before = time.monotonic() + max(REST, 10 * taken)
-            if isinstance(error, BaheError):
-                raise
-            raise NotReady(f"the lake of {self._home.root} cannot be read ({one_line(error)}).") from None
-        return [_InLog(Impression(*row[:5]), row[5]) for row in rows]
+        return {} if edition is None else self._in_log.of(edition.counted, impression_ids)
 
 
 def _may_be_published(one: Impression, base: Counted) -> bool:

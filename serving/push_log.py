@@ -29,9 +29,14 @@ class Pushed:
     event_id: str | None
 
     @property
+    def key(self) -> tuple[str, int, int]:
+        """Channel, atom and time: what the lake knows a user's behavior by."""
+        return self.channel, self.atom_id, self.time_us
+
+    @property
     def names(self) -> tuple[Hashable, ...]:
         """What another one is the same behavior by: the sender's name for it, and the content."""
-        content = (self.channel, self.atom_id, self.time_us, self.item_id)
+        content = (*self.key, self.item_id)
         return (content,) if self.event_id is None else (content, self.event_id)
 
 

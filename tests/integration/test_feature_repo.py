@@ -129,7 +129,7 @@ def test_they_are_joined_point_in_time(project: bahe.Project) -> None:
 
 def test_a_request_reads_what_training_sees(project: bahe.Project) -> None:
     lookup = OnlineLookup(project.home, RequestLog(project.home))
-    references = lookup.references(lookup.live_version())
+    references = lookup.models.inputs(lookup.live_version()).references
     assert references["pair"] == ["affinity:visits"]
     assert {"credit:limit", "scaled:limit_scaled", "credit:tier"} <= set(references["user"])
     lookup.score("u1", list(range(10)))

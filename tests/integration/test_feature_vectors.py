@@ -150,7 +150,7 @@ def test_the_model_learns_from_them(project: bahe.Project) -> None:
 def test_a_request_reads_what_training_sees(project: bahe.Project) -> None:
     lookup = OnlineLookup(project.home, RequestLog(project.home))
     version = lookup.live_version()
-    assert lookup.vectors(version)["pair"] == ["match:crossed"]
+    assert list(lookup.models.inputs(version).vectors["pair"]) == ["match:crossed"]
     scored = {one.item_id: one.probability for one in lookup.score("u1", list(range(10))).scores}
     best = lookup.recommend("u1", 25, include_seen=True).scores
     assert {one.item_id: one.probability for one in best if one.item_id in scored} == pytest.approx(

@@ -186,7 +186,7 @@ def test_they_are_joined_by_the_item_of_the_moment(freshness: str, project: bahe
 def test_a_request_reads_what_training_sees(project: bahe.Project) -> None:
     lookup = OnlineLookup(project.home, RequestLog(project.home))
     version = lookup.live_version()
-    references = lookup.references(version)
+    references = lookup.models.inputs(version).references
     counted = [f"user_category_behaviors:category_{kind}" for kind in ("behaviors", "first_us", "last_us")]
     counted.append("user_shelf_behaviors_30d:shelf_behaviors_30d")
     assert set(references["attribute"]) == {"habit:visits", "rent:cost", "seldom:seldom", *counted}

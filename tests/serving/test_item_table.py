@@ -13,7 +13,8 @@ import pytest
 from bahe_core.home import Home
 from feast_ducklake.online.rows import Vectors
 from feature_repo.store import open_store
-from serving.lookup import Identifier, OnlineLookup
+from serving.identifiers import Identifier
+from serving.lookup import OnlineLookup
 from tests.support.cli import call
 from tests.support.home_contents import copy_of
 from tests.support.logs import small_log, write_dataset

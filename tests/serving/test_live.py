@@ -172,11 +172,11 @@ def test_pairs_of_a_live_service_know_when_whatever_came_first(
     lookup = LiveLookup(copy_of(filled[0], tmp_path))
     at = pd.Timestamp(LATER)
     lookup.append("u1", "liked", "liked something", at.to_pydatetime(), 7)
-    (state,) = lookup._fresh.values()
+    (state,) = lookup._states._kept.values()
     hours = [at.value // 1000 - hour * 3_600_000_000 for hour in (0, 2, 1)]
     acts = [replace(state.acts[0], time_us=time_us) for time_us in hours]
     text_only = replace(acts[0], of={"pair": frozenset({"8"})})
-    lookup._fresh["u1"] = replace(state, acts=(*acts, text_only))
+    lookup._states._kept["u1"] = replace(state, acts=(*acts, text_only))
     version = lookup.live_version()
     before = OnlineLookup(lookup._home).items([7, 8], version, "u1")[1]
     pairs = lookup.items([7, 8], version, "u1")[1]
@@ -321,10 +321,10 @@ def test_only_so_many_states_are_kept_and_others_are_made_anew(
         lookup.append(user, "liked", "word1", at)
     lookup.user("u1")  # used since, so that u2 is the one to go
     lookup.append("u3", "liked", "word1", at)
-    assert set(lookup._fresh) == {"u1", "u3"}
+    assert set(lookup._states._kept) == {"u1", "u3"}
     extra = {user: lookup.user(user).behaviors - count for user, count in stored.items()}
     assert extra == {"u1": 1, "u2": 1, "u3": 1}
-    assert len(lookup._fresh) == 2
+    assert len(lookup._states._kept) == 2
 
 
 def test_what_came_while_others_were_let_go_of_is_not_passed_over(
@@ -338,7 +338,7 @@ def test_what_came_while_others_were_let_go_of_is_not_passed_over(
     lookup._pushes.drop("u1", lookup._pushes.of_user("u1"))
     other.append("u1", "liked", "liked two", at + timedelta(minutes=1), 8)
     assert "8" in lookup.user("u1").seen_items
-    (state,) = lookup._fresh.values()
+    (state,) = lookup._states._kept.values()
     assert [act.of["pair"] for act in state.acts] == [{"8"}]
 
 
@@ -365,11 +365,11 @@ def test_requests_that_wait_for_a_state_too_long_get_what_is_published(
     home = copy_of(filled[0], tmp_path)
     LiveLookup(home).append("u1", "liked", "liked one", pd.Timestamp(LATER).to_pydatetime(), 7)
     lookup = LiveLookup(home)
-    monkeypatch.setattr("serving.live.PATIENCE", 0.05)
+    monkeypatch.setattr("serving.user_states.PATIENCE", 0.05)
     taken, done = threading.Event(), threading.Event()
 
     def keeps() -> None:
-        with lookup._in_turn():
+        with lookup._states._in_turn():
             taken.set()
             done.wait(30)
 
@@ -400,7 +400,7 @@ def test_a_lake_that_fails_leaves_what_is_published(
         asked.append(1)
         raise error("the lake is away.")
 
-    monkeypatch.setattr("serving.live.read_user", fails)
+    monkeypatch.setattr("serving.user_states.read_user", fails)
     for _ in range(2):
         assert lookup.user("u1").behaviors == OnlineLookup(home).user("u1").behaviors
         assert "7" in lookup.user("u1").seen_items
@@ -416,13 +416,13 @@ def test_only_texts_without_a_vector_in_the_lake_are_encoded(
 
     def appended(lookup: LiveLookup) -> tuple[list[str], np.ndarray]:
         encoded: list[str] = []
-        encode = lookup._encoder.encode
+        encode = lookup._atoms._encoder.encode
 
         def counting(channels: list[str], texts: list[str]) -> np.ndarray:
             encoded.extend(texts)
             return encode(channels, texts)
 
-        monkeypatch.setattr(lookup._encoder, "encode", counting)
+        monkeypatch.setattr(lookup._atoms._encoder, "encode", counting)
         lookup.append("u1", "liked", known, at)
         return encoded, lookup.append("u1", "liked", "liked a new thing", at + timedelta(hours=1)).vector
 
@@ -433,7 +433,7 @@ def test_only_texts_without_a_vector_in_the_lake_are_encoded(
         raise duckdb.IOException("the lake is away.")
 
     shutil.rmtree(home.pushed)
-    monkeypatch.setattr("serving.live.vectors_of", away)
+    monkeypatch.setattr("serving.atom_vectors.vectors_of", away)
     encoded, alone = appended(LiveLookup(home))
     assert encoded == [known, "liked a new thing"]
     np.testing.assert_allclose(alone, vector, atol=1e-5)

@@ -22,6 +22,7 @@ from materialize.release import counted
 from serving.api import create_app
 from serving.audit import audit
 from serving.journal import Journal
+from serving.lake_pause import LakePause
 from serving.live import Clicked, LiveLookup, Shown
 from serving.lookup import OnlineLookup
 from serving.request_log import RequestLog
@@ -269,7 +270,7 @@ def test_what_was_sent_is_counted_also_while_the_lake_is_away(
 
     before = impressions_of(service)
     assert service.show([Shown(impression_id=20_000, user_id="u1", item_id=1, at=now)]).new == 1
-    monkeypatch.setattr("serving.live_statistics.lake", away)
+    monkeypatch.setattr("serving.published_impressions.lake", away)
     # This one the publish may have, and those after it need not wait for the lake to say so.
     in_question = Shown(impression_id=20_001, user_id="u1", item_id=1, at=end_of(service))
     assert service.show([in_question]).new == 1
@@ -283,7 +284,7 @@ def test_what_was_sent_is_counted_also_while_the_lake_is_away(
     assert impressions_of(other) == before + 2, "also by a worker that starts meanwhile"
     monkeypatch.undo()
     for one in (service, other):
-        one._impressions._not_before = 0.0
+        one._impressions._in_log.pause = LakePause()
         assert impressions_of(one) == before + 3
 
 

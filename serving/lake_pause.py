@@ -1,0 +1,28 @@
+"""How long a service leaves the lake alone after it failed, so that not every request waits for that."""
+
+from __future__ import annotations
+
+import time
+
+PAUSE = 5.0
+"""Seconds, at least."""
+
+
+class LakePause:
+    """One reader's. It is on for a while after a failure."""
+
+    def __init__(self) -> None:
+        self._until = 0.0
+        """By the monotonic clock."""
+
+    @property
+    def on(self) -> bool:
+        """Whether the lake is to be left alone."""
+        return time.monotonic() < self._until
+
+    def begin(self, waited: float = 0.0) -> None:
+        """The lake failed, after so many seconds: what fails slowly is tried seldom.
+
+        A server that is away takes long to say so, and must not keep more than one thread of many.
+        """
+        self._until = max(self._until, time.monotonic() + max(PAUSE, 10 * waited))

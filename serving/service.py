@@ -1,0 +1,68 @@
+"""What the routes of the HTTP API share: the lookup, the threads that ask it, and the metrics."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from typing import Any, TypeVar
+
+from fastapi import FastAPI
+
+from bahe_core.errors import BaheError
+from serving.guards import Limits
+from serving.lookup import OnlineLookup
+from serving.metrics import Metrics
+from serving.work import Work
+
+T = TypeVar("T")
+
+
+class Service:
+    """What the routes share: the lookup, and the threads that ask it."""
+
+    def __init__(self, lookup: OnlineLookup, limits: Limits) -> None:
+        self.lookup, self.metrics = lookup, Metrics()
+        self._work = Work("work", threads=limits.threads, waiting=limits.waiting, seconds=limits.seconds)
+        # Of its own, so that a service with much to do is still seen to be ready.
+        self._probe = Work("probe", threads=1, waiting=8, seconds=min(3.0, limits.seconds))
+        self.metrics.watch(lambda: self._work.admitted)
+
+    async def ask(self, function: Callable[[], T]) -> T:
+        """What the lookup says, from a thread."""
+        return await self._work.run(function)
+
+    async def write(self, function: Callable[[], T]) -> T:
+        """`ask` of what is not given up because its sender went away."""
+        return await asyncio.shield(asyncio.ensure_future(self.ask(function)))
+
+    async def health(self) -> dict[str, Any]:
+        """Whether the store answers, and which model is live."""
+
+        def look() -> dict[str, Any]:
+            version = self.lookup.live_version()
+            encoder = self.lookup.artifact(version).encoder_version
+            return {"status": "ok", "model_version": version, "encoder_version": encoder}
+
+        return await self._probe.run(look)
+
+    async def freshness(self) -> tuple[str, dict[str, float]]:
+        """The live model, and the age in seconds of the views that it reads."""
+
+        def look() -> tuple[str, dict[str, float]]:
+            version = self.lookup.live_version()
+            return version, self.lookup.models.freshness(version)
+
+        return await self._probe.run(look)
+
+    def _warm(self) -> None:
+        self.lookup.items(list(self.lookup.catalogue())[:1], self.lookup.live_version())
+
+    @asynccontextmanager
+    async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
+        """Reads the items, so that no request waits for it; lets go of the threads in the end."""
+        with suppress(BaheError):  # then requests say so
+            await self.ask(self._warm)
+        yield
+        self._work.close()
+        self._probe.close()
