@@ -6,14 +6,13 @@ The command line calls these methods and prints what they return; a notebook or 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from datetime import date as Date
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from bahe_core.errors import BadInput
 from bahe_core.home import Home
 from bahe_core.machine import configure_threads, is_first_process
 from bahe_core.progress import job, say
@@ -129,19 +128,10 @@ class Project:
 
         `target` says where online values lie from now on: sqlite, redis, postgres, or a file of settings.
         """
-        from bahe_models.artifact_folder import further_features, read_config
-        from feature_repo.store import apply
-        from materialize.config.dataset import home_dataset
+        from bahe.registration import register
 
         with job("apply"):
-            dataset = home_dataset(self.home)
-            features = dataset.features
-            online = {*features.numeric, *features.categorical, *features.vectors}
-            for artifact in self.home.models.glob("*/config.json"):  # any of them may be live again
-                with suppress(BadInput):
-                    online.update(*further_features(read_config(artifact.parent)).values())
-            team = None if dataset.feature_repo is None else Path(dataset.feature_repo)
-            registered = apply(self.home, target, online=online, team=team)
+            registered = register(self.home, target)
             say(f"  registered {registered}")
         return registered
 
@@ -183,11 +173,7 @@ class Project:
         return done
 
     def refit(
-        self,
-        *,
-        model_version: str | None = None,
-        warm_start: str | None = None,
-        device: str | None = None,
+        self, *, model_version: str | None = None, warm_start: str | None = None, device: str | None = None
     ) -> Refitted:
         """Train a measured model (the last one) once more on every impression, as many epochs as its best.
 
@@ -218,24 +204,16 @@ class Project:
         Choices are made by validation; `test` adds the test split. Nothing is put online. A killed
         comparison goes on where it stopped.
         """
+        from bahe.run import to_frame
         from materialize.training.compare import compare
 
         if dataset is not None:
-            self.ingest(dataset)
-            self.encode(device=device)
-            self.apply()
-            self.frame()
+            to_frame(self, Path(dataset), device=device)
         with job("compare"):
-            return _say(
-                compare(
-                    self.home,
-                    models=models,
-                    variants=variants,
-                    seeds=seeds,
-                    test=test,
-                    device_name=device,
-                )
+            done = compare(
+                self.home, models=models, variants=variants, seeds=seeds, test=test, device_name=device
             )
+            return _say(done)
 
     def embed(
         self,

@@ -42,28 +42,34 @@ class PipelineRun(Result):
 
 def run(project: Project, dataset: Path, *, device: str | None, tracker: Tracker) -> PipelineRun:
     """Every job in its order. Each says its name before and its time after."""
-    seconds: dict[str, float] = {}
-
-    def timed(name: str, step: Callable[[], Done]) -> Done:
-        start = time.perf_counter()
-        say(f"[bold]bahe {name}[/bold]")
-        done = step()
-        seconds[name] = round(time.perf_counter() - start, 1)
-        say(f"  [dim]{seconds[name]:.1f} s[/dim]")
-        return done
-
-    timed("ingest", lambda: project.ingest(dataset))
-    timed("encode", lambda: project.encode(device=device))
-    timed("apply", project.apply)
-    timed("frame", project.frame)
-    training = timed("train", lambda: project.train(device=device, tracker=tracker))
+    seconds = to_frame(project, dataset, device=device)
+    training = _timed("train", lambda: project.train(device=device, tracker=tracker), seconds)
     try:
-        timed("embed", lambda: project.embed(device=device))
+        _timed("embed", lambda: project.embed(device=device), seconds)
     except NotServable as error:
         say(f"  {error}")
         return PipelineRun(training=training, published=None, seconds=seconds)
-    published = timed("publish", project.publish)
+    published = _timed("publish", project.publish, seconds)
     return PipelineRun(training=training, published=published, seconds=seconds)
+
+
+def to_frame(project: Project, dataset: Path, *, device: str | None) -> dict[str, float]:
+    """The jobs from the log to the training frame, and how many seconds each took."""
+    seconds: dict[str, float] = {}
+    _timed("ingest", lambda: project.ingest(dataset), seconds)
+    _timed("encode", lambda: project.encode(device=device), seconds)
+    _timed("apply", project.apply, seconds)
+    _timed("frame", project.frame, seconds)
+    return seconds
+
+
+def _timed(name: str, job: Callable[[], Done], seconds: dict[str, float]) -> Done:
+    start = time.perf_counter()
+    say(f"[bold]bahe {name}[/bold]")
+    done = job()
+    seconds[name] = round(time.perf_counter() - start, 1)
+    say(f"  [dim]{seconds[name]:.1f} s[/dim]")
+    return done
 
 
 def daily(
