@@ -198,11 +198,10 @@ class Project:
     ) -> Comparison:
         """Train BAHE and its peers on one frame with several seeds; is one better, beyond chance?
 
-        The last frame, or that of a `dataset`, which is ingested, encoded and framed first. `models` are
-        `floor`, `id-only`, `din`, `gradient-boosting`, `bahe`, `bahe-deep`, `bahe-no-deep`, all that differ
-        when left out; each of `variants` is BAHE with other settings, `model.deep=true training.epochs=6`.
-        Choices are made by validation; `test` adds the test split. Nothing is put online. A killed
-        comparison goes on where it stopped.
+        The last frame, or that of a `dataset`, which is ingested first. `models` are `floor`, `id-only`,
+        `din`, `gradient-boosting`, `bahe`, `bahe-deep`, `bahe-no-deep`, all that differ when left out;
+        each of `variants` is BAHE with other settings, as `model.deep=true training.epochs=6`. `test` adds
+        the test split to the validation split. Killed, it goes on where it stopped.
         """
         from bahe.run import to_frame
         from materialize.training.compare import compare
@@ -345,11 +344,9 @@ class Project:
 
     def atoms(self, encoder_version: str | None = None) -> Atoms:
         """Ids and vectors of all atoms, as the last `encode` (or the encoder named) made them."""
-        from bahe_lake.connection import lake
-        from materialize.vectors.stored_atoms import current_encoder, read_atoms
+        from materialize.vectors.stored_atoms import atoms_of
 
-        with lake(self.home) as connection:
-            return read_atoms(connection, encoder_version or current_encoder(connection, self.home))
+        return atoms_of(self.home, encoder_version)
 
     # ---- online
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 
 import numpy as np
@@ -101,7 +102,9 @@ class Comparison(Result):
         """The table and the findings, as in the report."""
         from materialize.training.comparison_report import table
 
-        return table(self.rows) + "".join(f"<p>{finding}</p>" for finding in self.findings)
+        splits = dict.fromkeys(row.split for row in self.rows)
+        tables = [table([row for row in self.rows if row.split == split]) for split in splits]
+        return "".join(tables) + "".join(f"<p>{escape(finding)}</p>" for finding in self.findings)
 
 
 def compared(

@@ -58,32 +58,22 @@ def write_comparison(
 
 
 def table(rows: Sequence[Compared]) -> str:
-    """One row a model, the best AUC of a split marked."""
-    best = {
-        split: max(row.auc for row in rows if row.split == split) for split in {row.split for row in rows}
-    }
-    header = "".join(
-        f"<th>{name}</th>"
-        for name in (
-            "Model",
-            "Split",
-            "AUC",
-            "Difference",
-            "GAUC",
-            "Difference in GAUC",
-            "Log loss",
-            "ECE",
-            "Training, s",
-        )
-    )
+    """The models on one split, a row each, the best AUC marked; HTML that stands alone."""
+    best = max(row.auc for row in rows)
+    columns = ("AUC", "Difference", "GAUC", "Difference in GAUC", "Log loss", "ECE", "Training, s")
+    header = "".join(f"<th>{name}</th>" for name in columns)
     body = "".join(
-        f"<tr{' class=best' if row.auc == best[row.split] else ''}><td>{escape(row.title)}</td>"
-        f"<td>{row.split}</td><td>{shown(row.auc)} <span>{shown_range(row)}</span></td>"
-        f"<td>{_difference(row.gain)}</td><td>{shown(row.gauc)}</td><td>{_difference(row.gauc_gain)}</td>"
-        f"<td>{shown(row.log_loss)}</td><td>{shown(row.ece)}</td><td>{row.train_seconds:.1f}</td></tr>"
+        f"<tr{' class=best' if row.auc == best else ''}><td>{escape(row.title)}</td>"
+        f"<td>{_estimate(shown(row.auc), shown_range(row))}</td><td>{_difference(row.gain)}</td>"
+        f"<td>{shown(row.gauc)}</td><td>{_difference(row.gauc_gain)}</td><td>{shown(row.log_loss)}</td>"
+        f"<td>{shown(row.ece)}</td><td>{row.train_seconds:.1f}</td></tr>"
         for row in rows
     )
-    return f'<table class="results"><thead><tr>{header}</tr></thead><tbody>{body}</tbody></table>'
+    split = f"{rows[0].split.capitalize()} split"
+    return (
+        f'<table class="segments"><thead><tr><th>{split}</th>{header}</tr></thead>'
+        f"<tbody>{body}</tbody></table>"
+    )
 
 
 def shown_range(row: Compared) -> str:
@@ -98,7 +88,12 @@ def shown_gain(gain: Gain | None) -> str:
 
 def _difference(gain: Gain | None) -> str:
     value, _, ends = shown_gain(gain).partition(" ")
-    return f"{value} <span>{ends}</span>"
+    return _estimate(value, ends)
+
+
+def _estimate(value: str, ends: str) -> str:
+    """A figure, and below it its range or interval."""
+    return f"{value}<br><span>{ends}</span>" if ends else value
 
 
 def _segments(rows: Sequence[Compared], impressions: Mapping[str, int]) -> str:

@@ -18,6 +18,7 @@ _PAGE = """<!doctype html>
  th {{ vertical-align: bottom; }} td {{ font-variant-numeric: tabular-nums; white-space: nowrap; }}
  td span {{ color: #57606a; font-size: .85em; font-weight: 400; }}
  table.results :is(th, td):nth-child(-n+2), table.segments :is(th, td):first-child {{ text-align: left; }}
+ table.segments td:first-child {{ white-space: normal; }}
  tr.best td {{ font-weight: 600; background: #eef6ff; }}
  .quiet {{ color: #57606a; }} svg {{ width: 100%; height: auto; }}
 </style></head><body>

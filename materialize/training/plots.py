@@ -71,7 +71,7 @@ def differences_plot(rows: Sequence[Compared], reference: str) -> str:
     from matplotlib.figure import Figure
 
     others = [row for row in reversed(rows) if row.gain is not None]
-    figure = Figure(figsize=(10, 1.6 + 0.35 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(10, 2 + 0.4 * len(rows)), layout="constrained")
     gains, cost = figure.subplots(1, 2)
     gains.axvline(0, color="#d0d7de", linewidth=1)
     for place, row in enumerate(others):
@@ -79,17 +79,30 @@ def differences_plot(rows: Sequence[Compared], reference: str) -> str:
         ends = [[row.gain.value - row.gain.low], [row.gain.high - row.gain.value]]
         colour = _COLOURS["bahe" if row.gain.certain else "floor"]
         gains.errorbar([row.gain.value], [place], xerr=ends, fmt="o", color=colour, capsize=3)
-    gains.set_yticks(range(len(others)), [row.title for row in others])
-    gains.set(xlabel=f"AUC of {reference} minus the model's")
-    for row in rows:
+    gains.set_yticks(range(len(others)), [_label(row.title) for row in others])
+    gains.margins(y=0.15)
+    gains.set(xlabel=f"AUC of {_label(reference)} minus the model's")
+    ranked = sorted(rows, key=lambda row: -row.auc)
+    for place, row in enumerate(ranked):
         seconds = max(row.train_seconds, 0.1)  # the floor learns nothing
         cost.plot([seconds], [row.auc], "o", color=_COLOURS["bahe" if row.gain is None else "id_only"])
-        cost.annotate(row.title, (seconds, row.auc), xytext=(5, 4), textcoords="offset points", fontsize=8)
+        # Below its dot where the next better model is as good: the names would lie on each other.
+        alike = place > 0 and ranked[place - 1].auc - row.auc < 0.05 * (ranked[0].auc - ranked[-1].auc)
+        beside = (-6, -12 if alike else 5)
+        at = (seconds, row.auc)
+        cost.annotate(
+            _label(row.title), at, xytext=beside, textcoords="offset points", fontsize=8, ha="right"
+        )
     cost.set(xlabel="seconds of training", ylabel="AUC", xscale="log")
-    cost.margins(x=0.25, y=0.12)
+    cost.margins(x=0.1, y=0.15)
+    cost.set_xlim(left=0.001)
     for axes in (gains, cost):
         axes.spines[["top", "right"]].set_visible(False)
     return _svg(figure, "Differences in AUC with their intervals, and AUC against training time")
+
+
+def _label(title: str) -> str:
+    return title if len(title) <= 28 else f"{title[:27]}…"
 
 
 def _svg(figure: Figure, label: str) -> str:

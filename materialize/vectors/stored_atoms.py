@@ -16,6 +16,7 @@ from bahe_core.errors import NotReady
 from bahe_core.home import Home
 from bahe_lake import runs
 from bahe_lake.catalogue import scalar
+from bahe_lake.connection import lake
 from bahe_models import Int64
 from materialize.vectors.vector_columns import vector_matrix
 
@@ -115,3 +116,9 @@ def stored_atoms(
             return
         vectors = np.memmap(file, dtype=np.float32, mode="r").reshape(count, -1)
         yield Atoms(np.concatenate(ids), vectors, version)
+
+
+def atoms_of(home: Home, encoder_version: str | None = None) -> Atoms:
+    """Ids and vectors of all atoms of a home, of the encoder in use unless another is named."""
+    with lake(home) as connection:
+        return read_atoms(connection, encoder_version or current_encoder(connection, home))
