@@ -404,6 +404,7 @@ class Project:
         *,
         host: str = "127.0.0.1",
         port: int = 8000,
+        workers: int = 1,
         live: bool = False,
         log_requests: float = 0,
         timeout: float = 10.0,
@@ -412,17 +413,16 @@ class Project:
     ) -> None:
         """Serve the live model over HTTP until interrupted; `live` also takes behaviors as they happen.
 
-        `log_requests` is the share of users whose requests are kept for `audit`. A request has `timeout`
-        seconds to arrive, and as many again to be answered; `threads` are worked on at once, `waiting`
-        wait, more get 503 at once. Once the home has an API key, every request needs one, also if that is
-        made later. Raises BadInput when other machines could ask (`host` is not this one) and there is
-        none.
+        In so many `workers` (processes), each with the model. `log_requests` is the share of users whose
+        requests are kept for `audit`. A request has `timeout` seconds to arrive, and as many for its
+        answer; `threads` are worked on at once, `waiting` wait, more get 503. Once the home has an API key,
+        every request needs one. Raises BadInput when others could ask (`host`) and there is none.
         """
         from serving.guards import Limits
-        from serving.server import serve
+        from serving.server import Address, serve
 
         limits = Limits(seconds=timeout, threads=threads, waiting=waiting)
-        serve(self.home, host=host, port=port, live=live, log_requests=log_requests, limits=limits)
+        serve(self.home, Address(host, port, workers), live=live, log_requests=log_requests, limits=limits)
 
     def new_api_key(self, name: str, scopes: Sequence[str] = ("read", "score")) -> str:
         """Make a key for the service; only its hash is kept. Scopes are read, score and write."""

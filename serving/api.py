@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -90,18 +91,20 @@ def create_app(
     log_requests: float = 0,
     limits: Limits | None = None,
     require_keys: bool = False,
+    workers: Path | None = None,
 ) -> FastAPI:
     """The application for one home; `live` adds /v1/behaviors, /v1/impressions and /v1/clicks, which need
     the shallow layers in memory.
 
     `log_requests` is the share of users whose requests are kept for `bahe audit`. Once the home has an API
-    key every request needs one; with `require_keys` also before. Raises NotReady before the first publish.
+    key every request needs one; with `require_keys` also before. `workers` is a folder in which several
+    applications of one service share their metrics. Raises NotReady before the first publish.
     """
     limits = limits or Limits()
     log = RequestLog(home, log_requests) if log_requests else None
     lookup = (LiveLookup if live else OnlineLookup)(home, log, keep_items=True)
     lookup.artifact(lookup.live_version())
-    service = Service(lookup, limits)
+    service = Service(lookup, limits, workers)
     app = FastAPI(
         title="bahe",
         summary="Click predictions from long logs of what people do, in words.",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 from typing import Annotated, Any
 
@@ -11,7 +10,7 @@ from fastapi import APIRouter, Query
 from fastapi.responses import Response
 from pydantic_core import to_json
 
-from bahe_core.errors import BaheError, clipped
+from bahe_core.errors import clipped
 from serving.answers import Answer, TakenIn, UserFeatures
 from serving.identifiers import Identifier
 from serving.live import Clicked, LiveLookup, Shown
@@ -60,10 +59,7 @@ def probes(service: Service) -> APIRouter:
 
         What the store has to say is left out while it is away.
         """
-        live = None
-        with suppress(BaheError, OSError):
-            live = await service.freshness()
-        return Response(service.metrics.text(live), media_type=service.metrics.content_type)
+        return Response(await service.measured(), media_type=service.metrics.content_type)
 
     return router
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
+from pathlib import Path
 from typing import Any, TypeVar
 
 from fastapi import FastAPI
@@ -13,6 +14,7 @@ from bahe_core.errors import BaheError
 from serving.guards import Limits
 from serving.lookup import OnlineLookup
 from serving.metrics import Metrics
+from serving.shared_metrics import SharedMetrics
 from serving.work import Work
 
 T = TypeVar("T")
@@ -21,8 +23,10 @@ T = TypeVar("T")
 class Service:
     """What the routes share: the lookup, and the threads that ask it."""
 
-    def __init__(self, lookup: OnlineLookup, limits: Limits) -> None:
+    def __init__(self, lookup: OnlineLookup, limits: Limits, workers: Path | None = None) -> None:
+        """`workers` is the folder in which the workers of one service share their metrics."""
         self.lookup, self.metrics = lookup, Metrics()
+        self._shared = None if workers is None else SharedMetrics(self.metrics, workers)
         self._work = Work("work", threads=limits.threads, waiting=limits.waiting, seconds=limits.seconds)
         # Of its own, so that a service with much to do is still seen to be ready.
         self._probe = Work("probe", threads=1, waiting=8, seconds=min(3.0, limits.seconds))
@@ -55,6 +59,13 @@ class Service:
 
         return await self._probe.run(look)
 
+    async def measured(self) -> str:
+        """What Prometheus is told, of all workers; without a model where the store does not answer."""
+        live = None
+        with suppress(BaheError, OSError):
+            live = await self.freshness()
+        return self.metrics.text(live, self._shared.others() if self._shared else ())
+
     def _warm(self) -> None:
         self.lookup.items(list(self.lookup.catalogue())[:1], self.lookup.live_version())
 
@@ -63,6 +74,9 @@ class Service:
         """Reads the items, so that no request waits for it; lets go of the threads in the end."""
         with suppress(BaheError):  # then requests say so
             await self.ask(self._warm)
+        writing = asyncio.ensure_future(self._shared.keep_writing()) if self._shared else None
         yield
+        if writing is not None:
+            writing.cancel()
         self._work.close()
         self._probe.close()

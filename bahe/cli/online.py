@@ -140,6 +140,9 @@ def serve(
         str, typer.Option(help="Address to listen on; for other machines to ask, make an API key first.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
+    workers: Annotated[
+        int, typer.Option(min=1, help="Processes that share the port; each has the model in memory.")
+    ] = 1,
     live: Annotated[
         bool,
         typer.Option(
@@ -164,6 +167,7 @@ def serve(
     bahe.open(home).serve(
         host=host,
         port=port,
+        workers=workers,
         live=live,
         log_requests=log_requests,
         timeout=timeout,
