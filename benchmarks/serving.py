@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from feast import FeatureService
 
 CANDIDATES = 100
+CLIENTS = 8
 SCORE_P50, SCORE_P99 = 3.0, 10.0
 """Milliseconds over HTTP."""
 PUSH_P50 = 10.0
@@ -94,13 +96,13 @@ def compared(metric: str, ours: Callable[[], object], feast: Callable[[], object
 
 
 @contextmanager
-def served(home: Home) -> Iterator[http.client.HTTPConnection]:
-    """A service of the home in a process of its own, and a connection to it."""
+def served(home: Home, workers: int = 1) -> Iterator[http.client.HTTPConnection]:
+    """A service of the home in processes of its own, and a connection to it."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "bahe", "serve", "--home", str(home.root), "--port", str(port)]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([*command, "--workers", str(workers)], stderr=subprocess.DEVNULL)
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
     try:
         for _ in range(600):
@@ -156,6 +158,38 @@ def over_http(home: Home, user: Identifier, items: list[Identifier], turns: int)
                     goal=f"at most {goal:g} ms" if goals else None,
                     holds=value <= goal if goals else None,
                 )
+
+
+def by_workers(home: Home, user: Identifier, items: list[Identifier], seconds: float) -> Iterable[Row]:
+    """Scores a second that clients get of one process and of two, the clients on the same cores."""
+    body = json.dumps({"user_id": user, "item_ids": items})
+    rates: dict[int, float] = {}
+    for workers in (1, 2):
+        with served(home, workers) as connection:
+            time.sleep(10)  # the other worker may begin later
+            until = time.monotonic() + seconds
+
+            def ask(address: tuple[str, int], until: float = until) -> int:
+                client, answers = http.client.HTTPConnection(*address, timeout=30), 0
+                while time.monotonic() < until:
+                    client.request("POST", "/v1/score", body, {"Content-Type": "application/json"})
+                    answer = client.getresponse()
+                    content = answer.read()
+                    assert answer.status == 200, content
+                    answers += 1
+                client.close()
+                return answers
+
+            with ThreadPoolExecutor(CLIENTS) as clients:
+                asked = [clients.submit(ask, (connection.host, connection.port)) for _ in range(CLIENTS)]
+            rates[workers] = sum(one.result() for one in asked) / seconds
+    yield Row(
+        metric=f"POST /v1/score, {len(items)} candidates, {CLIENTS} clients, two workers",
+        value=rates[2],
+        unit="answers/s",
+        peer="one worker, answers/s",
+        peer_value=rates[1],
+    )
 
 
 def pushed(home: Home, user: Identifier, count: int, kind: str, text: Callable[[int], str]) -> Row:
@@ -277,6 +311,7 @@ def measure(quick: bool, home_path: Path) -> Iterable[Row]:
             turns,
         )
     yield from over_http(home, user, some, 4 * turns)
+    yield from by_workers(home, user, some, 5 if quick else 20)
     yield pushed(home, user, turns, "a new text", lambda number: f"something new, {number}")
     yield pushed(home, user, turns, "a known text", lambda _: "the same again")
     yield from impressions(home, turns)

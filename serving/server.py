@@ -45,9 +45,12 @@ def serve(home: Home, where: Address, *, live: bool, log_requests: float, limits
     """Serve until interrupted; `live` and `log_requests` are those of `create_app`, `limits` each worker's.
 
     Several workers share the port; one that dies is replaced. Raises BadInput when other machines could ask
-    (`host` is not this one) and the home has no API key, NotReady when the workers cannot start.
+    (`host` is not this one) and the home has no API key, or on less than one worker; NotReady when several
+    cannot start.
     """
     host, workers = where.host, where.workers
+    if workers < 1:
+        raise BadInput(f"{workers} workers cannot serve; give at least 1.")
     local = host in ("127.0.0.1", "::1", "localhost")
     with_keys = has_keys(home)
     if not local and not with_keys:

@@ -155,9 +155,9 @@ def compare(
     ] = False,
     device: DeviceOption = None,
 ) -> None:
-    """Is BAHE better than its peers on this log, and do its deep layers pay? Beyond chance?
+    """Train BAHE and its peers on one frame; tell which is better, by how much, and whether it is chance.
 
-    Trains each on one frame and compares them on the validation split, on the same resamples of users.
+    They are compared on the validation split, on the same resamples of users.
     Writes a page, HOME/reports/comparison.html, and the same as JSON; nothing is put online. What a model
     predicted is kept: killed, the same call goes on, and a model that is added is all that is trained.
     """

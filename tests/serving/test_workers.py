@@ -16,6 +16,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
 
+import bahe
+from bahe_core.errors import BadInput
 from bahe_core.home import Home
 from serving.metrics import Metrics
 from serving.shared_metrics import SharedMetrics
@@ -105,6 +107,11 @@ def test_workers_that_cannot_start_are_one_sentence_and_exit_code_2(served: Home
     assert done.returncode == 2, done.stderr
     assert "bahe: the live model cannot be read" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_less_than_one_worker_is_refused(served: Home) -> None:
+    with pytest.raises(BadInput, match="at least 1"):
+        bahe.open(served.root).serve(workers=0)
 
 
 def test_counts_of_others_are_added_and_the_dead_do_no_work(tmp_path: Path) -> None:
