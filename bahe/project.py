@@ -198,15 +198,15 @@ class Project:
     ) -> Comparison:
         """Train BAHE and its peers on one frame with several seeds; is one better, beyond chance?
 
-        The last frame, or that of a `dataset`, which is ingested first. `models` are `floor`, `id-only`,
-        `din`, `gradient-boosting`, `bahe`, `bahe-deep`, `bahe-no-deep`, all that differ when left out;
-        each of `variants` is BAHE with other settings, as `model.deep=true training.epochs=6`. `test` adds
-        the test split to the validation split. Killed, it goes on where it stopped.
+        On the last frame, or that of a `dataset`, which is ingested first. `models` are names as `bahe
+        compare` has them; each of `variants` is BAHE with other settings, as `model.deep=true`. `test` adds
+        the test split. Killed, it goes on where it stopped.
         """
         from bahe.run import to_frame
-        from materialize.training.compare import compare
+        from materialize.training.compare import check_asked, compare
 
         if dataset is not None:
+            check_asked(Path(dataset), models, variants, seeds)
             to_frame(self, Path(dataset), device=device)
         with job("compare"):
             done = compare(

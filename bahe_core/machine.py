@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeVar
 
+from bahe_core.errors import BadInput, clipped
+
 if TYPE_CHECKING:
     import torch
 
@@ -65,11 +67,19 @@ def is_first_process() -> bool:
 
 
 def device(name: str | None = None) -> torch.device:
-    """The torch device to compute on: the given one, else CUDA, else Apple's MPS, else CPU."""
+    """The torch device to compute on: the given one, else CUDA, else Apple's MPS, else CPU.
+
+    Raises BadInput on a name that torch does not know.
+    """
     import torch
 
     if name is not None:
-        return torch.device(name)
+        try:
+            return torch.device(name)
+        except RuntimeError:
+            raise BadInput(
+                f"device {clipped(name)} is not known; write cpu, cuda, cuda:1 or mps."
+            ) from None
     if torch.cuda.is_available():
         return torch.device("cuda")
     if torch.backends.mps.is_available():

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import tempfile
+import time
+import traceback
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from socket import AddressFamily, create_server
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
 from uvicorn.config import STARTUP_FAILURE
 from uvicorn.supervisors import Multiprocess
 
-from bahe_core.errors import BadInput, BaheError, NotReady
+from bahe_core.errors import BadInput, BaheError, NotReady, one_line, storage_problem
 from bahe_core.home import Home
 from bahe_core.machine import configure_threads, threads
 from serving.keys import has_keys
@@ -25,9 +29,13 @@ if TYPE_CHECKING:
 
     from serving.guards import Limits
 
+_log = logging.getLogger(__name__)
+
 PATIENCE = 15
 """Seconds in which a worker has to show that it lives: while it imports on a busy machine it is slow to.
 One that was killed is missed for so long at most."""
+AGAIN = 5
+"""Seconds until a worker that could not start beside others is tried again."""
 _REFUSED = "refused"
 """The file in which a worker says why it cannot start."""
 
@@ -45,8 +53,8 @@ def serve(home: Home, where: Address, *, live: bool, log_requests: float, limits
     """Serve until interrupted; `live` and `log_requests` are those of `create_app`, `limits` each worker's.
 
     Several workers share the port; one that dies is replaced. Raises BadInput when other machines could ask
-    (`host` is not this one) and the home has no API key, or on less than one worker; NotReady when several
-    cannot start.
+    (`host` is not this one) and the home has no API key, on less than one worker, and where somebody else
+    listens; NotReady when several workers cannot start.
     """
     host, workers = where.host, where.workers
     if workers < 1:
@@ -58,6 +66,7 @@ def serve(home: Home, where: Address, *, live: bool, log_requests: float, limits
             f"a service on {host} can be asked by other machines, and needs API keys; make one with"
             " `bahe api-key NAME`, or leave out --host."
         )
+    _refuse_taken(host, where.port)
     options: dict[str, Any] = {
         "live": live,
         "log_requests": log_requests,
@@ -88,15 +97,35 @@ def serve(home: Home, where: Address, *, live: bool, log_requests: float, limits
         )
         socket = config.bind_socket()
         try:
-            Multiprocess(config, [socket]).run()
+            supervisor = Multiprocess(config, [socket])
+            supervisor.run()
         finally:
             socket.close()
         with suppress(FileNotFoundError):
             raise NotReady((Path(folder) / _REFUSED).read_text())
+        if any(process.exitcode == STARTUP_FAILURE for process in supervisor.processes):
+            raise NotReady("no worker could start; what they said above tells why.")
+
+
+def _refuse_taken(host: str, port: int) -> None:
+    """Raises BadInput where somebody else listens."""
+    family = AddressFamily.AF_INET6 if ":" in host else AddressFamily.AF_INET
+    try:
+        create_server((host, port), family=family).close()
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise BadInput(
+            f"port {port} of {host} cannot be listened on ({reason}); choose another --port, or end what"
+            " listens there."
+        ) from None
 
 
 def _worker(home: Home, options: dict[str, Any], folder: Path, threads_each: int) -> FastAPI:
-    """The application of one of several processes."""
+    """The application of one of several processes.
+
+    One that cannot start ends the service where no other has been ready. Later it is tried again: the
+    others answer, and what it needs may be away for a while.
+    """
     os.environ["BAHE_THREADS"] = str(threads_each)
     configure_threads()
     # Here, since the process that only watches the workers does without models and Feast.
@@ -104,6 +133,19 @@ def _worker(home: Home, options: dict[str, Any], folder: Path, threads_each: int
 
     try:
         return create_app(home, **options, workers=folder)
-    except BaheError as error:
-        (folder / _REFUSED).write_text(str(error))
-        sys.exit(STARTUP_FAILURE)  # so that it is not tried again for ever
+    except Exception as error:
+        known = error if isinstance(error, BaheError) else storage_problem(error)
+        if any(folder.glob("*.json")):
+            _log.warning("a worker cannot start: %s", known or one_line(error))
+            time.sleep(AGAIN)
+            sys.exit(1)
+        if known is None:
+            raise SystemExit(STARTUP_FAILURE) from _shown(error)
+        (folder / _REFUSED).write_text(str(known))
+        sys.exit(STARTUP_FAILURE)
+
+
+def _shown(error: Exception) -> Exception:
+    """The error, printed: a process that exits on purpose shows no traceback."""
+    traceback.print_exception(error)
+    return error

@@ -64,6 +64,8 @@ class Service:
         live = None
         with suppress(BaheError, OSError):
             live = await self.freshness()
+        if self._shared is not None:
+            self._shared.write()
         return self.metrics.text(live, self._shared.others() if self._shared else ())
 
     def _warm(self) -> None:
@@ -74,9 +76,11 @@ class Service:
         """Reads the items, so that no request waits for it; lets go of the threads in the end."""
         with suppress(BaheError):  # then requests say so
             await self.ask(self._warm)
-        writing = asyncio.ensure_future(self._shared.keep_writing()) if self._shared else None
+        writing = None if self._shared is None else asyncio.ensure_future(self._shared.keep_writing())
         yield
         if writing is not None:
             writing.cancel()
+        if self._shared is not None:
+            self._shared.write()
         self._work.close()
         self._probe.close()

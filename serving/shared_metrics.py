@@ -7,12 +7,17 @@ since what it counted happened.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
+import secrets
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from bahe_core.errors import one_line
 from serving.metrics import Counts, Metrics
+
+_log = logging.getLogger(__name__)
 
 EVERY = 1.0
 """Seconds between two writes."""
@@ -24,7 +29,9 @@ class SharedMetrics:
     def __init__(self, metrics: Metrics, folder: Path) -> None:
         """The folder is the workers' alone, and empty when the first of them starts."""
         self._metrics, self._folder = metrics, folder
-        self._own, self._written = folder / f"{os.getpid()}.json", ""
+        # Not the process's number alone, which another one may get that comes later.
+        self._own, self._written = folder / f"{os.getpid()}-{secrets.token_hex(4)}.json", ""
+        self._failed = False
 
     async def keep_writing(self) -> None:
         """Until it is cancelled."""
@@ -33,12 +40,23 @@ class SharedMetrics:
             await asyncio.sleep(EVERY)
 
     def write(self) -> None:
-        """Write the counts where they are not what was written last, whole or not at all."""
+        """Write the counts where they are not what was written last, whole or not at all.
+
+        What was told once has to be on the disk: a sum that falls is a restart to Prometheus.
+        """
         text = self._metrics.counts().to_json()
-        if text != self._written:
-            part = self._own.with_suffix(".part")
+        if text == self._written:
+            return
+        part = self._own.with_suffix(".part")
+        try:
+            self._folder.mkdir(exist_ok=True)  # temporary folders are tidied away on some machines
             part.write_text(text)
             part.replace(self._own)
+        except OSError as error:  # an answer counts more than its count
+            if not self._failed:
+                _log.warning("metrics are not shared with the other workers: %s", one_line(error))
+            self._failed = True
+        else:
             self._written = text
 
     def others(self) -> Iterator[Counts]:
@@ -46,7 +64,7 @@ class SharedMetrics:
         for path in sorted(self._folder.glob("*.json")):
             if path != self._own:
                 counts = Counts.from_json(path.read_text())
-                yield counts if _lives(int(path.stem)) else replace(counts, in_work=0)
+                yield counts if _lives(int(path.stem.partition("-")[0])) else replace(counts, in_work=0)
 
 
 def _lives(process: int) -> bool:

@@ -159,8 +159,10 @@ def serve(
     timeout: Annotated[
         float, typer.Option(help="Seconds for a request to arrive, and again to be answered.")
     ] = 10.0,
-    threads: Annotated[int, typer.Option(min=1, help="Requests that are worked on at once.")] = 4,
-    waiting: Annotated[int, typer.Option(min=0, help="Requests that wait; more get 503 at once.")] = 32,
+    threads: Annotated[int, typer.Option(min=1, help="Requests that a worker works on at once.")] = 4,
+    waiting: Annotated[
+        int, typer.Option(min=0, help="Requests of each worker that wait; more get 503 at once.")
+    ] = 32,
 ) -> None:
     """Serve the live model over HTTP: /v1/score, /v1/recommend, /v1/features, and /docs with all routes."""
     say(f"  http://{host}:{port}/docs")

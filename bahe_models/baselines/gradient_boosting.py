@@ -24,7 +24,7 @@ from bahe_models.trainer.ctr_training import Scores, seen_atoms
 from bahe_models.trainer.impressions import Impressions, TrainingData
 
 CATEGORIES = 250
-"""Categories of more values are left out: the histograms have no more bins."""
+"""Rarer values of a category are left out: the histograms have no more bins."""
 ROUNDS = 400
 COMPONENTS = 8
 LEAVES = (15, 31)
@@ -96,15 +96,19 @@ def train_gradient_boosting(
 
 
 def _facts(data: TrainingData, dense: DenseFeatures, part: Impressions) -> Matrix:
-    """Dense features, and places of the categories, NaN where unknown in training [N, F]."""
+    """Dense features, and places of the categories among the `CATEGORIES` most frequent ones of training,
+    NaN for others [N, F].
+
+    As numbers: told that they are categories, the trees rank worse on Complete Journey.
+    """
     columns: list[npt.NDArray[Any]] = list(dense.transform(part.columns, part.length_NC, part.time_us_N).T)
     train = data.splits["train"]
     if train.context_NX is not None and part.context_NX is not None:
         for trained_N, hash_N in zip(train.context_NX.T, part.context_NX.T, strict=True):
-            known = np.unique(trained_N)
-            if len(known) <= CATEGORIES:
-                place_N = np.minimum(np.searchsorted(known, hash_N), len(known) - 1)
-                columns.append(np.where(known[place_N] == hash_N, place_N, np.nan))
+            known, count = np.unique(trained_N, return_counts=True)
+            kept = np.sort(known[np.argsort(-count, kind="stable")[:CATEGORIES]])
+            place_N = np.minimum(np.searchsorted(kept, hash_N), len(kept) - 1)
+            columns.append(np.where(kept[place_N] == hash_N, place_N, np.nan))
     return np.column_stack(columns).astype(np.float32)
 
 
@@ -129,8 +133,8 @@ class _Texts:
 
         NaN where the user has done nothing yet.
         """
-        candidate_ND = self._atoms_AD[self._item_atom_I[part.item_N]]
-        candidate_NK = candidate_ND @ self._components_KD.T
+        candidate_N = self._item_atom_I[part.item_N]
+        components_AK = self._atoms_AD @ self._components_KD.T
         channels, width = len(self._timelines.channels), len(self._components_KD)
         cosine_NC = np.full((len(part), channels), np.nan, dtype=np.float32)
         sum_NK = np.zeros((len(part), width), dtype=np.float32)
@@ -142,13 +146,14 @@ class _Texts:
                     continue
                 history_LD = self._history(part.user_N[rows[0]], channel, int(length_R.max()))
                 sum_RD = history_LD.cumsum(axis=0)[length_R[some] - 1]
-                likeness = (sum_RD * candidate_ND[rows[some]]).sum(axis=1)
-                norms = np.linalg.norm(sum_RD, axis=1) * np.linalg.norm(candidate_ND[rows[some]], axis=1)
+                candidate_RD = self._atoms_AD[candidate_N[rows[some]]]
+                likeness = (sum_RD * candidate_RD).sum(axis=1)
+                norms = np.linalg.norm(sum_RD, axis=1) * np.linalg.norm(candidate_RD, axis=1)
                 cosine_NC[rows[some], channel] = likeness / np.maximum(norms, 1e-6)
                 sum_NK[rows[some]] += sum_RD @ self._components_KD.T
         behaviors_N = part.length_NC.sum(axis=1)[:, None]
         mean_NK = np.where(behaviors_N > 0, sum_NK / np.maximum(behaviors_N, 1), np.nan)
-        return np.hstack([cosine_NC, mean_NK, candidate_NK]).astype(np.float32)
+        return np.hstack([cosine_NC, mean_NK, components_AK[candidate_N]]).astype(np.float32)
 
     def _history(self, user: int, channel: int, length: int) -> Matrix:
         timelines: Timelines = self._timelines

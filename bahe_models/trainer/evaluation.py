@@ -205,16 +205,18 @@ def resampled_gaucs(
 ) -> dict[str, Float]:
     """GAUC [R] of each model on the resamples of users that `resampled_aucs` draws, NaN likewise."""
     of_users = {model: user_aucs(clicked, score_N, user) for model, score_N in scores.items()}
-    users = len(np.unique(user))
-    weight_UR = np.hstack(list(resampled_users(users, replicates, seed=seed)))
-    result = {}
-    for model, (auc_U, size_U) in of_users.items():
-        mixed = ~np.isnan(auc_U)
-        weights = weight_UR[mixed] * size_U[mixed, None]
-        total_R = weights.sum(axis=0)
-        summed_R = auc_U[mixed] @ weights
-        undefined = np.full(replicates, np.nan)
-        result[model] = np.divide(summed_R, total_R, out=undefined, where=(total_R > 0) & (users > 1))
+    users, begin = len(np.unique(user)), 0
+    result = {model: np.full(replicates, np.nan) for model in scores}
+    if users < 2:
+        return result
+    for weight_UR in resampled_users(users, replicates, seed=seed):
+        end = begin + weight_UR.shape[1]
+        for model, (auc_U, size_U) in of_users.items():
+            size_mixed_U = np.where(np.isnan(auc_U), 0, size_U)
+            total_R = size_mixed_U @ weight_UR
+            summed_R = (np.nan_to_num(auc_U) * size_mixed_U) @ weight_UR
+            np.divide(summed_R, total_R, out=result[model][begin:end], where=total_R > 0)
+        begin = end
     return result
 
 

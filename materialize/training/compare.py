@@ -26,19 +26,19 @@ from bahe_core.progress import say
 from bahe_lake.connection import lake
 from bahe_models import Checkpoint, auc, fit_dense
 from bahe_models.trainer.ctr_training import require_fit
-from materialize.config.dataset import home_dataset
+from materialize.config.dataset import Dataset, home_dataset, load_dataset
 from materialize.frames.frame import latest_frame
 from materialize.gate import require_gates
 from materialize.training.comparison import Compared, Comparison, compared, findings, segments_of
 from materialize.training.comparison_report import write_comparison
-from materialize.training.contenders import BAHE, Fit, Scene, contenders
+from materialize.training.contenders import BAHE, Contender, Fit, Scene, contenders
 from materialize.training.train import backbone_of
 from materialize.training.train_with_baselines import EVALUATED
 from materialize.training.training_data import read_training_data
 from materialize.vectors.stored_atoms import current_encoder
 
-_FORMAT = 1
-"""Of what is kept of a model; another one is trained again."""
+_FORMAT = 2
+"""Of what is kept of a model: raised when a peer's own settings change, so that it is trained again."""
 
 
 def compare(
@@ -58,10 +58,10 @@ def compare(
     BadInput on unknown names and settings, NotReady before `frame`, Busy while another comparison runs on
     the home.
     """
-    if seeds < 1:
-        raise BadInput(f"{seeds} seeds are too few; give at least 1.")
+    where = device(device_name)
     dataset, frame = home_dataset(home), latest_frame(home)
-    chosen = contenders(dataset, models, variants)
+    chosen = _asked_for(dataset, models, variants, seeds)
+    first = dataset.training.seed
     with _exclusive(home):
         with lake(home) as connection:
             require_gates(connection, "embed")
@@ -72,8 +72,10 @@ def compare(
             if contender.is_bahe and contender.settings.model.deep:
                 require_fit(halves.deep, data, contender.settings.window)
         del halves
-        scene = Scene(data, fit_dense(data), backbone, encoder, device(device_name))
-        runs = [(one, seed) for one in chosen for seed in range(seeds if one.is_random else 1)]
+        scene = Scene(data, fit_dense(data), backbone, encoder, where)
+        runs = [
+            (one, seed) for one in chosen for seed in range(first, first + (seeds if one.is_random else 1))
+        ]
         kept = [
             _Kept(home, frame.frame_id, [encoder, *one.with_seed(seed).identity(backbone)])
             for one, seed in runs
@@ -99,7 +101,7 @@ def compare(
         reference = min(chosen, key=lambda one: (one.name != BAHE, not one.is_bahe)).name
         titles = {one.name: one.title for one in chosen}
         rows = compared(data, names, fits, titles, reference)
-        said = findings(rows, reference)
+        said = findings(rows, chosen, reference)
         segments = {
             name: {segment: len(at) for segment, at in segments_of(data, data.splits[name]).items()}
             for name in names
@@ -108,8 +110,15 @@ def compare(
         page = home.reports / "comparison.html"
         write_comparison(page, dataset.name, frame.frame_id, freshness, rows, segments, said)
         table = page.with_suffix(".json")
-        facts = {"frame_id": frame.frame_id, "freshness": freshness, "encoder_version": encoder}
-        _write_json(table, facts, rows, said)
+        about = {
+            "dataset": dataset.name,
+            "reference": reference,
+            "frame_id": frame.frame_id,
+            "freshness": freshness,
+            "encoder_version": encoder,
+            "segments": segments,
+        }
+        _write_json(table, about, rows, said)
     return Comparison(
         reference=titles[reference],
         rows=rows,
@@ -118,6 +127,19 @@ def compare(
         report=page,
         data=table,
     )
+
+
+def check_asked(dataset: Path, models: Sequence[str] | None, variants: Sequence[str], seeds: int) -> None:
+    """Raises BadInput as `compare` does on a dataset.yaml, without reading a log."""
+    _asked_for(load_dataset(dataset), models, variants, seeds)
+
+
+def _asked_for(
+    dataset: Dataset, models: Sequence[str] | None, variants: Sequence[str], seeds: int
+) -> list[Contender]:
+    if seeds < 1:
+        raise BadInput(f"{seeds} seeds are too few; give at least 1.")
+    return contenders(dataset, models, variants)
 
 
 class _Kept:
@@ -133,7 +155,9 @@ class _Kept:
         """None when there is nothing, or nothing whole."""
         try:
             with np.load(self.path) as stored:
-                return Fit({name: stored[name] for name in EVALUATED}, float(stored["seconds"]))
+                fit = Fit({name: stored[name] for name in EVALUATED}, float(stored["seconds"]))
+            self.checkpoint.delete()  # a kill may have left it
+            return fit
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             return None
 
@@ -157,11 +181,15 @@ def _exclusive(home: Home) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
     home.compared.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(home.compared / ".lock")
     try:
-        with FileLock(home.compared / ".lock").acquire(timeout=0):
-            yield
+        lock.acquire(timeout=0)
     except Timeout:
         raise Busy(f"another comparison runs on {home.root}; wait for it to end.") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _write_json(path: Path, facts: dict[str, Any], rows: Sequence[Compared], said: Sequence[str]) -> None:

@@ -5,6 +5,7 @@ Shape letters: N impressions, R bootstrap replicates.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -32,9 +33,10 @@ from bahe_models.trainer.evaluation import (
     resampled_aucs,
     resampled_gaucs,
 )
-from materialize.training.contenders import BAHE, WITH_DEEP, WITHOUT_DEEP, Fit
+from materialize.training.contenders import BAHE, WITH_DEEP, WITHOUT_DEEP, Contender, Fit
 from materialize.training.train_with_baselines import CALIBRATED_ON
 
+CHOSEN_BY = "validation"
 NEW_ITEMS = "items unseen in training"
 
 
@@ -47,9 +49,18 @@ class Gain:
     high: float
 
     @property
+    def known(self) -> bool:
+        """Whether there are users and classes enough for an interval."""
+        return not math.isnan(self.low + self.value + self.high)
+
+    @property
     def certain(self) -> bool:
         """Whether the interval leaves out zero."""
         return self.low > 0 or self.high < 0
+
+    def turned(self) -> Gain:
+        """The same, seen from the other model."""
+        return Gain(value=-self.value, low=-self.high, high=-self.low)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,42 +207,59 @@ def _draws(split: Impressions, logits: Mapping[str, Sequence[Float]]) -> dict[st
     }
 
 
-def findings(rows: Sequence[Compared], reference: str) -> list[str]:
-    """What the last split of the rows says: who is better, by how much, and whether deep layers pay."""
-    split = rows[-1].split
-    rows = [row for row in rows if row.split == split]
-    by_model = {row.model: row for row in rows}
-    title = by_model[reference].title
+def findings(rows: Sequence[Compared], contenders: Sequence[Contender], reference: str) -> list[str]:
+    """What the rows say: who is better on each split, by how much; and by validation, on which choices are
+    made, whether deep layers pay."""
     said = []
-    others = [(row, row.gain) for row in rows if row.gain is not None]
+    for split in dict.fromkeys(row.split for row in rows):
+        by_model = {row.model: row for row in rows if row.split == split}
+        said += _on_split(split, by_model, reference)
+        if split == CHOSEN_BY:
+            said += _about_deep_layers(by_model, contenders, reference)
+    return said
+
+
+def _on_split(split: str, by_model: Mapping[str, Compared], reference: str) -> list[str]:
+    one = by_model[reference]
+    others = [(row, row.gain) for row in by_model.values() if row.gain is not None]
+    known = [(row, gain) for row, gain in others if gain.known]
     groups = {
-        "is below, by more than chance": [(row, gain) for row, gain in others if gain.high < 0],
-        "is above, by more than chance": [(row, gain) for row, gain in others if gain.low > 0],
-        "cannot be told from": [(row, gain) for row, gain in others if not gain.certain],
+        "is below, by more than chance": [(row, gain) for row, gain in known if gain.high < 0],
+        "is above, by more than chance": [(row, gain) for row, gain in known if gain.low > 0],
+        "cannot be told from": [(row, gain) for row, gain in known if not gain.certain],
     }
+    said = []
     for verdict, group in groups.items():
         if group:
             named = ", ".join(f"{row.title} ({_signed(gain)})" for row, gain in group)
-            said.append(f"on the {split} split {title} {verdict}: {named}.")
-    alike = [row for row, _ in groups["cannot be told from"]]
-    cheaper = [row for row in alike if row.train_seconds * 2 < by_model[reference].train_seconds]
-    if cheaper:
-        least = min(cheaper, key=lambda row: row.train_seconds)
+            said.append(f"on the {split} split {one.title} {verdict}: {named}.")
+    if len(known) < len(others):
+        said.append(f"the {split} split has too few users or clicks to tell how sure a difference is.")
+    alike = [row for row, _ in groups["cannot be told from"] if row.train_seconds * 2 < one.train_seconds]
+    if alike and split == CHOSEN_BY:
+        least = min(alike, key=lambda row: row.train_seconds)
         said.append(
-            f"{least.title} trains in {least.train_seconds:.0f} s, {title} in"
-            f" {by_model[reference].train_seconds:.0f}."
+            f"{least.title} trains in {least.train_seconds:.0f} s, {one.title} in {one.train_seconds:.0f}."
         )
-    return said + _about_deep_layers(by_model, reference)
+    return said
 
 
-def _about_deep_layers(by_model: Mapping[str, Compared], reference: str) -> list[str]:
-    other = next((by_model[name] for name in (WITH_DEEP, WITHOUT_DEEP) if name in by_model), None)
-    if reference != BAHE or other is None or other.gain is None:
+def _about_deep_layers(
+    by_model: Mapping[str, Compared], contenders: Sequence[Contender], reference: str
+) -> list[str]:
+    """Of the reference and the model that is the same but for them."""
+    deep = {
+        one.name: one.settings.model.deep
+        for one in contenders
+        if one.name in (BAHE, WITH_DEEP, WITHOUT_DEEP)
+    }
+    other = next((name for name in deep if deep[name] != deep.get(reference)), None)
+    gain = None if reference not in deep or other is None else by_model[other].gain
+    if gain is None or other is None or not gain.known:
         return []
-    gain, with_deep, without = other.gain, by_model[BAHE], other
-    if other.model == WITH_DEEP:
-        gain = Gain(value=0 - gain.value, low=0 - gain.high, high=0 - gain.low)  # no -0.0
-        with_deep, without = other, by_model[BAHE]
+    with_deep, without = by_model[reference], by_model[other]
+    if not deep[reference]:
+        gain, with_deep, without = gain.turned(), without, with_deep
     times = with_deep.train_seconds / max(without.train_seconds, 0.01)
     advice = (
         "they pay: `model: {deep: true}`"
@@ -242,4 +270,9 @@ def _about_deep_layers(by_model: Mapping[str, Compared], reference: str) -> list
 
 
 def _signed(gain: Gain) -> str:
-    return f"{gain.value:+.4f}, {LEVEL:.0%} interval {gain.low:+.4f} to {gain.high:+.4f}"
+    return f"{rounded(gain.value)}, {LEVEL:.0%} interval {rounded(gain.low)} to {rounded(gain.high)}"
+
+
+def rounded(value: float, digits: int = 4) -> str:
+    """A difference with its sign, which zero has none of but plus."""
+    return f"{round(value, digits) + 0.0:+.{digits}f}"

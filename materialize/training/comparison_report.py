@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
 
 from bahe_models.trainer.evaluation import LEVEL, REPLICATES
-from materialize.training.comparison import Compared, Gain
+from materialize.training.comparison import Compared, Gain, rounded
 from materialize.training.page import write_page
 from materialize.training.plots import differences_plot
 from materialize.training.report import shown
@@ -59,7 +60,7 @@ def write_comparison(
 
 def table(rows: Sequence[Compared]) -> str:
     """The models on one split, a row each, the best AUC marked; HTML that stands alone."""
-    best = max(row.auc for row in rows)
+    best = max((row.auc for row in rows if not math.isnan(row.auc)), default=None)
     columns = ("AUC", "Difference", "GAUC", "Difference in GAUC", "Log loss", "ECE", "Training, s")
     header = "".join(f"<th>{name}</th>" for name in columns)
     body = "".join(
@@ -82,8 +83,14 @@ def shown_range(row: Compared) -> str:
 
 
 def shown_gain(gain: Gain | None) -> str:
-    """A difference and its interval as text, such as +0.0096 [+0.002, +0.017]; empty for None."""
-    return "" if gain is None else f"{gain.value:+.4f} [{gain.low:+.3f}, {gain.high:+.3f}]"
+    """A difference and its interval as text, such as +0.0096 [+0.002, +0.017]; empty for None, n/a where it
+    is undefined."""
+    if gain is None:
+        return ""
+    if math.isnan(gain.value):
+        return "n/a"
+    ends = f" [{rounded(gain.low, 3)}, {rounded(gain.high, 3)}]" if gain.known else ""
+    return rounded(gain.value) + ends
 
 
 def _difference(gain: Gain | None) -> str:

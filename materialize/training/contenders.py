@@ -25,7 +25,7 @@ from bahe_models import (
     load_backbone,
 )
 from bahe_models.baselines.gradient_boosting import SETTINGS
-from bahe_models.trainer.ctr_training import Scores
+from bahe_models.trainer.ctr_training import Scores, refuse_deep
 from materialize.config.dataset import Dataset
 from materialize.config.problems import problems_of
 from materialize.training import tracking
@@ -63,7 +63,8 @@ class Scene:
 
 @dataclass(frozen=True)
 class Fit:
-    """A trained contender's click logits of each of `EVALUATED`, and the seconds that training took."""
+    """A trained contender's click logits of each of `EVALUATED`, and the seconds that it took: choosing the
+    epoch, or among settings, included."""
 
     logits: Mapping[str, Scores]
     seconds: float
@@ -112,9 +113,11 @@ class Contender:
         return Fit({name: score(scene.data.splits[name]) for name in EVALUATED}, seconds)
 
     def _bahe(self, scene: Scene, checkpoint: Checkpoint) -> Fit:
+        halves = load_backbone(scene.backbone)  # training changes the deep layers
+        start = time.perf_counter()
         fitted = fit_bahe(
             scene.data,
-            load_backbone(scene.backbone),  # training changes the deep layers
+            halves,
             self.settings,
             scene.device,
             scene.encoder,
@@ -122,8 +125,10 @@ class Contender:
             tracking.Log(),
             checkpoint=checkpoint,
         )
+        # The former is more where the training was resumed.
+        seconds = max(fitted.trained.seconds, time.perf_counter() - start)
         logits = {name: fitted.batches.predict(scene.data.splits[name]) for name in EVALUATED}
-        return Fit(logits, fitted.trained.seconds)
+        return Fit(logits, seconds)
 
     def _peer(self, scene: Scene) -> Callable[[Impressions], Scores]:
         data, dense, settings = scene.data, scene.dense, self.settings
@@ -152,8 +157,8 @@ def contenders(
 ) -> list[Contender]:
     """The models of these names (all that differ when None), then BAHE with each variant's settings.
 
-    A variant is written `model.deep=true training.epochs=6`. Raises BadInput on an unknown name, and on
-    settings that dataset.yaml would refuse.
+    A variant is written `model.deep=true training.epochs=6`. Raises BadInput on an unknown name, on
+    settings that dataset.yaml or a training would refuse, and where two are the same model.
     """
     configured = WITH_DEEP if dataset.model.deep else WITHOUT_DEEP
     chosen = [name for name in TITLES if name != configured] if names is None else list(names)
@@ -163,12 +168,24 @@ def contenders(
     found = []
     for name in dict.fromkeys(chosen):
         deep = {WITH_DEEP: True, WITHOUT_DEEP: False}.get(name, dataset.model.deep)
-        settings = Settings.of(dataset.model_copy(update={"model": replace(dataset.model, deep=deep)}))
+        training = dataset.training if deep else replace(dataset.training, pretraining_epochs=0)
+        model = replace(dataset.model, deep=deep)
+        settings = Settings.of(dataset.model_copy(update={"model": model, "training": training}))
         found.append(Contender(name, TITLES[name], settings))
     for variant in dict.fromkeys(variants):
         found.append(Contender(variant, f"BAHE, {variant}", Settings.of(_changed(dataset, variant))))
     if not found:
         raise BadInput(f"there is no model to compare; choose from {', '.join(TITLES)}.")
+    for place, one in enumerate(found):
+        if not one.is_bahe:
+            continue
+        if not one.settings.model.deep:
+            refuse_deep(one.settings.training)
+        same = next(
+            (other for other in found[:place] if other.settings == one.settings and other.is_bahe), None
+        )
+        if same is not None:
+            raise BadInput(f"{same.name} and {one.name} are the same model here; leave one out.")
     return found
 
 
@@ -180,6 +197,10 @@ def _changed(dataset: Dataset, variant: str) -> Dataset:
     for setting in re.split(rf"\s+(?=(?:{'|'.join(SECTIONS)})\.)", variant.strip()):
         path, equals, value = setting.partition("=")
         section, _, field = path.strip().partition(".")
+        if (section, field) == ("training", "seed"):
+            raise BadInput(
+                f"variant {clipped(variant)} is refused: `--seeds` says how many seeds there are."
+            )
         if not equals or not field or section not in SECTIONS:
             raise BadInput(
                 f"variant {clipped(variant)} is refused: write SECTION.FIELD=VALUE, as model.deep=true,"
@@ -189,7 +210,7 @@ def _changed(dataset: Dataset, variant: str) -> Dataset:
             raw[section][field] = yaml.safe_load(value)
         except yaml.YAMLError:
             raise BadInput(
-                f"variant {clipped(variant)} is refused: {clipped(value)} is no value."
+                f"variant {clipped(variant)} is refused: {clipped(value)} is not YAML."
             ) from None
     try:
         return Dataset.model_validate(raw)

@@ -70,13 +70,14 @@ def differences_plot(rows: Sequence[Compared], reference: str) -> str:
     """How far each model is from the reference, with its interval; and AUC against seconds of training."""
     from matplotlib.figure import Figure
 
-    others = [row for row in reversed(rows) if row.gain is not None]
+    others = [row for row in reversed(rows) if row.gain is not None and row.gain.known]
     figure = Figure(figsize=(10, 2 + 0.4 * len(rows)), layout="constrained")
     gains, cost = figure.subplots(1, 2)
     gains.axvline(0, color="#d0d7de", linewidth=1)
     for place, row in enumerate(others):
         assert row.gain is not None
-        ends = [[row.gain.value - row.gain.low], [row.gain.high - row.gain.value]]
+        # A percentile interval need not hold the estimate.
+        ends = [[max(0.0, row.gain.value - row.gain.low)], [max(0.0, row.gain.high - row.gain.value)]]
         colour = _COLOURS["bahe" if row.gain.certain else "floor"]
         gains.errorbar([row.gain.value], [place], xerr=ends, fmt="o", color=colour, capsize=3)
     gains.set_yticks(range(len(others)), [_label(row.title) for row in others])

@@ -141,12 +141,16 @@ def test_bad_input_is_one_sentence(home: Home, tmp_path: Path) -> None:
         (("--models", "xgboost"), "model xgboost is not known"),
         (("--models", ","), "no model to compare"),
         (("--variant", "model.deap=1"), "`deep` is the nearest"),
+        (("--device", "abacus"), "device abacus is not known"),
     ):
         refused = attempt("compare", *words, home=home)
         assert isinstance(refused.exception, BadInput)
         assert said in str(refused.exception)
     with pytest.raises(BadInput, match="too few"):
         bahe.open(home.root).compare(seeds=0)
+    dataset = home.root / "dataset.yaml"
+    early = attempt("compare", dataset, "--models", "xgboost", home=tmp_path / "nothing")
+    assert "model xgboost is not known" in str(early.exception)  # and nothing was ingested
     empty = attempt("compare", home=tmp_path / "nothing")
     assert isinstance(empty.exception, NotReady)
     assert not (tmp_path / "nothing").exists()

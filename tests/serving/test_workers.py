@@ -92,6 +92,7 @@ def test_metrics_are_of_all_workers_whichever_is_asked(service: Running) -> None
         counts = {of_users() for _ in range(8)}
         assert counts == {max(counts)}
 
+    behaviors(service)
     SOON(settled)
     before = of_users()
     behaviors(service)
@@ -123,7 +124,7 @@ def test_counts_of_others_are_added_and_the_dead_do_no_work(tmp_path: Path) -> N
     other.pushed("clicks", 2)
     mine, its = SharedMetrics(own, tmp_path), SharedMetrics(other, tmp_path)
     mine.write()
-    its._own = tmp_path / "1.json"  # a process that lives as long as the machine
+    its._own = tmp_path / "1-a.json"  # a process that lives as long as the machine
     its.write()
     text = own.text(None, mine.others())
     assert answered(text) == {"/a": 3}
@@ -131,6 +132,6 @@ def test_counts_of_others_are_added_and_the_dead_do_no_work(tmp_path: Path) -> N
     assert "bahe_clicks_pushed_total 2" in text
     assert 'bahe_request_seconds_bucket{route="/a",le="0.004"} 2' in text
     assert 'bahe_request_seconds_count{route="/a"} 3' in text
-    (tmp_path / "1.json").rename(tmp_path / f"{2**22 + 1}.json")  # beyond the largest process id
+    (tmp_path / "1-a.json").rename(tmp_path / f"{2**22 + 1}-a.json")  # beyond the largest process id
     assert "bahe_requests_in_work 0" in own.text(None, mine.others())
     assert answered(own.text(None, mine.others())) == {"/a": 3}

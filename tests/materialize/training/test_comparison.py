@@ -9,8 +9,8 @@ import pytest
 from bahe_core.errors import BadInput
 from bahe_models import TrainingData, auc, gauc
 from materialize.config.dataset import Dataset
-from materialize.training.comparison import NEW_ITEMS, Compared, compared, findings, segments_of
-from materialize.training.comparison_report import write_comparison
+from materialize.training.comparison import NEW_ITEMS, Compared, Gain, compared, findings, segments_of
+from materialize.training.comparison_report import shown_gain, table, write_comparison
 from materialize.training.contenders import BAHE, WITH_DEEP, WITHOUT_DEEP, Fit, contenders
 from tests.support.toy import toy_data
 
@@ -76,24 +76,53 @@ def test_a_difference_is_that_of_the_means_and_its_interval_holds_it(rows: list[
 
 
 def test_findings_name_who_is_better_and_what_deep_layers_bring(rows: list[Compared]) -> None:
-    above, alike, cheaper, deep = findings(rows, BAHE)
-    assert above.startswith("on the test split BAHE is above, by more than chance: Floor (+")
+    models = contenders(dataset(model={"deep": False}), [BAHE, "floor", WITH_DEEP])
+    above, alike, cheaper, deep, of_test, _ = findings(rows, models, BAHE)
+    assert above.startswith("on the validation split BAHE is above, by more than chance: Floor (+")
     assert "cannot be told from: BAHE with deep layers" in alike
     assert "A <twin>" in alike
     assert cheaper == "A <twin> trains in 1 s, BAHE in 10."
     assert "bring +0.0000, 95% interval +0.0000 to +0.0000" in deep
     assert "9.0 times the training time: no gain beyond chance" in deep
+    assert of_test.startswith("on the test split BAHE is above")
 
 
 def test_the_deep_layers_gain_has_its_sign_whichever_is_configured(data: TrainingData) -> None:
     fits = {BAHE: fits_of(data, 1.0, 1, 90.0), WITHOUT_DEEP: fits_of(data, 3.0, 1, 10.0)}
-    named = {BAHE: "BAHE", WITHOUT_DEEP: "BAHE without deep layers"}
-    deep = findings(compared(data, ["test"], fits, named, BAHE), BAHE)[-1]
+
+    def said(of: dict[str, list[Fit]], deep: bool) -> str:
+        models = contenders(dataset(model={"deep": deep}), list(of))
+        titles = {one.name: one.title for one in models}
+        reference = next(iter(of))
+        return findings(compared(data, ["validation"], of, titles, reference), models, reference)[-1]
+
+    deep = said(fits, True)
     assert "the deep layers bring +" in deep
     assert "they pay" in deep
-    turned = {BAHE: fits[WITHOUT_DEEP], WITH_DEEP: fits[BAHE]}
-    named = {BAHE: "BAHE", WITH_DEEP: "BAHE with deep layers"}
-    assert findings(compared(data, ["test"], turned, named, BAHE), BAHE)[-1] == deep
+    assert said({BAHE: fits[WITHOUT_DEEP], WITH_DEEP: fits[BAHE]}, False) == deep
+    assert said({WITH_DEEP: fits[BAHE], WITHOUT_DEEP: fits[WITHOUT_DEEP]}, True) == deep
+
+
+def test_what_cannot_be_told_is_said(data: TrainingData) -> None:
+    split = data.splits["validation"]
+    alone = replace(split, user_N=np.zeros_like(split.user_N))
+    data = replace(data, splits={**data.splits, "validation": alone})
+    fits = {BAHE: fits_of(data, 1.0, 1, 1.0), "floor": fits_of(data, 3.0, 1, 0.0)}
+    rows = compared(data, ["validation"], fits, TITLES, BAHE)
+    (said,) = findings(rows, contenders(dataset(), list(fits)), BAHE)
+    assert said == "the validation split has too few users or clicks to tell how sure a difference is."
+    gain = rows[1].gain
+    assert gain is not None
+    assert shown_gain(gain) == f"{gain.value:+.4f}"
+    assert "nan" not in table(rows).lower()
+
+
+def test_the_page_is_drawn_where_an_interval_leaves_out_its_estimate(
+    rows: list[Compared], tmp_path: Path
+) -> None:
+    odd = [replace(row, gain=row.gain and Gain(value=0.01, low=0.02, high=0.03)) for row in rows]
+    segments = {row.split: dict.fromkeys(row.segments, 5) for row in odd}
+    write_comparison(tmp_path / "page.html", "shop", "frame1", "live", odd, segments, ["look."])
 
 
 def test_items_unseen_in_training_are_a_segment(data: TrainingData) -> None:
@@ -153,7 +182,10 @@ def test_a_variant_changes_what_it_says() -> None:
         ("freshness=live", "write SECTION.FIELD=VALUE"),
         ("backbone.deep_layers=3", "with a section of model, window, training"),
         ("model.deep", "write SECTION.FIELD=VALUE"),
-        ("model.recent=[8", "is no value"),
+        ("model.recent=[8", "is not YAML"),
+        ("training.seed=5", "`--seeds` says how many"),
+        ("model.deep=true", "bahe and model.deep=true are the same model here"),
+        ("training.pretraining_epochs=1 model.deep=false", "pretraining_epochs"),
         ("", "write SECTION.FIELD=VALUE"),
     ],
 )
