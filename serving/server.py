@@ -113,7 +113,7 @@ def _refuse_taken(host: str, port: int) -> None:
     try:
         create_server((host, port), family=family).close()
     except OSError as error:
-        reason = error.strerror or str(error)
+        reason = os.strerror(error.errno) if error.errno else str(error)
         raise BadInput(
             f"port {port} of {host} cannot be listened on ({reason}); choose another --port, or end what"
             " listens there."

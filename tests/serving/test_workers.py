@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -110,9 +111,14 @@ def test_workers_that_cannot_start_are_one_sentence_and_exit_code_2(served: Home
     assert "Traceback" not in done.stderr
 
 
-def test_less_than_one_worker_is_refused(served: Home) -> None:
+def test_less_than_one_worker_and_a_port_that_is_taken_are_refused(served: Home) -> None:
     with pytest.raises(BadInput, match="at least 1"):
         bahe.open(served.root).serve(workers=0)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        for workers in (1, 2):
+            with pytest.raises(BadInput, match=rf"port {port} of 127.0.0.1 .*already in use.*--port"):
+                bahe.open(served.root).serve(port=port, workers=workers)
 
 
 def test_counts_of_others_are_added_and_the_dead_do_no_work(tmp_path: Path) -> None:
