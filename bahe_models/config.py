@@ -187,8 +187,9 @@ class TrainingConfig:
     """Maximum number of passes over the training impressions."""
     pretraining_epochs: int = 0
     """Passes over the timelines before training on impressions; see `bahe_models.trainer.pretraining`."""
-    patience: int = 1
-    """Epochs without a better validation AUC before training stops."""
+    patience: int = 2
+    """Epochs without a better validation AUC before training stops. Learning rates fall until the last of
+    `epochs`, so that the later ones bring most: one that is not better says little."""
     impressions_per_step: int = 1000
     accumulate: int = 1
     """Steps whose gradients are accumulated into one update: large batches in the memory of small ones."""
