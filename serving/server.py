@@ -140,12 +140,7 @@ def _worker(home: Home, options: dict[str, Any], folder: Path, threads_each: int
             time.sleep(AGAIN)
             sys.exit(1)
         if known is None:
-            raise SystemExit(STARTUP_FAILURE) from _shown(error)
-        (folder / _REFUSED).write_text(str(known))
+            traceback.print_exception(error)  # a process that exits on purpose shows none
+        else:
+            (folder / _REFUSED).write_text(str(known))
         sys.exit(STARTUP_FAILURE)
-
-
-def _shown(error: Exception) -> Exception:
-    """The error, printed: a process that exits on purpose shows no traceback."""
-    traceback.print_exception(error)
-    return error

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
+
 from bahe_core.errors import one_line
 from serving.metrics import Counts, Metrics
 
@@ -64,14 +66,5 @@ class SharedMetrics:
         for path in sorted(self._folder.glob("*.json")):
             if path != self._own:
                 counts = Counts.from_json(path.read_text())
-                yield counts if _lives(int(path.stem.partition("-")[0])) else replace(counts, in_work=0)
-
-
-def _lives(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+                lives = psutil.pid_exists(int(path.stem.partition("-")[0]))
+                yield counts if lives else replace(counts, in_work=0)

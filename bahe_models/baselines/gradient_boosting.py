@@ -58,15 +58,10 @@ def train_gradient_boosting(
 
     texts = _Texts(data)
     train, validation = data.splits["train"], data.splits["validation"]
-    tables = {
-        name: (_facts(data, dense, part), texts.columns(part))
-        for name, part in (("train", train), ("validation", validation))
-    }
+    tables = [(_facts(data, dense, part), texts.columns(part)) for part in (train, validation)]
     best: _Best | None = None
     for with_texts, leaves in product((False, True), LEAVES):
-        train_NF, validation_NF = (
-            np.hstack(tables[name]) if with_texts else tables[name][0] for name in ("train", "validation")
-        )
+        train_NF, validation_NF = (np.hstack(parts) if with_texts else parts[0] for parts in tables)
         model = HistGradientBoostingClassifier(
             max_iter=ROUNDS,
             learning_rate=0.05,
@@ -126,6 +121,7 @@ class _Texts:
         pca = PCA(width, svd_solver="randomized", random_state=0)
         pca.fit((known_AD - self._mean) / self._deviation)
         self._components_KD: Matrix = pca.components_.astype(np.float32)
+        self._components_AK = self._atoms_AD @ self._components_KD.T
         self._timelines, self._item_atom_I = data.timelines, data.item_atom_I
 
     def columns(self, part: Impressions) -> Matrix:
@@ -134,7 +130,6 @@ class _Texts:
         NaN where the user has done nothing yet.
         """
         candidate_N = self._item_atom_I[part.item_N]
-        components_AK = self._atoms_AD @ self._components_KD.T
         channels, width = len(self._timelines.channels), len(self._components_KD)
         cosine_NC = np.full((len(part), channels), np.nan, dtype=np.float32)
         sum_NK = np.zeros((len(part), width), dtype=np.float32)
@@ -153,7 +148,7 @@ class _Texts:
                 sum_NK[rows[some]] += sum_RD @ self._components_KD.T
         behaviors_N = part.length_NC.sum(axis=1)[:, None]
         mean_NK = np.where(behaviors_N > 0, sum_NK / np.maximum(behaviors_N, 1), np.nan)
-        return np.hstack([cosine_NC, mean_NK, components_AK[candidate_N]]).astype(np.float32)
+        return np.hstack([cosine_NC, mean_NK, self._components_AK[candidate_N]]).astype(np.float32)
 
     def _history(self, user: int, channel: int, length: int) -> Matrix:
         timelines: Timelines = self._timelines

@@ -7,8 +7,9 @@ promise more certainty than there is. Shape letters: N impressions, U users, R r
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -182,17 +183,10 @@ def resampled_aucs(
     """
     labels = np.asarray(clicked)
     distinct, user_N = np.unique(user, return_inverse=True)
-    result = {model: np.full(replicates, np.nan) for model in scores}
     if len(distinct) < 2 or len(np.unique(labels)) < 2:
-        return result
-    rankings = {model: Ranking(labels, score_N, user_N) for model, score_N in scores.items()}
-    begin = 0
-    for weight_UR in resampled_users(len(distinct), replicates, seed=seed):
-        end = begin + weight_UR.shape[1]
-        for model, ranking in rankings.items():
-            result[model][begin:end] = ranking.auc(weight_UR)
-        begin = end
-    return result
+        return {model: np.full(replicates, np.nan) for model in scores}
+    aucs = {model: Ranking(labels, score_N, user_N).auc for model, score_N in scores.items()}
+    return _on_resamples(aucs, len(distinct), replicates, seed)
 
 
 def resampled_gaucs(
@@ -204,18 +198,35 @@ def resampled_gaucs(
     seed: int = 0,
 ) -> dict[str, Float]:
     """GAUC [R] of each model on the resamples of users that `resampled_aucs` draws, NaN likewise."""
-    of_users = {model: user_aucs(clicked, score_N, user) for model, score_N in scores.items()}
-    users, begin = len(np.unique(user)), 0
-    result = {model: np.full(replicates, np.nan) for model in scores}
+    users = len(np.unique(user))
     if users < 2:
-        return result
+        return {model: np.full(replicates, np.nan) for model in scores}
+    gaucs = {
+        model: partial(_weighted_gauc, *user_aucs(clicked, score_N, user))
+        for model, score_N in scores.items()
+    }
+    return _on_resamples(gaucs, users, replicates, seed)
+
+
+def _weighted_gauc(auc_U: Float, size_U: npt.NDArray[np.int64], weight_UR: Float) -> Float:
+    """GAUC [R] when each user has these weights; NaN where no user of both classes has any."""
+    size_mixed_U = np.where(np.isnan(auc_U), 0, size_U)
+    total_R = size_mixed_U @ weight_UR
+    summed_R = (np.nan_to_num(auc_U) * size_mixed_U) @ weight_UR
+    gauc_R: Float = np.divide(summed_R, total_R, out=np.full_like(summed_R, np.nan), where=total_R > 0)
+    return gauc_R
+
+
+def _on_resamples(
+    metrics: Mapping[str, Callable[[Float], Float]], users: int, replicates: int, seed: int
+) -> dict[str, Float]:
+    """Each model's metric [R], from the users' weights [U, R], on the same resamples."""
+    result = {model: np.full(replicates, np.nan) for model in metrics}
+    begin = 0
     for weight_UR in resampled_users(users, replicates, seed=seed):
         end = begin + weight_UR.shape[1]
-        for model, (auc_U, size_U) in of_users.items():
-            size_mixed_U = np.where(np.isnan(auc_U), 0, size_U)
-            total_R = size_mixed_U @ weight_UR
-            summed_R = (np.nan_to_num(auc_U) * size_mixed_U) @ weight_UR
-            np.divide(summed_R, total_R, out=result[model][begin:end], where=total_R > 0)
+        for model, metric in metrics.items():
+            result[model][begin:end] = metric(weight_UR)
         begin = end
     return result
 

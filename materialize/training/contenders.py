@@ -46,8 +46,6 @@ TITLES = {
 SECTIONS = ("model", "window", "training")
 """Sections of dataset.yaml that a variant may change: the frame and the vectors stay the same."""
 
-OnEpoch = Callable[[Any], None]
-
 
 @dataclass(frozen=True)
 class Scene:
