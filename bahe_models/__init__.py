@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from bahe_models.artifact_folder import require_servable
     from bahe_models.backbone import Backbone, load_backbone
     from bahe_models.encoder import AtomicEncoder, encoder_version
+    from bahe_models.evaluation import SplitEvaluation, evaluate
     from bahe_models.features import DenseFeatures, column_of, logit, needed_columns
     from bahe_models.incremental import UserState
     from bahe_models.metrics import auc, expected_calibration_error, gauc, log_loss
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
         table_ids,
         train,
     )
-    from bahe_models.trainer.evaluation import SplitEvaluation, evaluate
     from bahe_models.trainer.impressions import Impressions, TrainingData
     from bahe_models.trainer.training_loop import Epoch, Trained, seeded
 
@@ -45,7 +45,7 @@ _MODULES = {
     "DenseFeatures": "features",
     "encoder_version": "encoder",
     "Epoch": "trainer.training_loop",
-    "evaluate": "trainer.evaluation",
+    "evaluate": "evaluation",
     "expected_calibration_error": "metrics",
     "fit_dense": "trainer.ctr_training",
     "gauc": "metrics",
@@ -60,7 +60,7 @@ _MODULES = {
     "needed_columns": "features",
     "require_servable": "artifact_folder",
     "seeded": "trainer.training_loop",
-    "SplitEvaluation": "trainer.evaluation",
+    "SplitEvaluation": "evaluation",
     "table_ids": "trainer.ctr_training",
     "Timelines": "timelines",
     "train": "trainer.ctr_training",

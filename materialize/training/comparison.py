@@ -25,14 +25,14 @@ from bahe_models import (
     log_loss,
 )
 from bahe_models.calibration import fit_calibration
-from bahe_models.metrics import Float, probability
-from bahe_models.trainer.evaluation import (
+from bahe_models.evaluation import (
     LEVEL,
     history_segments,
     interval,
     resampled_aucs,
     resampled_gaucs,
 )
+from bahe_models.metrics import Float, probability
 from materialize.training.contenders import BAHE, WITH_DEEP, WITHOUT_DEEP, Contender, Fit
 from materialize.training.train_with_baselines import CALIBRATED_ON
 

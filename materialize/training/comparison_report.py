@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
 
-from bahe_models.trainer.evaluation import LEVEL, REPLICATES
+from bahe_models.evaluation import LEVEL, REPLICATES
 from materialize.training.comparison import Compared, Gain, rounded
 from materialize.training.page import write_page
 from materialize.training.plots import differences_plot

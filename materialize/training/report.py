@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bahe_models import SplitEvaluation
-from bahe_models.trainer.evaluation import LEVEL, REPLICATES
+from bahe_models.evaluation import LEVEL, REPLICATES
 from bahe_models.trainer.importance import REPEATS, Importance
 from materialize.training.page import write_page
 from materialize.training.plots import NAMES, reliability_plot, training_curves

@@ -11,8 +11,7 @@ from sklearn.metrics import log_loss as sklearn_log_loss
 from sklearn.metrics import roc_auc_score
 
 from bahe_models import Impressions, auc, evaluate, expected_calibration_error, gauc, log_loss
-from bahe_models.metrics import probability, reliability
-from bahe_models.trainer.evaluation import (
+from bahe_models.evaluation import (
     SEGMENTS,
     Ranking,
     history_segments,
@@ -21,6 +20,7 @@ from bahe_models.trainer.evaluation import (
     resampled_gaucs,
     resampled_users,
 )
+from bahe_models.metrics import probability, reliability
 
 Float = np.ndarray
 
