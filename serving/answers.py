@@ -75,7 +75,8 @@ class SimilarItem:
     item_id: Identifier
     text: str
     cosine: float
-    """Of the two item vectors under the live model: 1 for the same direction."""
+    """Of the two item vectors under the live model: 1 for the same direction. Where a text was asked about,
+    of the two texts' vectors by the live model's encoder, standardised."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,53 @@ class SimilarItems(Result):
     item_id: Identifier
     model_version: str
     items: list[SimilarItem]
+
+
+@dataclass(frozen=True)
+class SimilarUser:
+    """A user, and how alike they are to the one asked about."""
+
+    user_id: Identifier
+    cosine: float
+    """Of the two user vectors under the live model, standardised."""
+
+
+@dataclass(frozen=True)
+class SimilarUsers(Result):
+    """Users like one, most alike first."""
+
+    user_id: Identifier
+    model_version: str
+    users: list[SimilarUser]
+
+
+@dataclass(frozen=True)
+class SimilarAtom:
+    """An atomic behavior, and how alike it is to what was asked about."""
+
+    atom_id: int
+    channel: str
+    text: str
+    cosine: float
+    """Of the two texts' vectors by the live model's encoder, standardised."""
+
+
+@dataclass(frozen=True)
+class SimilarAtoms(Result):
+    """Atomic behaviors like one, most alike first."""
+
+    atom_id: int
+    model_version: str
+    atoms: list[SimilarAtom]
+
+
+@dataclass(frozen=True)
+class SimilarToText(Result):
+    """Items and atomic behaviors whose texts are most alike to one, most alike first."""
+
+    model_version: str
+    items: list[SimilarItem]
+    atoms: list[SimilarAtom]
 
 
 @dataclass(frozen=True)

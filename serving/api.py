@@ -52,6 +52,7 @@ _SCOPES = {
     "/v1/score": "score",
     "/v1/recommend": "score",
     "/v1/features": "read",
+    "/v1/similar/text": "read",
     "/v1/behaviors": "write",
     "/v1/impressions": "write",
     "/v1/clicks": "write",
@@ -64,7 +65,12 @@ _SCOPES = {
     "/behaviors": "write",
 }
 """Scope that a path asks of an API key."""
-_SCOPES_BY_PREFIX = {"/v1/users/": "read", "/v1/similar/items/": "score"}
+_SCOPES_BY_PREFIX = {
+    "/v1/users/": "read",
+    "/v1/similar/items/": "score",
+    "/v1/similar/users/": "read",
+    "/v1/similar/atoms/": "read",
+}
 """Of routes whose path ends with an id."""
 
 _PATH = re.compile(r"(?<![\w:/.])/(?:[^\s/:;,()'\"]+/)+([^\s/:;,()'\"]*)")
@@ -93,8 +99,8 @@ def create_app(
     require_keys: bool = False,
     workers: Path | None = None,
 ) -> FastAPI:
-    """The application for one home; `live` adds /v1/behaviors, /v1/impressions and /v1/clicks, which need
-    the shallow layers in memory.
+    """The application for one home; `live` adds /v1/behaviors, /v1/impressions and /v1/clicks, and answers
+    /v1/similar/text: these need the shallow layers in memory.
 
     `log_requests` is the share of users whose requests are kept for `bahe audit`. Once the home has an API
     key every request needs one; with `require_keys` also before. `workers` is a folder in which several

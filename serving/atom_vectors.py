@@ -10,20 +10,15 @@ from typing import TYPE_CHECKING
 import duckdb
 import numpy as np
 
-from bahe_core.errors import BaheError, NotReady
-from bahe_core.home import Home
-from bahe_lake.connection import lake
-from bahe_models import Artifact, AtomicEncoder, encoder_version, load_backbone
+from bahe_core.errors import BaheError
+from bahe_models import Artifact
 from feast_ducklake import open_lake
-from materialize.config.backbone import encoder_settings
-from materialize.config.dataset import home_dataset
-from materialize.ingest.atoms import ATOM_ID, NORMAL_TEXT
-from materialize.vectors.encoder_versions import recorded_settings
 from materialize.vectors.stored_atoms import vectors_of
 from serving.catalogue import Catalogue
 from serving.identifiers import Identifier
 from serving.lake_pause import LakePause
 from serving.push_log import Pushed
+from serving.text_encoder import TextEncoder
 
 if TYPE_CHECKING:
     from feast import FeatureStore
@@ -33,16 +28,21 @@ ATOMS = 10_000
 
 
 class AtomVectors:
-    """Has the shallow layers in memory. For one thread at a time, but for `atom`."""
+    """For one thread at a time."""
 
     def __init__(
-        self, home: Home, store: FeatureStore, catalogue: Catalogue, artifact: Artifact, pause: LakePause
+        self,
+        texts: TextEncoder,
+        store: FeatureStore,
+        catalogue: Catalogue,
+        artifact: Artifact,
+        pause: LakePause,
     ) -> None:
         """`artifact` is the live model's, whose encoder is loaded; during `pause` the lake is not read.
 
         Raises NotReady when that encoder is not here.
         """
-        self._home, self._store, self._catalogue, self._pause = home, store, catalogue, pause
+        self._texts, self._store, self._catalogue, self._pause = texts, store, catalogue, pause
         self._feast_pause = LakePause()
         """Of the lake that Feast keeps attached."""
         self._stored: dict[int, np.ndarray] = {}
@@ -51,32 +51,15 @@ class AtomVectors:
         """Of texts that the lake did not have."""
         self._encoded_under: Mapping[Identifier, str] = {}
         """The catalogue of that time, another one after a publish."""
-        self._sql = duckdb.connect()
-        self._encoder, self._encoder_version = self._load_encoder(artifact)
+        self._encoder_version = ""
         self.use_encoder_of(artifact)
 
-    @property
-    def width(self) -> int:
-        """Numbers of a vector."""
-        return self._encoder.width
+    def of(self, behaviors: Sequence[Pushed], artifact: Artifact) -> dict[int, np.ndarray]:
+        """Vectors by atom, of the model whose encoder is in use.
 
-    def atom(self, channel: str, text: str) -> tuple[str, int]:
-        """The text as ingest keeps it, and the id that ingest gives it in this channel."""
-        normal = NORMAL_TEXT.format(text="$text")
-        cursor = self._sql.cursor()  # a connection is for one thread at a time
-        row = cursor.execute(
-            f"SELECT {normal}, {ATOM_ID.format(channel='$channel', text=normal)}",
-            {"text": text, "channel": channel},
-        ).fetchone()
-        assert row is not None
-        return row[0], row[1]
-
-    def of(self, behaviors: Sequence[Pushed]) -> dict[int, np.ndarray]:
-        """Vectors by atom; those of late are kept, since many people do the same things.
-
-        Those of the lake, from which a model has learned. What is encoded here answers until the next
-        publish: in half precision some processors (Intel's AMX) give a text that is encoded alone other
-        numbers than beside others.
+        Those of late are kept, since many people do the same things. Those of the lake, from which a model
+        has learned, come first. What is encoded here answers until the next publish: in half precision some
+        processors (Intel's AMX) give a text that is encoded alone other numbers than beside others.
         """
         catalogue = self._catalogue.texts()
         if self._encoded_under is not catalogue:  # since another publish the lake may have them
@@ -89,7 +72,8 @@ class AtomVectors:
             new = {atom: one for atom, one in new.items() if atom not in stored}
         if new:
             channels, texts = [o.channel for o in new.values()], [o.text for o in new.values()]
-            self._encoded_here |= dict(zip(new, self._encoder.encode(channels, texts), strict=True))
+            vectors = self._texts.encode(artifact, channels, texts)
+            self._encoded_here |= dict(zip(new, vectors, strict=True))
         found = {one.atom_id: known[one.atom_id] for one in behaviors}
         for kept in known.maps:
             while len(kept) > ATOMS:
@@ -109,25 +93,8 @@ class AtomVectors:
             return {}
 
     def use_encoder_of(self, artifact: Artifact) -> None:
-        """Load the live model's encoder when a publish has changed it.
-
-        Raises NotReady when it is not here.
-        """
+        """Load the live model's encoder when a publish has changed it. Raises as `TextEncoder.load`."""
         if self._encoder_version != artifact.encoder_version:
-            self._encoder, self._encoder_version = self._load_encoder(artifact)
+            self._texts.load(artifact)
             self._stored, self._encoded_here = {}, {}
-        if self._encoder_version != artifact.encoder_version:
-            raise NotReady(
-                f"{artifact.model_version} reads vectors of {artifact.encoder_version}, but"
-                f" {self._home.root}/dataset.yaml now describes {self._encoder_version}; publish a model"
-                " of it, or serve without --live."
-            )
-
-    def _load_encoder(self, artifact: Artifact) -> tuple[AtomicEncoder, str]:
-        """The encoder of the vectors that the model reads, which dataset.yaml may no longer describe."""
-        with lake(self._home) as connection:
-            recorded = recorded_settings(connection, artifact.encoder_version)
-        backbone, settings = recorded or encoder_settings(home_dataset(self._home))
-        halves = load_backbone(backbone)
-        version = encoder_version(halves, settings, backbone.shallow_layers)
-        return AtomicEncoder(halves, settings), version
+            self._encoder_version = artifact.encoder_version

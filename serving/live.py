@@ -81,7 +81,7 @@ class LiveLookup(OnlineLookup):
         with suppress(NotReady):  # requests that need it say so
             self._impressions.published()
         pause, artifact = LakePause(), self.artifact(self.live_version())
-        self._atoms = AtomVectors(home, self._store, self._catalogue, artifact, pause)
+        self._atoms = AtomVectors(self.texts, self._store, self._catalogue, artifact, pause)
         self._counts = LiveCounts(self._store, self.online, self.models, self._catalogue)
         self._states = UserStates(
             home, self.models, self._pushes, self._atoms, self._counts, pause, most=states
@@ -187,7 +187,7 @@ class LiveLookup(OnlineLookup):
                 raise UnknownEntity(
                     f"item {clipped(item_id)} is not among the items; leave it out, or publish it first."
                 )
-        normal, atom_id = self._atoms.atom(channel, text)
+        normal, atom_id = self.texts.atom(channel, text)
         if not normal:
             raise BadInput(
                 f"the text of user {clipped(user_id)}'s behavior is empty; say what the user did."

@@ -17,13 +17,15 @@ from feast_ducklake.online.vectors import VectorReader
 from feature_repo.item_keys import UNKNOWN
 from feature_repo.references import view_of
 from feature_repo.store import online_errors, open_store
-from serving.answers import Answer, ItemScores, Score, SimilarItem, SimilarItems, UserFeatures, Vector
+from serving.answers import Answer, ItemScores, Score, UserFeatures, Vector
 from serving.catalogue import Catalogue
 from serving.identifiers import Identifier
 from serving.item_table import ItemTable
 from serving.online_features import OnlineFeatures
 from serving.published_models import PublishedModels
 from serving.request_log import RequestLog, ServedRequest
+from serving.similar import Similar
+from serving.text_encoder import TextEncoder
 
 if TYPE_CHECKING:
     from bahe_models import Artifact
@@ -47,6 +49,8 @@ class OnlineLookup:
         self.models = PublishedModels(home, self._store, self.online, self._read_beside)
         self._catalogue = Catalogue(home)
         self._table = ItemTable(self._store, self._read_items) if keep_items else None
+        self.texts = TextEncoder(home)
+        self.similar = Similar(home, self)
 
     def live_version(self) -> str:
         """The model_version that answers now. Raises NotReady before the first publish."""
@@ -154,10 +158,11 @@ class OnlineLookup:
         vectors, statistics = self._items_for(user, items)
         missing = [item for item, stored in zip(items, vectors.found_N, strict=True) if not stored]
         if missing:
-            raise self._unknown_items(missing)
+            raise self.unknown_items(missing)
         return self._answer(user, items, vectors.vectors_ND, statistics, at, context)
 
-    def _unknown_items(self, missing: Sequence[Identifier]) -> UnknownEntity:
+    def unknown_items(self, missing: Sequence[Identifier]) -> UnknownEntity:
+        """The error that names items which are not online."""
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         return UnknownEntity(
             f"item {clipped(missing[0])}{more} is not in the online store of {self._home.root}; check"
@@ -213,29 +218,6 @@ class OnlineLookup:
         items = [item for item in self.catalogue() if include_seen or str(item) not in user.seen_items]
         vectors, statistics = self._items_for(user, items)
         return self._answer(user, *_found(items, vectors, statistics), at, context, best=k)
-
-    def similar_items(self, item_id: Identifier, k: int = 10) -> SimilarItems:
-        """The k items whose vectors under the live model are most alike to an item's, without itself.
-
-        Every item is compared, in one product. Raises UnknownEntity when the item is not online.
-        """
-        if k < 1:
-            raise BadInput(f"k is {k}; it must be at least 1.")
-        version, texts = self.live_version(), self.catalogue()
-        own_id = self.online.as_stored("item_embedding", "item_id", item_id)
-        item_ids = list(texts)  # in the catalogue's order, in which a service has them in memory
-        vectors = self._vectors_of(item_ids, version)
-        others_N = vectors.found_N.copy()
-        own = item_ids.index(own_id) if own_id in texts else None
-        if own is None or not others_N[own]:
-            raise self._unknown_items([own_id])
-        others_N[own] = False
-        norm_N = np.linalg.norm(vectors.vectors_ND, axis=1).clip(1e-12)
-        cosine_N = vectors.vectors_ND @ vectors.vectors_ND[own] / (norm_N * norm_N[own])
-        cosine_N[~others_N] = -np.inf
-        best = np.argsort(-cosine_N, kind="stable")[: min(k, int(others_N.sum()))].tolist()
-        found = [SimilarItem(item_ids[i], texts[item_ids[i]], float(cosine_N[i])) for i in best]
-        return SimilarItems(own_id, version, found)
 
     def _answer(
         self,
@@ -325,7 +307,7 @@ class OnlineLookup:
         found = {name: column for name, column in values.items() if name not in _KEYS}
         return vectors, found | self.models.read_vectors("item", version, {"item_id": items})
 
-    def _vectors_of(self, items: Sequence[Identifier], version: str) -> Vectors:
+    def item_vectors(self, items: Sequence[Identifier], version: str) -> Vectors:
         """Vectors of items, which a service has in memory."""
         if self._table is not None:
             return self.items(items, version)[0]

@@ -25,7 +25,9 @@ FEATURES = 200
 PUSHED = 1_000
 """Impressions or clicks of one request."""
 K = 1_000
-"""Recommendations, or items like one, of one request."""
+"""Recommendations, or items, users or behaviors like one, of one request."""
+SOUGHT = 1_000
+"""Characters of a text that is searched for."""
 
 Id = Annotated[
     Annotated[StrictStr, Field(min_length=1, max_length=256)]
@@ -228,7 +230,7 @@ class SimilarItemAnswer(BaseModel):
     item_id: str | int
     text: str
     cosine: float
-    """Of the two item vectors under the live model."""
+    """Of the two item vectors under the live model; of the two texts' where a text was asked about."""
 
 
 class SimilarItemsAnswer(BaseModel):
@@ -237,6 +239,61 @@ class SimilarItemsAnswer(BaseModel):
     item_id: str | int
     model_version: str
     items: list[SimilarItemAnswer]
+
+
+class SimilarUserAnswer(BaseModel):
+    """A user like the one asked about."""
+
+    user_id: str | int
+    cosine: float
+    """Of the two user vectors under the live model, standardised."""
+
+
+class SimilarUsersAnswer(BaseModel):
+    """Users like one, most alike first."""
+
+    user_id: str | int
+    model_version: str
+    users: list[SimilarUserAnswer]
+
+
+class SimilarAtomAnswer(BaseModel):
+    """An atomic behavior like what was asked about."""
+
+    atom_id: int
+    channel: str
+    text: str
+    cosine: float
+    """Of the two texts' vectors by the live model's encoder, standardised."""
+
+
+class SimilarAtomsAnswer(BaseModel):
+    """Atomic behaviors like one, most alike first."""
+
+    atom_id: int
+    model_version: str
+    atoms: list[SimilarAtomAnswer]
+
+
+class SimilarToTextRequest(Asked):
+    """Which text to look for."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"text": "Star Wars (1977), Action, Sci-Fi", "k": 10}]}
+    )
+
+    text: Annotated[StrictStr, Field(min_length=1, max_length=SOUGHT)]
+    """In the words of the log's texts; beyond `encoder.max_tokens` it is not read."""
+    k: Annotated[StrictInt, Field(ge=1, le=K)] = 10
+    """So many items, and so many behaviors."""
+
+
+class SimilarToTextAnswer(BaseModel):
+    """Items and atomic behaviors whose texts are like one, most alike first."""
+
+    model_version: str
+    items: list[SimilarItemAnswer]
+    atoms: list[SimilarAtomAnswer]
 
 
 class FeaturesRequest(Asked):

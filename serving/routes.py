@@ -12,6 +12,7 @@ from pydantic_core import to_json
 
 from bahe_core.errors import clipped
 from serving.answers import Answer, TakenIn, UserFeatures
+from serving.guards import Refused
 from serving.identifiers import Identifier
 from serving.live import Clicked, LiveLookup, Shown
 from serving.messages import (
@@ -31,12 +32,20 @@ from serving.messages import (
     ScoredItem,
     ScoreItemsAnswer,
     ScoreItemsRequest,
+    SimilarAtomAnswer,
+    SimilarAtomsAnswer,
     SimilarItemAnswer,
     SimilarItemsAnswer,
+    SimilarToTextAnswer,
+    SimilarToTextRequest,
+    SimilarUserAnswer,
+    SimilarUsersAnswer,
     TakenInAnswer,
     UserAnswer,
 )
 from serving.service import Service
+
+HowMany = Annotated[int, Query(ge=1, le=K)]
 
 
 def probes(service: Service) -> APIRouter:
@@ -134,20 +143,61 @@ def version_1(service: Service) -> APIRouter:
         found = await service.ask(partial(lookup.user, user_id))
         return UserAnswer(**user_fields(found), seen_items=sorted(found.seen_items))
 
+    _add_similar(router, service)
+    if isinstance(lookup, LiveLookup):
+        router.post("/behaviors")(taking_in(service, lookup))
+        _add_impressions(router, service, lookup)
+    return router
+
+
+def _add_similar(router: APIRouter, service: Service) -> None:
+    lookup, similar = service.lookup, service.lookup.similar
+
     @router.get("/similar/items/{item_id:path}")
-    async def similar_items(item_id: Id, k: Annotated[int, Query(ge=1, le=K)] = 10) -> SimilarItemsAnswer:
+    async def similar_items(item_id: Id, k: HowMany = 10) -> SimilarItemsAnswer:
         """The k items whose vectors under the live model are most alike to the item's, without itself."""
-        found = await service.ask(partial(lookup.similar_items, item_id, k))
+        found = await service.ask(partial(similar.items, item_id, k))
         return SimilarItemsAnswer(
             item_id=found.item_id,
             model_version=found.model_version,
             items=[SimilarItemAnswer(**vars(one)) for one in found.items],
         )
 
-    if isinstance(lookup, LiveLookup):
-        router.post("/behaviors")(taking_in(service, lookup))
-        _add_impressions(router, service, lookup)
-    return router
+    @router.get("/similar/users/{user_id:path}")
+    async def similar_users(user_id: Id, k: HowMany = 10) -> SimilarUsersAnswer:
+        """The k users whose vectors under the live model are most alike to the user's, without these."""
+        found = await service.ask(partial(similar.users, user_id, k))
+        return SimilarUsersAnswer(
+            user_id=found.user_id,
+            model_version=found.model_version,
+            users=[SimilarUserAnswer(**vars(one)) for one in found.users],
+        )
+
+    @router.get("/similar/atoms/{atom_id:path}")
+    async def similar_atoms(atom_id: Id, k: HowMany = 10) -> SimilarAtomsAnswer:
+        """The k atomic behaviors whose texts are most alike to an atom's to the live model's encoder."""
+        found = await service.ask(partial(similar.atoms, atom_id, k))
+        return SimilarAtomsAnswer(
+            atom_id=found.atom_id,
+            model_version=found.model_version,
+            atoms=[SimilarAtomAnswer(**vars(one)) for one in found.atoms],
+        )
+
+    @router.post("/similar/text")
+    async def similar_to_text(request: SimilarToTextRequest) -> SimilarToTextAnswer:
+        """The k items and atomic behaviors whose texts are most alike to a text; of a live service only."""
+        if not isinstance(lookup, LiveLookup):
+            raise Refused(
+                404,
+                "this service encodes no texts, which takes the language model in memory; start it with"
+                " `bahe serve --live`.",
+            )
+        found = await service.ask(partial(similar.to_text, request.text, request.k))
+        return SimilarToTextAnswer(
+            model_version=found.model_version,
+            items=[SimilarItemAnswer(**vars(one)) for one in found.items],
+            atoms=[SimilarAtomAnswer(**vars(one)) for one in found.atoms],
+        )
 
 
 def _add_impressions(router: APIRouter, service: Service, lookup: LiveLookup) -> None:

@@ -146,7 +146,7 @@ class UserStates:
         acts += [self._counts.act(one, live.model_version) for one in new if one.key in live.unpublished]
         lacking = [one for one in new if one.key not in live.in_lake]
         # All of them before the state is touched, which a failure must not leave half done.
-        atoms = self._atoms.of(lacking)
+        atoms = self._atoms.of(lacking, artifact)
         of_lacking = [self._counts.act(one, live.model_version) for one in lacking]
         for one, act in zip(lacking, of_lacking, strict=True):
             number = channels.index(one.channel)
@@ -176,7 +176,7 @@ class UserStates:
         except _LAKE_FAILS:
             self._pause.begin()
             raise
-        width = self._atoms.width
+        width = artifact.model.aggregator.start_D.numel()
         state = UserState(
             artifact.model,
             artifact.window,

@@ -23,6 +23,7 @@ VALID: dict[str, dict[str, Any]] = {
         "entities": {"item_id": [3], "user_id": ["u1"]},
     },
     "/get-online-features": {"feature_service": "ctr_online", "entities": {"item_id": [3]}},
+    "/v1/similar/text": {"text": "liked word1", "k": 3},
     "/v1/behaviors": {
         "user_id": "u1",
         "channel": "liked",
@@ -109,6 +110,9 @@ def test_a_request_with_anything_in_it(client: TestClient, request: tuple[str, d
             "/recommend",
             "/v1/users/",
             "/v1/similar/items/",
+            "/v1/similar/users/",
+            "/v1/similar/atoms/",
+            "/v1/similar/text",
             "/docs",
             "/openapi.json",
             "/metrics",

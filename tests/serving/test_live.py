@@ -23,6 +23,7 @@ from fastapi.testclient import TestClient
 
 from bahe_core.errors import BaheError, Busy, Damaged, NotReady, NotWritable, Unreachable
 from bahe_core.home import Home
+from bahe_models import Artifact
 from serving.api import create_app
 from serving.live import LiveLookup
 from serving.lookup import OnlineLookup
@@ -416,13 +417,13 @@ def test_only_texts_without_a_vector_in_the_lake_are_encoded(
 
     def appended(lookup: LiveLookup) -> tuple[list[str], np.ndarray]:
         encoded: list[str] = []
-        encode = lookup._atoms._encoder.encode
+        encode = lookup.texts.encode
 
-        def counting(channels: list[str], texts: list[str]) -> np.ndarray:
+        def counting(artifact: Artifact, channels: list[str], texts: list[str]) -> np.ndarray:
             encoded.extend(texts)
-            return encode(channels, texts)
+            return encode(artifact, channels, texts)
 
-        monkeypatch.setattr(lookup._atoms._encoder, "encode", counting)
+        monkeypatch.setattr(lookup.texts, "encode", counting)
         lookup.append("u1", "liked", known, at)
         return encoded, lookup.append("u1", "liked", "liked a new thing", at + timedelta(hours=1)).vector
 
