@@ -17,166 +17,34 @@ import asyncio
 import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from types import TracebackType
-from typing import Generic, Literal, Self, TypeVar
-from urllib.parse import quote
+from typing import Self
 
 import httpx
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from bahe_core.errors import BadInput, BaheError, UnknownEntity, Unreachable
+from serving import calls
+from serving.calls import Answer, Call, Context, Identifier, Rows, UnknownUser
 from serving.messages import (
     BehaviorAnswer,
-    BehaviorRequest,
-    ClickRow,
-    ClicksRequest,
     ColumnsAnswer,
-    FeaturesRequest,
-    ImpressionRow,
-    ImpressionsRequest,
-    RecommendRequest,
     ScoreAnswer,
     ScoreItemsAnswer,
-    ScoreItemsRequest,
+    SimilarAtomsAnswer,
     SimilarItemsAnswer,
+    SimilarToTextAnswer,
+    SimilarUsersAnswer,
     TakenInAnswer,
     UserAnswer,
 )
-
-Identifier = str | int
-Rows = Sequence[Mapping[str, object]]
-Context = Mapping[str, str | bool | int | float | None]
-UnknownUser = Literal["empty", "refuse"]
-Answer = TypeVar("Answer", bound=BaseModel)
-Request = TypeVar("Request", bound=BaseModel)
 
 SECONDS = 2.0
 """For a request, all tries together."""
 FIRST_PAUSE = 0.05
 """Seconds before the second try, at most; twice as many before each that follows."""
 _AGAIN = frozenset({408, 429, 502, 503, 504})
-
-
-@dataclass(frozen=True)
-class _Call(Generic[Answer]):
-    path: str
-    body: BaseModel | None
-    answer: type[Answer]
-
-    @property
-    def method(self) -> str:
-        return "GET" if self.body is None else "POST"
-
-    @property
-    def content(self) -> str | None:
-        return None if self.body is None else self.body.model_dump_json(exclude_unset=True)
-
-
-def _checked(kind: type[Request], **values: object) -> Request:
-    """A request, without what is None. Raises BadInput, before anything is sent, where a service would."""
-    try:
-        return kind.model_validate({name: value for name, value in values.items() if value is not None})
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the request"
-        raise BadInput(f"{where}: {first['msg']}; correct it.") from None
-
-
-def _score(
-    user_id: Identifier,
-    item_ids: Sequence[Identifier],
-    *,
-    at: datetime | None = None,
-    context: Context | None = None,
-    unknown_user: UnknownUser = "empty",
-) -> _Call[ScoreItemsAnswer]:
-    body = _checked(
-        ScoreItemsRequest,
-        user_id=user_id,
-        item_ids=list(item_ids),
-        at=at,
-        context=context,
-        unknown_user=unknown_user,
-    )
-    return _Call("/v1/score", body, ScoreItemsAnswer)
-
-
-def _recommend(
-    user_id: Identifier,
-    k: int = 10,
-    *,
-    at: datetime | None = None,
-    context: Context | None = None,
-    include_seen: bool = False,
-    unknown_user: UnknownUser = "empty",
-) -> _Call[ScoreAnswer]:
-    body = _checked(
-        RecommendRequest,
-        user_id=user_id,
-        k=k,
-        at=at,
-        context=context,
-        include_seen=include_seen,
-        unknown_user=unknown_user,
-    )
-    return _Call("/v1/recommend", body, ScoreAnswer)
-
-
-def _features(
-    features: Sequence[str] | str,
-    entities: Mapping[str, Sequence[Identifier]],
-    *,
-    full_feature_names: bool = False,
-) -> _Call[ColumnsAnswer]:
-    body = _checked(
-        FeaturesRequest,
-        features=None if isinstance(features, str) else list(features),
-        feature_service=features if isinstance(features, str) else None,
-        entities={key: list(column) for key, column in entities.items()},
-        full_feature_names=full_feature_names,
-    )
-    return _Call("/v1/features", body, ColumnsAnswer)
-
-
-def _behavior(
-    user_id: Identifier,
-    channel: str,
-    text: str,
-    *,
-    at: datetime | None = None,
-    item_id: Identifier | None = None,
-    event_id: str | None = None,
-) -> _Call[BehaviorAnswer]:
-    body = _checked(
-        BehaviorRequest,
-        user_id=user_id,
-        channel=channel,
-        text=text,
-        event_timestamp=at or datetime.now(UTC),
-        item_id=item_id,
-        event_id=event_id,
-    )
-    return _Call("/v1/behaviors", body, BehaviorAnswer)
-
-
-def _user(user_id: Identifier) -> _Call[UserAnswer]:
-    return _Call(f"/v1/users/{quote(str(user_id), safe='')}", None, UserAnswer)
-
-
-def _similar_items(item_id: Identifier, k: int) -> _Call[SimilarItemsAnswer]:
-    return _Call(f"/v1/similar/items/{quote(str(item_id), safe='')}?k={k:d}", None, SimilarItemsAnswer)
-
-
-def _impressions(rows: Rows) -> _Call[TakenInAnswer]:
-    body = _checked(ImpressionsRequest, impressions=[_checked(ImpressionRow, **row) for row in rows])
-    return _Call("/v1/impressions", body, TakenInAnswer)
-
-
-def _clicks(rows: Rows) -> _Call[TakenInAnswer]:
-    body = _checked(ClicksRequest, clicks=[_checked(ClickRow, **row) for row in rows])
-    return _Call("/v1/clicks", body, TakenInAnswer)
 
 
 class _Tries:
@@ -196,7 +64,7 @@ class _Tries:
             yield pause, left
             pause, longest = random.uniform(0, longest), 2 * longest
 
-    def _read(self, call: _Call[Answer], answer: httpx.Response) -> Answer | None:
+    def _read(self, call: Call[Answer], answer: httpx.Response) -> Answer | None:
         """What was answered; None where it may be another one next time. Raises as the methods."""
         if answer.status_code in _AGAIN:
             return None
@@ -259,7 +127,7 @@ class Client(_Tries):
         unknown_user: UnknownUser = "empty",
     ) -> ScoreItemsAnswer:
         """Click probabilities of items for a user, in their order."""
-        return self._send(_score(user_id, item_ids, at=at, context=context, unknown_user=unknown_user))
+        return self._send(calls.score(user_id, item_ids, at=at, context=context, unknown_user=unknown_user))
 
     def recommend(
         self,
@@ -273,7 +141,7 @@ class Client(_Tries):
     ) -> ScoreAnswer:
         """The k items that the user will most likely click, best first."""
         return self._send(
-            _recommend(
+            calls.recommend(
                 user_id, k, at=at, context=context, include_seen=include_seen, unknown_user=unknown_user
             )
         )
@@ -286,7 +154,7 @@ class Client(_Tries):
         full_feature_names: bool = False,
     ) -> ColumnsAnswer:
         """Features (`view:feature`, or a feature service by name) of entities, by join key."""
-        return self._send(_features(features, entities, full_feature_names=full_feature_names))
+        return self._send(calls.features(features, entities, full_feature_names=full_feature_names))
 
     def behavior(
         self,
@@ -299,25 +167,37 @@ class Client(_Tries):
         event_id: str | None = None,
     ) -> BehaviorAnswer:
         """Send what a user did (default: now)."""
-        return self._send(_behavior(user_id, channel, text, at=at, item_id=item_id, event_id=event_id))
+        return self._send(calls.behavior(user_id, channel, text, at=at, item_id=item_id, event_id=event_id))
 
     def user(self, user_id: Identifier) -> UserAnswer:
         """A user's vector, statistics and history under the live model."""
-        return self._send(_user(user_id))
+        return self._send(calls.user(user_id))
 
     def similar_items(self, item_id: Identifier, k: int = 10) -> SimilarItemsAnswer:
         """The k items most alike to one under the live model."""
-        return self._send(_similar_items(item_id, k))
+        return self._send(calls.similar_items(item_id, k))
+
+    def similar_users(self, user_id: Identifier, k: int = 10) -> SimilarUsersAnswer:
+        """The k users most alike to one under the live model."""
+        return self._send(calls.similar_users(user_id, k))
+
+    def similar_atoms(self, atom_id: int, k: int = 10) -> SimilarAtomsAnswer:
+        """The k atomic behaviors whose texts are most alike to one's."""
+        return self._send(calls.similar_atoms(atom_id, k))
+
+    def similar_to_text(self, text: str, k: int = 10) -> SimilarToTextAnswer:
+        """The k items and atomic behaviors whose texts are most alike to a text, by a live service."""
+        return self._send(calls.similar_to_text(text, k))
 
     def impressions(self, rows: Rows) -> TakenInAnswer:
         """Send what was shown: rows of impression_id, user_id, item_id and event_timestamp."""
-        return self._send(_impressions(rows))
+        return self._send(calls.impressions(rows))
 
     def clicks(self, rows: Rows) -> TakenInAnswer:
         """Send what was clicked: rows of impression_id and event_timestamp."""
-        return self._send(_clicks(rows))
+        return self._send(calls.clicks(rows))
 
-    def _send(self, call: _Call[Answer]) -> Answer:
+    def _send(self, call: Call[Answer]) -> Answer:
         last: httpx.Response | Exception | None = None
         for pause, seconds in self._pauses():
             time.sleep(pause)
@@ -364,7 +244,7 @@ class AsyncClient(_Tries):
     ) -> ScoreItemsAnswer:
         """Click probabilities of items for a user, in their order."""
         return await self._send(
-            _score(user_id, item_ids, at=at, context=context, unknown_user=unknown_user)
+            calls.score(user_id, item_ids, at=at, context=context, unknown_user=unknown_user)
         )
 
     async def recommend(
@@ -379,7 +259,7 @@ class AsyncClient(_Tries):
     ) -> ScoreAnswer:
         """The k items that the user will most likely click, best first."""
         return await self._send(
-            _recommend(
+            calls.recommend(
                 user_id, k, at=at, context=context, include_seen=include_seen, unknown_user=unknown_user
             )
         )
@@ -392,7 +272,7 @@ class AsyncClient(_Tries):
         full_feature_names: bool = False,
     ) -> ColumnsAnswer:
         """Features (`view:feature`, or a feature service by name) of entities, by join key."""
-        return await self._send(_features(features, entities, full_feature_names=full_feature_names))
+        return await self._send(calls.features(features, entities, full_feature_names=full_feature_names))
 
     async def behavior(
         self,
@@ -406,26 +286,38 @@ class AsyncClient(_Tries):
     ) -> BehaviorAnswer:
         """Send what a user did (default: now)."""
         return await self._send(
-            _behavior(user_id, channel, text, at=at, item_id=item_id, event_id=event_id)
+            calls.behavior(user_id, channel, text, at=at, item_id=item_id, event_id=event_id)
         )
 
     async def user(self, user_id: Identifier) -> UserAnswer:
         """A user's vector, statistics and history under the live model."""
-        return await self._send(_user(user_id))
+        return await self._send(calls.user(user_id))
 
     async def similar_items(self, item_id: Identifier, k: int = 10) -> SimilarItemsAnswer:
         """The k items most alike to one under the live model."""
-        return await self._send(_similar_items(item_id, k))
+        return await self._send(calls.similar_items(item_id, k))
+
+    async def similar_users(self, user_id: Identifier, k: int = 10) -> SimilarUsersAnswer:
+        """The k users most alike to one under the live model."""
+        return await self._send(calls.similar_users(user_id, k))
+
+    async def similar_atoms(self, atom_id: int, k: int = 10) -> SimilarAtomsAnswer:
+        """The k atomic behaviors whose texts are most alike to one's."""
+        return await self._send(calls.similar_atoms(atom_id, k))
+
+    async def similar_to_text(self, text: str, k: int = 10) -> SimilarToTextAnswer:
+        """The k items and atomic behaviors whose texts are most alike to a text, by a live service."""
+        return await self._send(calls.similar_to_text(text, k))
 
     async def impressions(self, rows: Rows) -> TakenInAnswer:
         """Send what was shown: rows of impression_id, user_id, item_id and event_timestamp."""
-        return await self._send(_impressions(rows))
+        return await self._send(calls.impressions(rows))
 
     async def clicks(self, rows: Rows) -> TakenInAnswer:
         """Send what was clicked: rows of impression_id and event_timestamp."""
-        return await self._send(_clicks(rows))
+        return await self._send(calls.clicks(rows))
 
-    async def _send(self, call: _Call[Answer]) -> Answer:
+    async def _send(self, call: Call[Answer]) -> Answer:
         last: httpx.Response | Exception | None = None
         for pause, seconds in self._pauses():
             await asyncio.sleep(pause)

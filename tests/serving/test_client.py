@@ -62,6 +62,9 @@ def test_every_method_answers(url: str) -> None:
         assert len(best.scores) == 3
         assert service.recommend("nobody at all").cold
         assert 3 not in {one.item_id for one in service.similar_items(3, 24).items}
+        assert "u1" not in {one.user_id for one in service.similar_users("u1", 20).users}
+        atom = service.similar_to_text("liked word1", 3).atoms[0]
+        assert atom.atom_id not in {one.atom_id for one in service.similar_atoms(atom.atom_id, 5).atoms}
         columns = service.features(["item_stats:item_impressions"], {"item_id": [1, 2]}).columns
         assert len(columns["item_impressions"]) == 2
         full = service.features(
@@ -94,6 +97,11 @@ def test_the_awaited_one_says_the_same(url: str) -> None:
             alike = await service.similar_items(3, 4)
             with Client(url, seconds=20) as same:
                 assert alike == same.similar_items(3, 4)
+                assert await service.similar_users("u3", 4) == same.similar_users("u3", 4)
+                found = await service.similar_to_text("word1 word2", 4)
+                assert found == same.similar_to_text("word1 word2", 4)
+                atom = found.atoms[0].atom_id
+                assert await service.similar_atoms(atom, 4) == same.similar_atoms(atom, 4)
             asked = {"item_id": [1]}
             assert (await service.features(["item_stats:item_clicks"], asked)).columns["item_clicks"]
             now = datetime.now(UTC)
@@ -118,6 +126,8 @@ def test_what_is_refused_is_said_in_the_services_words(url: str, home: Home) -> 
             lambda: service.score("u1", []),
             lambda: service.score("", [1]),
             lambda: service.recommend("u1", 0),
+            lambda: service.similar_to_text(""),
+            lambda: service.similar_to_text("a" * 1001),
             lambda: service.clicks([{"impression_id": 1}]),
             lambda: service.impressions([{"impression_id": 1, "color": "red"}]),
         ):
