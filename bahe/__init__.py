@@ -45,7 +45,14 @@ if TYPE_CHECKING:
     from materialize.vectors.embed import Embedded
     from materialize.vectors.encode import Encoded
     from materialize.vectors.stored_atoms import Atoms
-    from serving.answers import Answer, SimilarItems, UserFeatures
+    from serving.answers import (
+        Answer,
+        SimilarAtoms,
+        SimilarItems,
+        SimilarToText,
+        SimilarUsers,
+        UserFeatures,
+    )
 
 _RESULTS = {
     "Answer": "serving.answers",
@@ -65,7 +72,10 @@ _RESULTS = {
     "Pruned": "materialize.upkeep.prune",
     "Published": "materialize.release.publish",
     "Run": "bahe_lake.runs",
+    "SimilarAtoms": "serving.answers",
     "SimilarItems": "serving.answers",
+    "SimilarToText": "serving.answers",
+    "SimilarUsers": "serving.answers",
     "Status": "bahe.status",
     "TrainingOutcome": "materialize.training.train",
     "UserFeatures": "serving.answers",
@@ -99,7 +109,10 @@ __all__ = [
     "Pruned",
     "Published",
     "Run",
+    "SimilarAtoms",
     "SimilarItems",
+    "SimilarToText",
+    "SimilarUsers",
     "Status",
     "TrainingOutcome",
     "UnknownEntity",

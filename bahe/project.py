@@ -5,14 +5,13 @@ The command line calls these methods and prints what they return; a notebook or 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from datetime import date as Date
-from datetime import datetime
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from bahe.online import Online
 from bahe_core.home import Home
 from bahe_core.machine import configure_threads, is_first_process
 from bahe_core.progress import job, say
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
     from bahe.run import PipelineRun
     from bahe.status import Status
     from bahe_lake.runs import Run
-    from bahe_models.context import Value
     from materialize.executors import ExecutorConfig
     from materialize.frames.frame import Frame
     from materialize.ingest.check import Checked
@@ -42,10 +40,7 @@ if TYPE_CHECKING:
     from materialize.vectors.embed import Embedded
     from materialize.vectors.encode import Encoded
     from materialize.vectors.stored_atoms import Atoms
-    from serving.answers import Answer, SimilarItems, UserFeatures
     from serving.audit_result import Audit
-    from serving.identifiers import Identifier
-    from serving.lookup import OnlineLookup
 
 Done = TypeVar("Done", bound=Result)
 
@@ -69,7 +64,7 @@ def check(dataset: Path | str) -> Checked:
     return check(Path(dataset))
 
 
-class Project:
+class Project(Online):
     """Every job on one home. Each does only what is new, so calling it twice costs nothing, passes its own
     gate, and returns what it did.
 
@@ -348,38 +343,7 @@ class Project:
 
         return atoms_of(self.home, encoder_version)
 
-    # ---- online
-
-    def lookup(self, user: Identifier) -> UserFeatures:
-        """What the online store holds of a user under the live model."""
-        return self._online.user(user)
-
-    def score(
-        self,
-        user: Identifier,
-        items: Sequence[Identifier],
-        *,
-        at: datetime | None = None,
-        context: Mapping[str, Value] | None = None,
-    ) -> Answer:
-        """Click probabilities of some items for a user, best first; `at` is the moment asked about."""
-        return self._online.score(user, list(items), at, context=context)
-
-    def recommend(
-        self,
-        user: Identifier,
-        k: int = 10,
-        *,
-        at: datetime | None = None,
-        include_seen: bool = False,
-        context: Mapping[str, Value] | None = None,
-    ) -> Answer:
-        """The k items that the user will most likely click, without those acted on before."""
-        return self._online.recommend(user, k, at, include_seen=include_seen, context=context)
-
-    def similar_items(self, item: Identifier, k: int = 10) -> SimilarItems:
-        """The k items whose vectors under the live model are most alike to an item's, without itself."""
-        return self._online.similar_items(item, k)
+    # ---- online, beside what `Online` has
 
     def audit(
         self,
@@ -435,12 +399,6 @@ class Project:
         from serving.keys import revoke_key
 
         revoke_key(self.home, name)
-
-    @cached_property
-    def _online(self) -> OnlineLookup:
-        from serving.lookup import OnlineLookup
-
-        return OnlineLookup(self.home)
 
 
 def _say(done: Done, **facts: object) -> Done:

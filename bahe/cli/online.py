@@ -16,7 +16,7 @@ from bahe.cli.options import (
     JsonFlag,
     UserOption,
 )
-from bahe.cli.printing import print_answer, print_audit, print_table
+from bahe.cli.printing import print_answer, print_audit, print_similar, print_table
 from bahe.cli.program import app
 from bahe_core.progress import say
 
@@ -85,20 +85,35 @@ def recommend(
 
 @app.command()
 def similar(
-    item: Annotated[str, typer.Option(help="Id of an item of the log.")],
-    k: Annotated[int, typer.Option("-k", help="How many items.")] = 10,
+    item: Annotated[str | None, typer.Option(help="Id of an item of the log: items like it.")] = None,
+    user: Annotated[str | None, typer.Option(help="Id of a user of the log: users like them.")] = None,
+    atom: Annotated[
+        int | None, typer.Option(help="Id of an atomic behavior: behaviors whose texts are like its text.")
+    ] = None,
+    text: Annotated[
+        str | None,
+        typer.Option(help="Any text: items and behaviors of texts like it. Loads the language model."),
+    ] = None,
+    k: Annotated[int, typer.Option("-k", help="How many of each.")] = 10,
     home: HomeOption = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """The k items whose vectors under the live model are most alike to an item's."""
-    found = bahe.open(home).similar_items(item, k)
-    if as_json:
-        typer.echo(json.dumps({**vars(found), "items": [vars(one) for one in found.items]}))
-        return
-    print_table(
-        ("item", "cosine", "text"),
-        [(str(one.item_id), f"{one.cosine:.4f}", one.text) for one in found.items],
-    )
+    """What is most alike to an item, a user, an atomic behavior or a text, to the live model."""
+    project = bahe.open(home)
+    given = (item, user, atom, text)
+    if sum(one is not None for one in given) != 1:
+        raise bahe.BadInput("give one of --item, --user, --atom and --text.")
+    found: bahe.SimilarItems | bahe.SimilarUsers | bahe.SimilarAtoms | bahe.SimilarToText
+    if item is not None:
+        found = project.similar_items(item, k)
+    elif user is not None:
+        found = project.similar_users(user, k)
+    elif atom is not None:
+        found = project.similar_atoms(atom, k)
+    else:
+        assert text is not None
+        found = project.similar_to_text(text, k)
+    print_similar(found, as_json)
 
 
 @app.command()
@@ -147,7 +162,8 @@ def serve(
         bool,
         typer.Option(
             "--live",
-            help="Also take in /v1/behaviors, /v1/impressions and /v1/clicks; loads the language model.",
+            help="Also take in /v1/behaviors, /v1/impressions and /v1/clicks, and answer /v1/similar/text;"
+            " loads the language model.",
         ),
     ] = False,
     log_requests: Annotated[

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import typer
@@ -71,6 +72,25 @@ def print_answer(answer: Any, as_json: bool) -> None:
         ("item", "click probability", "text"),
         [(str(s.item_id), f"{s.probability:.4f}", s.text) for s in answer.scores],
     )
+
+
+_SIMILAR: dict[str, tuple[str, ...]] = {"item": ("text",), "user": (), "atom": ("channel", "text")}
+"""Further columns of what is alike, by kind."""
+
+
+def print_similar(found: Any, as_json: bool) -> None:
+    """What is alike, a table for each kind, or all as JSON."""
+    if as_json:
+        typer.echo(json.dumps(asdict(found)))
+        return
+    for kind, columns in _SIMILAR.items():
+        alike = getattr(found, f"{kind}s", None)
+        if alike is not None:
+            rows = [
+                (str(getattr(one, f"{kind}_id")), f"{one.cosine:.4f}", *(getattr(one, c) for c in columns))
+                for one in alike
+            ]
+            print_table((kind, "cosine", *columns), rows)
 
 
 def print_audit(found: Any) -> None:

@@ -41,7 +41,10 @@ PUBLIC = [
     "Pruned",
     "Published",
     "Run",
+    "SimilarAtoms",
     "SimilarItems",
+    "SimilarToText",
+    "SimilarUsers",
     "Status",
     "TrainingOutcome",
     "UnknownEntity",
@@ -78,7 +81,10 @@ METHODS = [
     "runs",
     "score",
     "serve",
+    "similar_atoms",
     "similar_items",
+    "similar_to_text",
+    "similar_users",
     "status",
     "train",
 ]
@@ -150,6 +156,11 @@ def test_online_answers_come_as_objects(project: bahe.Project) -> None:
     alike = project.similar_items(0, 2)
     assert isinstance(alike, bahe.SimilarItems)
     assert len(alike.items) == 2
+    assert isinstance(project.similar_users("u1", 2), bahe.SimilarUsers)
+    found = project.similar_to_text("liked word1", 2)
+    assert isinstance(found, bahe.SimilarToText)
+    assert (len(found.items), len(found.atoms)) == (2, 2)
+    assert isinstance(project.similar_atoms(found.atoms[0].atom_id, 2), bahe.SimilarAtoms)
     with pytest.raises(bahe.UnknownEntity, match="user nobody"):
         project.lookup("nobody")
 
