@@ -50,7 +50,7 @@ class Similar:
     """
 
     def __init__(self, home: Home, lookup: OnlineLookup) -> None:
-        self._home, self._lookup = home, lookup
+        self._lookup = lookup
         self._users = KeptVectors(home, "users", _USERS)
         self._atoms = KeptVectors(home, "atomic behaviors", _ATOMS)
         self._item_texts = KeptVectors(home, "texts of items", _ITEM_TEXTS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import duckdb
@@ -30,8 +31,11 @@ class TextEncoder:
         self._home = home
         self._loaded: tuple[str, AtomicEncoder] | None = None
         """An encoder_version, and its encoder."""
-        self._sql = duckdb.connect()
         self._lock = threading.Lock()
+
+    @cached_property
+    def _sql(self) -> duckdb.DuckDBPyConnection:
+        return duckdb.connect()
 
     def atom(self, channel: str, text: str) -> tuple[str, int]:
         """The text as ingest keeps it, and the id that ingest gives it in this channel."""
