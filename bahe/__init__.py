@@ -47,12 +47,14 @@ if TYPE_CHECKING:
     from materialize.vectors.stored_atoms import Atoms
     from serving.answers import (
         Answer,
+        ItemScores,
         SimilarAtoms,
         SimilarItems,
         SimilarToText,
         SimilarUsers,
         UserFeatures,
     )
+    from serving.candidates import ItemsOfUser
 
 _RESULTS = {
     "Answer": "serving.answers",
@@ -68,6 +70,8 @@ _RESULTS = {
     "FrameDataset": "materialize.frames.frame_dataset",
     "Held": "materialize.ingest.quarantine",
     "Ingested": "materialize.ingest.ingest",
+    "ItemScores": "serving.answers",
+    "ItemsOfUser": "serving.candidates",
     "PipelineRun": "bahe.run",
     "Pruned": "materialize.upkeep.prune",
     "Published": "materialize.release.publish",
@@ -80,7 +84,8 @@ _RESULTS = {
     "TrainingOutcome": "materialize.training.train",
     "UserFeatures": "serving.answers",
 }
-"""What the jobs return, imported when asked for: `import bahe` loads neither torch nor DuckDB nor Feast."""
+"""What the jobs take and return, imported when asked for: `import bahe` loads neither torch nor DuckDB nor
+Feast."""
 
 __all__ = [
     "Answer",
@@ -101,6 +106,8 @@ __all__ = [
     "GateFailed",
     "Held",
     "Ingested",
+    "ItemScores",
+    "ItemsOfUser",
     "NotReady",
     "NotServable",
     "NotWritable",

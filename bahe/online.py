@@ -13,12 +13,14 @@ if TYPE_CHECKING:
     from bahe_models.context import Value
     from serving.answers import (
         Answer,
+        ItemScores,
         SimilarAtoms,
         SimilarItems,
         SimilarToText,
         SimilarUsers,
         UserFeatures,
     )
+    from serving.candidates import ItemsOfUser
     from serving.identifiers import Identifier
     from serving.lookup import OnlineLookup
 
@@ -42,6 +44,13 @@ class Online:
     ) -> Answer:
         """Click probabilities of some items for a user, best first; `at` is the moment asked about."""
         return self._online.score(user, list(items), at, context=context)
+
+    def score_batch(self, requests: Sequence[ItemsOfUser]) -> list[ItemScores]:
+        """Click probabilities by item for each of many users, who are read in one go, by one model.
+
+        A user who is not online counts as one who has done nothing, an item has no probability then.
+        """
+        return self._online.score_batch(requests)
 
     def recommend(
         self,

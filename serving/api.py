@@ -50,6 +50,7 @@ _OPEN = {"/healthz", "/readyz", "/docs", "/openapi.json"}
 """Probes, and what is the same for every service of this version."""
 _SCOPES = {
     "/v1/score": "score",
+    "/v1/score/batch": "score",
     "/v1/recommend": "score",
     "/v1/features": "read",
     "/v1/similar/text": "read",

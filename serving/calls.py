@@ -22,6 +22,8 @@ from serving.messages import (
     ImpressionsRequest,
     RecommendRequest,
     ScoreAnswer,
+    ScoreBatchAnswer,
+    ScoreBatchRequest,
     ScoreItemsAnswer,
     ScoreItemsRequest,
     SimilarAtomsAnswer,
@@ -88,6 +90,12 @@ def score(
         unknown_user=unknown_user,
     )
     return Call("/v1/score", body, ScoreItemsAnswer)
+
+
+def score_batch(requests: Rows) -> Call[ScoreBatchAnswer]:
+    """Of `POST /v1/score/batch`."""
+    body = _checked(ScoreBatchRequest, requests=[_checked(ScoreItemsRequest, **one) for one in requests])
+    return Call("/v1/score/batch", body, ScoreBatchAnswer)
 
 
 def recommend(

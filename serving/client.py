@@ -31,6 +31,7 @@ from serving.messages import (
     BehaviorAnswer,
     ColumnsAnswer,
     ScoreAnswer,
+    ScoreBatchAnswer,
     ScoreItemsAnswer,
     SimilarAtomsAnswer,
     SimilarItemsAnswer,
@@ -128,6 +129,10 @@ class Client(_Tries):
     ) -> ScoreItemsAnswer:
         """Click probabilities of items for a user, in their order."""
         return self._send(calls.score(user_id, item_ids, at=at, context=context, unknown_user=unknown_user))
+
+    def score_batch(self, requests: Rows) -> ScoreBatchAnswer:
+        """`score` of many users: rows of user_id, item_ids and, where needed, at, context, unknown_user."""
+        return self._send(calls.score_batch(requests))
 
     def recommend(
         self,
@@ -246,6 +251,10 @@ class AsyncClient(_Tries):
         return await self._send(
             calls.score(user_id, item_ids, at=at, context=context, unknown_user=unknown_user)
         )
+
+    async def score_batch(self, requests: Rows) -> ScoreBatchAnswer:
+        """`score` of many users: rows of user_id, item_ids and, where needed, at, context, unknown_user."""
+        return await self._send(calls.score_batch(requests))
 
     async def recommend(
         self,

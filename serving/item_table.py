@@ -14,8 +14,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from feast_ducklake.online.rows import Vectors
 from feast_ducklake.online.store import GuardedOnlineStore
 
@@ -145,8 +143,5 @@ def _chosen(kept: _Items, items: Sequence[Identifier]) -> tuple[Vectors, dict[st
     if len(rows) == len(kept.row_of) and rows == list(range(len(rows))):
         # Lists of their own, since a live service writes into them.
         return kept.vectors, {name: list(values) for name, values in kept.values.items()}
-    rows_N = np.array(rows, dtype=np.int64)
-    vectors = Vectors(
-        kept.vectors.vectors_ND[rows_N], kept.vectors.found_N[rows_N], kept.vectors.event_us_N[rows_N]
-    )
-    return vectors, {name: [values[row] for row in rows] for name, values in kept.values.items()}
+    chosen = {name: [values[row] for row in rows] for name, values in kept.values.items()}
+    return kept.vectors.of_rows(rows), chosen

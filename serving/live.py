@@ -87,10 +87,10 @@ class LiveLookup(OnlineLookup):
             home, self.models, self._pushes, self._atoms, self._counts, pause, most=states
         )
 
-    def user(self, user_id: Identifier) -> UserFeatures:
-        """A user's features, with the behaviors sent here. Raises UnknownEntity as `OnlineLookup.user`."""
-        stored = self._with_impressions(super().user(user_id))
-        pushed = self._pushes.of_user(stored.user_id)
+    def _up_to_date(self, user: UserFeatures) -> UserFeatures:
+        """The user with the behaviors, impressions and clicks sent here."""
+        stored = self._with_impressions(user)
+        pushed = self._pushes.of_user(stored.user_id) if stored.known else ()
         if not pushed:
             return stored
         # Whatever the lake says: it may have them already, and the store not yet.
@@ -106,10 +106,6 @@ class LiveLookup(OnlineLookup):
             self._states.drop(stored.user_id)
             return stored
         return self._with(stored, live)
-
-    def empty_user(self, user_id: Identifier) -> UserFeatures:
-        """`OnlineLookup.empty_user`, with the impressions sent here."""
-        return self._with_impressions(super().empty_user(user_id))
 
     def _with_impressions(self, stored: UserFeatures) -> UserFeatures:
         moved = {column: [value] for column, value in stored.statistics.items()}
@@ -141,20 +137,25 @@ class LiveLookup(OnlineLookup):
             statistics={**stored.statistics, **named},
         )
 
-    def items(
-        self, items: Sequence[Identifier], version: str, user_id: Identifier | None = None
+    def _items_alone(
+        self, items: Sequence[Identifier], version: str
     ) -> tuple[Vectors, dict[str, list[Any]]]:
-        """Those of `OnlineLookup.items`, with the impressions that were sent; those of what a user did
-        with what the user did since the publish.
-
-        A behavior that names no item is with the items that have its text now.
-        """
-        vectors, values = super().items(items, version, user_id)
+        """Those of `OnlineLookup`, with the impressions that were sent."""
+        vectors, values = super()._items_alone(items, version)
         self._impressions.move("item", items, values)
-        live = None if user_id is None else self._states.kept(user_id)
+        return vectors, values
+
+    def _add_sent(
+        self,
+        values: dict[str, list[Any]],
+        items: Sequence[Identifier],
+        version: str,
+        user_id: Identifier,
+    ) -> None:
+        """A behavior that names no item is with the items that have its text now."""
+        live = self._states.kept(user_id)
         if items and live is not None and live.model_version == version:
             self._counts.add_to(values, items, live.acts, version)
-        return vectors, values
 
     def append(
         self,
@@ -176,7 +177,7 @@ class LiveLookup(OnlineLookup):
         at = _aware(at)
         if at > datetime.now(UTC) + AHEAD:
             raise BadInput(_AHEAD.format(what="a behavior", at=at.isoformat()))
-        stored = super().user(user_id)
+        stored = self._stored_user(user_id, "refuse")
         artifact = self.artifact(stored.model_version)
         channels = artifact.dense.channels
         if channel not in channels:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from itertools import chain
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from bahe_core.errors import BadInput, UnknownEntity, clipped
 from bahe_core.home import Home
@@ -17,7 +19,8 @@ from feast_ducklake.online.vectors import VectorReader
 from feature_repo.item_keys import UNKNOWN
 from feature_repo.references import view_of
 from feature_repo.store import online_errors, open_store
-from serving.answers import Answer, ItemScores, Score, UserFeatures, Vector
+from serving.answers import Answer, ItemScores, Score, UserFeatures
+from serving.candidates import Candidates, ItemsOfUser, UnknownUser, by_item, candidates
 from serving.catalogue import Catalogue
 from serving.identifiers import Identifier
 from serving.item_table import ItemTable
@@ -32,8 +35,6 @@ if TYPE_CHECKING:
     from bahe_models.context import Value
 
 VECTOR = "embedding"
-UnknownUser = Literal["empty", "refuse"]
-"""What becomes of a user who is not online: the state of one who has done nothing, or UnknownEntity."""
 _KEYS = ("user_id", "item_id")
 
 
@@ -70,33 +71,47 @@ class OnlineLookup:
 
     def user(self, user_id: Identifier) -> UserFeatures:
         """A user's features. Raises UnknownEntity when the user is not in the online store."""
-        version = self.live_version()
-        (user,) = self.users([user_id], version)
-        if user is None:
-            raise UnknownEntity(
-                f"user {clipped(user_id)} is not in the online store of {self._home.root}; check the id, or"
-                " ingest, embed and publish the user first."
-            )
-        return user
+        return self._up_to_date(self._stored_user(user_id, "refuse"))
 
     def user_or_empty(self, user_id: Identifier) -> UserFeatures:
         """A user's features, or those of one who has done nothing."""
-        try:
-            return self.user(user_id)
-        except UnknownEntity:
-            return self.empty_user(user_id)
+        return self._up_to_date(self._stored_user(user_id, "empty"))
 
-    def empty_user(self, user_id: Identifier) -> UserFeatures:
-        """What a user is before the first behavior and impression, under the live model."""
-        version = self.live_version()
-        vector = self.models.empty_vector(version)
-        stored_id = self.online.stored_id("user_embedding", "user_id", user_id)
+    def _up_to_date(self, user: UserFeatures) -> UserFeatures:
+        """The user as answers know them; `user` is as the online store has them."""
+        return user
+
+    def _stored_user(self, user_id: Identifier, unknown_user: UnknownUser) -> UserFeatures:
+        (user,) = self._stored_users([(user_id, unknown_user)], self.live_version())
+        return user
+
+    def _stored_users(
+        self, asked: Sequence[tuple[Identifier, UnknownUser]], version: str
+    ) -> list[UserFeatures]:
+        """Users as the online store has them, in one read; one who is not there is empty, or refused."""
+        ids = [self.online.stored_id("user_embedding", "user_id", given) for given, _ in asked]
+        distinct = list(dict.fromkeys(one for one in ids if one is not None))
+        stored = dict(zip(distinct, self.users(distinct, version), strict=True)) if distinct else {}
+        users: list[UserFeatures] = []
+        for (given, unknown_user), stored_id in zip(asked, ids, strict=True):
+            user = None if stored_id is None else stored[stored_id]
+            if user is None and unknown_user == "refuse":
+                self.online.as_stored("user_embedding", "user_id", given)
+                raise UnknownEntity(
+                    f"user {clipped(given)} is not in the online store of {self._home.root}; check the id,"
+                    " or ingest, embed and publish the user first."
+                )
+            users.append(user or self._empty_user(given if stored_id is None else stored_id, version))
+        return users
+
+    def _empty_user(self, user_id: Identifier, version: str) -> UserFeatures:
+        """What a user is before the first behavior and impression."""
         return UserFeatures(
-            user_id=user_id if stored_id is None else stored_id,
+            user_id=user_id,
             model_version=version,
             cold=True,
             behaviors=0,
-            vector=vector,
+            vector=self.models.empty_vector(version),
             statistics={column_of(one): None for one in self.models.inputs(version).references["user"]},
             seen_items=frozenset(),
             known=False,
@@ -159,7 +174,8 @@ class OnlineLookup:
         missing = [item for item, stored in zip(items, vectors.found_N, strict=True) if not stored]
         if missing:
             raise self.unknown_items(missing)
-        return self._answer(user, items, vectors.vectors_ND, statistics, at, context)
+        (answer,) = self._answers([candidates(user, items, vectors, statistics, at, context)])
+        return answer
 
     def unknown_items(self, missing: Sequence[Identifier]) -> UnknownEntity:
         """The error that names items which are not online."""
@@ -179,24 +195,35 @@ class OnlineLookup:
         unknown_user: UnknownUser = "empty",
     ) -> ItemScores:
         """`score` that answers for each item, also where some are not online, and for any user."""
-        user = self.user(user_id) if unknown_user == "refuse" else self.user_or_empty(user_id)
-        stored_ids = [self.online.stored_id("item_embedding", "item_id", item) for item in item_ids]
-        items = list(dict.fromkeys(item for item in stored_ids if item is not None))
-        vectors, statistics = self._items_for(user, items)
-        known, vectors_NV, values = _found(items, vectors, statistics)
-        answer = self._answer(user, known, vectors_NV, values, at, context)
-        by_item = {score.item_id: score.probability for score in answer.scores}
-        return ItemScores(
-            user_id=user.user_id,
-            model_version=user.model_version,
-            cold=user.cold,
-            item_ids=[
-                given if stored is None else stored
-                for given, stored in zip(item_ids, stored_ids, strict=True)
-            ],
-            probabilities=[None if item is None else by_item.get(item) for item in stored_ids],
-            known=user.known,
+        asked = ItemsOfUser(
+            user_id=user_id, item_ids=item_ids, at=at, context=context, unknown_user=unknown_user
         )
+        return self.score_batch([asked])[0]
+
+    def score_batch(self, requests: Sequence[ItemsOfUser]) -> list[ItemScores]:
+        """`score_each` of several users, under one model_version and, without `at`, at one moment.
+
+        Users are read in one go, items once, and so are the pairs of both; the model makes one pass over
+        all of them. Raises as `score_each`, for all of them where one is refused.
+        """
+        version, now = self.live_version(), datetime.now(UTC)
+        stored = self._stored_users([(one.user_id, one.unknown_user) for one in requests], version)
+        ids = [
+            [self.online.stored_id("item_embedding", "item_id", item) for item in one.item_ids]
+            for one in requests
+        ]
+        items = [list(dict.fromkeys(item for item in its if item is not None)) for its in ids]
+        found: list[Candidates] = []
+        for one, user, its, (vectors, values) in zip(
+            requests, stored, items, self._items_of_each(stored, items, version), strict=True
+        ):
+            user = self._up_to_date(user)
+            self._add_sent(values, its, version, self._key_of_pairs(user))
+            found.append(candidates(user, its, vectors, values, one.at or now, one.context))
+        return [
+            by_item(one.item_ids, its, answer)
+            for one, its, answer in zip(requests, ids, self._answers(found), strict=True)
+        ]
 
     def recommend(
         self,
@@ -217,51 +244,47 @@ class OnlineLookup:
         user = self.user(user_id) if unknown_user == "refuse" else self.user_or_empty(user_id)
         items = [item for item in self.catalogue() if include_seen or str(item) not in user.seen_items]
         vectors, statistics = self._items_for(user, items)
-        return self._answer(user, *_found(items, vectors, statistics), at, context, best=k)
+        (answer,) = self._answers([candidates(user, items, vectors, statistics, at, context)], best=k)
+        return answer
 
-    def _answer(
-        self,
-        user: UserFeatures,
-        items: list[Identifier],
-        vectors_NV: Vector,
-        statistics: dict[str, list[Any]],
-        at: datetime | None,
-        context: Mapping[str, Value] | None,
-        best: int | None = None,
-    ) -> Answer:
-        """The `best` items (None: all), best first."""
+    def _answers(self, asked: Sequence[Candidates], best: int | None = None) -> list[Answer]:
+        """The `best` candidates of each user (None: all), best first. All are of one model_version."""
         from bahe_models.context import refuse_unknown  # torch, which a lookup does without
         from serving.scoring import click_probabilities
 
-        artifact = self.artifact(user.model_version)
-        categories = self.models.inputs(user.model_version).categories
-        given = context or {}
-        refuse_unknown([c for c in artifact.context_columns if c not in categories], given)
+        if not asked:
+            return []
+        version = asked[0].user.model_version
+        artifact, categories = self.artifact(version), self.models.inputs(version).categories
+        of_requests = [column for column in artifact.context_columns if column not in categories]
+        for one in asked:
+            refuse_unknown(of_requests, one.context)
+        probabilities = click_probabilities(artifact, asked, categories=categories)
+        return [self._answer(one, its, best) for one, its in zip(asked, probabilities, strict=True)]
+
+    def _answer(
+        self, asked: Candidates, probability_N: npt.NDArray[np.float64], best: int | None
+    ) -> Answer:
+        user, items = asked.user, asked.items
         if not items:
             return Answer(user.user_id, user.model_version, user.cold, [], user.known)
-        now = at or datetime.now(UTC)
-        if now.tzinfo is None:
-            now = now.replace(tzinfo=UTC)
-        probability = click_probabilities(
-            artifact, user, vectors_NV, statistics, given, now, categories=categories
-        )
         texts = self.catalogue()
-        order = np.argsort(-probability, kind="stable")[:best].tolist()
+        order = np.argsort(-probability_N, kind="stable")[:best].tolist()
         if self._log is not None and user.known and self._log.wants(user.user_id):
             self._log.append(
                 ServedRequest(
                     served_at=datetime.now(UTC),
-                    at=now,
+                    at=asked.at,
                     model_version=user.model_version,
                     user_id=user.user_id,
                     user={**user.statistics, **user.vectors},
                     user_vector=user.vector,
                     item_ids=[items[i] for i in order],
-                    items={name: [values[i] for i in order] for name, values in statistics.items()},
-                    item_vectors=vectors_NV[order],
+                    items={name: [values[i] for i in order] for name, values in asked.statistics.items()},
+                    item_vectors=asked.vectors_NV[order],
                 )
             )
-        scores = [Score(items[i], texts.get(items[i], ""), float(probability[i])) for i in order]
+        scores = [Score(items[i], texts.get(items[i], ""), float(probability_N[i])) for i in order]
         return Answer(user.user_id, user.model_version, user.cold, scores, user.known)
 
     def items(
@@ -271,30 +294,87 @@ class OnlineLookup:
 
         With a user also the features of the pairs. Those of `features.vectors` are by `view:feature`.
         """
-        references = self.models.inputs(version).references
+        vectors, values = self._items_alone(items, version)
+        if items and user_id is not None:
+            values |= self._of_pairs([user_id] * len(items), items, values, version)
+            self._add_sent(values, items, version, user_id)
+        return vectors, values
+
+    def _items_alone(
+        self, items: Sequence[Identifier], version: str
+    ) -> tuple[Vectors, dict[str, list[Any]]]:
+        """`items` without a user; the values are the caller's own."""
         kept = None
         if self._table is not None:
-            further = [*references["item"], *self.models.inputs(version).vectors["item"]]
+            inputs = self.models.inputs(version)
+            further = [*inputs.references["item"], *inputs.vectors["item"]]
             views = ["item_embedding", *dict.fromkeys(map(view_of, further))]
             with online_errors(self._home):
                 kept = self._table.of(items, version, self.catalogue(), views)
-        vectors, values = kept or self._read_items(items, version)
-        if items and user_id is not None:
-            pairs = {"user_id": [user_id] * len(items), "item_id": items}
-            if references["pair"]:
-                of_pairs = self.online.read(references["pair"], pairs)
-                values |= {name: column for name, column in of_pairs.items() if name not in _KEYS}
-            values |= self.models.read_vectors("pair", version, pairs)
-            values |= self.models.read_by_attributes(version, {**values, **pairs})
-        return vectors, values
+        return kept or self._read_items(items, version)
+
+    def _of_pairs(
+        self,
+        user_ids: Sequence[Identifier],
+        items: Sequence[Identifier],
+        values: Mapping[str, Sequence[Any]],
+        version: str,
+    ) -> dict[str, list[Any]]:
+        """Features of pairs of a user and an item, a value a pair; `values` are those of the items."""
+        references = self.models.inputs(version).references["pair"]
+        pairs = {"user_id": user_ids, "item_id": items}
+        found: dict[str, list[Any]] = {}
+        if references:
+            of_pairs = self.online.read(references, pairs)
+            found = {name: column for name, column in of_pairs.items() if name not in _KEYS}
+        found |= self.models.read_vectors("pair", version, pairs)
+        return found | self.models.read_by_attributes(version, {**values, **pairs})
+
+    def _add_sent(
+        self,
+        values: dict[str, list[Any]],
+        items: Sequence[Identifier],
+        version: str,
+        user_id: Identifier,
+    ) -> None:
+        """Add to features of pairs, in place, what the user did since the publish."""
+
+    def _items_of_each(
+        self, users: Sequence[UserFeatures], items: Sequence[Sequence[Identifier]], version: str
+    ) -> list[tuple[Vectors, dict[str, list[Any]]]]:
+        """`items` with each of the users, as the online store has them: each item is read once."""
+        distinct = list(dict.fromkeys(chain.from_iterable(items)))
+        vectors, values = self._items_alone(distinct, version)
+        row_of = {item: row for row, item in enumerate(distinct)}
+        rows = [[row_of[item] for item in its] for its in items]
+        every = list(chain.from_iterable(rows))
+        of_pairs: dict[str, list[Any]] = {}
+        if every:
+            user_ids = [self._key_of_pairs(one) for one, its in zip(users, items, strict=True) for _ in its]
+            names = self.models.inputs(version).item_keys
+            keys = {name: [values[name][row] for row in every] for name in names}
+            of_pairs = self._of_pairs(user_ids, [distinct[row] for row in every], keys, version)
+        each: list[tuple[Vectors, dict[str, list[Any]]]] = []
+        start = 0
+        for its in rows:
+            end = start + len(its)
+            own = {name: [column[row] for row in its] for name, column in values.items()}
+            own |= {name: column[start:end] for name, column in of_pairs.items()}
+            each.append((vectors.of_rows(its), own))
+            start = end
+        return each
 
     def _items_for(
         self, user: UserFeatures, items: Sequence[Identifier]
     ) -> tuple[Vectors, dict[str, list[Any]]]:
-        """`items` with the user; where the id can be none of the log's, with a key that nobody has."""
+        """`items` with the user."""
+        return self.items(items, user.model_version, self._key_of_pairs(user))
+
+    def _key_of_pairs(self, user: UserFeatures) -> Identifier:
+        """The user's id; where it can be none of the log's, a key that nobody has."""
         user_id = self.online.stored_id("user_embedding", "user_id", user.user_id)
         nobody = UNKNOWN[self.online.key_types["user_embedding", "user_id"]]
-        return self.items(items, user.model_version, nobody if user_id is None else user_id)
+        return nobody if user_id is None else user_id
 
     def _read_items(
         self, items: Sequence[Identifier], version: str
@@ -320,14 +400,3 @@ class OnlineLookup:
     @cached_property
     def _item_vectors(self) -> VectorReader:
         return VectorReader(self._store, "item_embedding", VECTOR)
-
-
-def _found(
-    items: list[Identifier], vectors: Vectors, statistics: dict[str, list[Any]]
-) -> tuple[list[Identifier], Vector, dict[str, list[Any]]]:
-    """Ids, vectors and features of those items that are online."""
-    if vectors.found_N.all():
-        return items, vectors.vectors_ND, statistics
-    found = np.flatnonzero(vectors.found_N).tolist()
-    kept = {name: [values[i] for i in found] for name, values in statistics.items()}
-    return [items[i] for i in found], vectors.vectors_ND[found], kept

@@ -17,9 +17,9 @@ from pydantic import (
 )
 
 IDS = 10_000
-"""Items of one request to be scored."""
+"""Items of one request to be scored, of all its users together."""
 ROWS = 1_000
-"""Entities of one request of features."""
+"""Entities of one request of features, or users of one of scores."""
 FEATURES = 200
 """References of one request of features."""
 PUSHED = 1_000
@@ -200,14 +200,54 @@ class ItemAnswer(BaseModel):
     probability: float | None
 
 
-class ScoreItemsAnswer(BaseModel):
-    """Scores by item, in the order of the request."""
+class UserScores(BaseModel):
+    """A user's scores by item, in the order of the request."""
 
     user_id: str | int
-    model_version: str
     cold: bool
     """The user has no history, or is not known; the empty state answered."""
     items: list[ItemAnswer]
+
+
+class ScoreItemsAnswer(UserScores):
+    """The scores, and the model that they are of."""
+
+    model_version: str
+
+
+class ScoreBatchRequest(Asked):
+    """Which items to score for which users."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {"requests": [{"user_id": 1, "item_ids": [10, 11]}, {"user_id": 2, "item_ids": [11]}]}
+            ]
+        }
+    )
+
+    requests: Annotated[
+        list[ScoreItemsRequest],
+        Field(
+            min_length=1,
+            max_length=ROWS,
+            description=f"Each as /v1/score takes it; together at most {IDS:,} items.",
+        ),
+    ]
+
+    @model_validator(mode="after")
+    def _not_too_many(self) -> ScoreBatchRequest:
+        pairs = sum(len(one.item_ids) for one in self.requests)
+        if pairs > IDS:
+            raise ValueError(f"{pairs:,} items are asked for together, and {IDS:,} are the most")
+        return self
+
+
+class ScoreBatchAnswer(BaseModel):
+    """Scores of each request, in their order, all of one model."""
+
+    model_version: str
+    answers: list[UserScores]
 
 
 class RecommendRequest(Asked):

@@ -11,7 +11,8 @@ from fastapi.responses import Response
 from pydantic_core import to_json
 
 from bahe_core.errors import clipped
-from serving.answers import Answer, TakenIn, UserFeatures
+from serving.answers import Answer, ItemScores, TakenIn, UserFeatures
+from serving.candidates import ItemsOfUser
 from serving.guards import Refused
 from serving.identifiers import Identifier
 from serving.live import Clicked, LiveLookup, Shown
@@ -29,6 +30,8 @@ from serving.messages import (
     RecommendRequest,
     RefusedRow,
     ScoreAnswer,
+    ScoreBatchAnswer,
+    ScoreBatchRequest,
     ScoredItem,
     ScoreItemsAnswer,
     ScoreItemsRequest,
@@ -42,6 +45,7 @@ from serving.messages import (
     SimilarUsersAnswer,
     TakenInAnswer,
     UserAnswer,
+    UserScores,
 )
 from serving.service import Service
 
@@ -90,16 +94,15 @@ def version_1(service: Service) -> APIRouter:
                 unknown_user=request.unknown_user,
             )
         )
-        return ScoreItemsAnswer(
-            user_id=_echoed(found.user_id, found.known),
-            model_version=found.model_version,
-            cold=found.cold,
-            items=[
-                ItemAnswer(item_id=_echoed(item, False), status="unknown", probability=None)
-                if probability is None
-                else ItemAnswer(item_id=item, status="ok", probability=probability)
-                for item, probability in zip(found.item_ids, found.probabilities, strict=True)
-            ],
+        return ScoreItemsAnswer(model_version=found.model_version, **vars(_user_scores(found)))
+
+    @router.post("/score/batch")
+    async def score_batch(request: ScoreBatchRequest) -> ScoreBatchAnswer:
+        """/v1/score of many users, in their order, by one model; where one is refused, all are."""
+        asked = [ItemsOfUser(**dict(one)) for one in request.requests]
+        found = await service.ask(partial(lookup.score_batch, asked))
+        return ScoreBatchAnswer(
+            model_version=found[0].model_version, answers=list(map(_user_scores, found))
         )
 
     @router.post("/recommend")
@@ -222,6 +225,19 @@ def _add_impressions(router: APIRouter, service: Service, lookup: LiveLookup) ->
             Clicked(impression_id=row.impression_id, at=row.event_timestamp) for row in request.clicks
         ]
         return _taken(service, "clicks", await service.write(partial(lookup.click, clicked)))
+
+
+def _user_scores(found: ItemScores) -> UserScores:
+    return UserScores(
+        user_id=_echoed(found.user_id, found.known),
+        cold=found.cold,
+        items=[
+            ItemAnswer(item_id=_echoed(item, False), status="unknown", probability=None)
+            if probability is None
+            else ItemAnswer(item_id=item, status="ok", probability=probability)
+            for item, probability in zip(found.item_ids, found.probabilities, strict=True)
+        ],
+    )
 
 
 def _taken(service: Service, what: str, taken: TakenIn) -> TakenInAnswer:

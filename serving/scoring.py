@@ -1,9 +1,8 @@
-"""Click probabilities of items for a user: what was read, as the inputs of the model."""
+"""Click probabilities of items for users: what was read, as the inputs of the model."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from datetime import datetime
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,50 +10,68 @@ import numpy.typing as npt
 
 from bahe_core.errors import Damaged
 from bahe_models import Artifact
-from bahe_models.context import Value, hash_values
-from serving.answers import UserFeatures, Vector
+from bahe_models.context import hash_values
+from serving.answers import Vector
+from serving.candidates import Candidates
 
 
 def click_probabilities(
-    artifact: Artifact,
-    user: UserFeatures,
-    vectors_NV: Vector,
-    statistics: Mapping[str, Sequence[Any]],
-    context: Mapping[str, Value],
-    now: datetime,
-    *,
-    categories: Sequence[str],
-) -> npt.NDArray[np.float64]:
-    """Of N items at least one, by their vectors and `statistics` (features of items and pairs, by column).
+    artifact: Artifact, asked: Sequence[Candidates], *, categories: Sequence[str]
+) -> list[npt.NDArray[np.float64]]:
+    """Of each user's N candidates, in one pass of the model over all users.
 
-    `now` is what features are aged to. `categories` are the context columns that the online store has; the
-    others are in `context`, or unknown.
+    `categories` are the context columns that the online store has; the others are in the context of a
+    request, or unknown.
     """
-    count = len(vectors_NV)
+    bounds = np.cumsum([len(one.items) for one in asked])[:-1]
+    asked = [one for one in asked if one.items]
+    counts = [len(one.items) for one in asked]
+    if not asked:
+        return np.split(np.empty(0), bounds)
 
-    def of_pairs(column: str) -> Sequence[Any]:
+    def of_pairs(one: Candidates, column: str) -> Sequence[Any]:
         """What the online store has of the items, or of the user for each of them."""
-        return statistics[column] if column in statistics else [user.statistics[column]] * count
+        if column in one.statistics:
+            return one.statistics[column]
+        return [one.user.statistics[column]] * len(one.items)
 
-    columns = {name: np.array(of_pairs(name), dtype=np.float64) for name in artifact.dense.columns}
-    hashed_NX = np.empty((count, len(artifact.context_columns)), dtype=np.int64)
+    def hashed(column: str) -> npt.NDArray[np.int64]:
+        parts = [
+            hash_values(column, of_pairs(one, column))
+            if column in categories
+            else np.repeat(hash_values(column, [one.context.get(column)]), len(one.items))
+            for one in asked
+        ]
+        return np.concatenate(parts)
+
+    def of_users(values: Sequence[Any], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+        return np.repeat(np.array(values, dtype=dtype), counts, axis=0)
+
+    def vectors_of(one: Candidates, reference: str) -> Sequence[Vector | None]:
+        return one.statistics.get(reference) or [one.user.vectors.get(reference)] * len(one.items)
+
+    columns = {
+        name: np.concatenate([np.array(of_pairs(one, name), dtype=np.float64) for one in asked])
+        for name in artifact.dense.columns
+    }
+    hashed_NX = np.empty((sum(counts), len(artifact.context_columns)), dtype=np.int64)
     for place, column in enumerate(artifact.context_columns):
-        values = of_pairs(column) if column in categories else [context.get(column)]
-        hashed_NX[:, place] = hash_values(column, values)
-    lengths_C = [int(user.statistics[f"length_{c}"] or 0) for c in artifact.dense.channels]
+        hashed_NX[:, place] = hashed(column)
+    lengths = [f"length_{channel}" for channel in artifact.dense.channels]
     vectors = {
-        reference: _matrix(statistics.get(reference) or [user.vectors.get(reference)] * count, width)
+        reference: _matrix([vector for one in asked for vector in vectors_of(one, reference)], width)
         for reference, width in artifact.vectors.items()
     }
-    return artifact.score(
-        np.tile(user.vector, (count, 1)),
-        vectors_NV,
+    probability_N = artifact.score(
+        of_users([one.user.vector for one in asked], np.float32),
+        np.concatenate([one.vectors_NV for one in asked]),
         columns,
-        np.tile(np.array(lengths_C, dtype=np.int64), (count, 1)),
-        np.full(count, int(now.timestamp() * 1e6), dtype=np.int64),
+        of_users([[int(one.user.statistics[name] or 0) for name in lengths] for one in asked], np.int64),
+        of_users([int(one.at.timestamp() * 1e6) for one in asked], np.int64),
         hashed_NX,
         vectors,
     )
+    return np.split(probability_N, bounds)
 
 
 def _matrix(vectors: Sequence[Vector | None], width: int) -> npt.NDArray[np.float32]:

@@ -70,6 +70,11 @@ class Vectors:
     event_us_N: Int64
     """Microseconds since 1970; NO_TIME where nothing is stored."""
 
+    def of_rows(self, rows: Sequence[int]) -> Vectors:
+        """Those of some of the entities, by their places."""
+        rows_N = np.array(rows, dtype=np.int64)
+        return Vectors(self.vectors_ND[rows_N], self.found_N[rows_N], self.event_us_N[rows_N])
+
 
 def microseconds(moment: datetime) -> int:
     """Since 1970; a time without a zone is UTC, as everywhere in Feast."""
