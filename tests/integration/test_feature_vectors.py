@@ -21,6 +21,7 @@ from bahe_core.errors import BadInput, NotReady
 from materialize.frames.frame import latest_frame
 from serving.api import create_app
 from serving.audit import audit
+from serving.candidates import ItemsOfUser
 from serving.lookup import OnlineLookup
 from serving.request_log import RequestLog
 from tests.support.cli import call
@@ -206,6 +207,16 @@ def test_a_probability_depends_on_them(project: bahe.Project) -> None:
     assert [scored[item] for item in items] == pytest.approx(expected.tolist(), abs=1e-6)
     unknown = {name: np.full_like(values, np.nan) for name, values in given.items()}
     assert np.abs(artifact.score(*arguments, vectors=unknown) - expected).max() > 1e-4
+
+
+def test_a_batch_of_users_reads_the_same_features(project: bahe.Project) -> None:
+    lookup, at = OnlineLookup(project.home), datetime(2030, 1, 1, tzinfo=UTC)
+    asked = [ItemsOfUser(user_id=f"u{n}", item_ids=range(n, n + 9), at=at) for n in range(12)]
+    for one, found in zip(asked, lookup.score_batch(asked), strict=True):
+        scores = lookup.score(one.user_id, one.item_ids, at).scores
+        alone = {score.item_id: score.probability for score in scores}
+        batch = dict(zip(found.item_ids, found.probabilities, strict=True))
+        assert batch == pytest.approx(alone, abs=1e-6)
 
 
 def test_a_user_whose_id_is_none_has_no_vector_of_pairs(project: bahe.Project) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from bahe_core.errors import BadInput
 from feature_repo.store import open_store
 from materialize.frames.frame import latest_frame
 from serving.audit import audit
+from serving.candidates import ItemsOfUser
 from serving.lookup import OnlineLookup
 from serving.request_log import RequestLog
 from tests.support.home_contents import copy_of
@@ -200,6 +202,16 @@ def test_a_request_reads_what_training_sees(project: bahe.Project) -> None:
         assert {*references["attribute"], "item_attributes:category"} <= {
             one.feature for one in found.features
         }
+
+
+def test_a_batch_of_users_reads_the_same_features(project: bahe.Project) -> None:
+    lookup, at = OnlineLookup(project.home), datetime(2030, 1, 1, tzinfo=UTC)
+    asked = [ItemsOfUser(user_id=f"u{n}", item_ids=range(n, n + 9), at=at) for n in range(12)]
+    for one, found in zip(asked, lookup.score_batch(asked), strict=True):
+        scores = lookup.score(one.user_id, one.item_ids, at).scores
+        alone = {score.item_id: score.probability for score in scores}
+        batch = dict(zip(found.item_ids, found.probabilities, strict=True))
+        assert batch == pytest.approx(alone, abs=1e-6)
 
 
 def test_a_user_whose_id_is_none_has_what_is_of_the_items(project: bahe.Project) -> None:

@@ -31,6 +31,7 @@ from tests.support.logs import LONG
 AT = "2024-06-01T12:00:00Z"
 USERS = ["u0", "u1", "u2", LONG, "u_cold", "never seen", "\ud800", "x" * 200, 7]
 ITEMS = [0, 1, 2, 3, "4", 24, 99, "three", "x" * 200, "03", "\ud800"]
+ONE = {"user_id": "u1", "item_ids": [3]}
 REQUESTS = st.fixed_dictionaries(
     {
         "user_id": st.sampled_from(USERS),
@@ -90,8 +91,8 @@ def test_a_batch_is_its_single_answers(live: TestClient, requests: list[dict[str
     [
         ({"requests": []}, 422, "requests: List should have at least 1 item"),
         ({"requests": None}, 422, "requests: Input should be a valid list"),
-        ({"user_id": "u1"}, 422, "user_id: Extra inputs are not permitted"),
-        ({"requests": [{"user_id": "u1", "item_ids": [3]}] * 1001}, 422, "at most 1000"),
+        ({"requests": [ONE], "user_id": "u1"}, 422, "user_id: Extra inputs are not permitted"),
+        ({"requests": [ONE] * 1001}, 422, "at most 1000"),
         (
             {"requests": [{"user_id": "u1", "item_ids": [3] * 101}] * 100},
             422,
@@ -99,7 +100,7 @@ def test_a_batch_is_its_single_answers(live: TestClient, requests: list[dict[str
         ),
         ({"requests": [{"user_id": "u1", "item_ids": []}]}, 422, "requests.0.item_ids"),
         (
-            {"requests": [{"user_id": "u1", "item_ids": [3]}, {"user_id": "u1", "item_ids": [True]}]},
+            {"requests": [ONE, {"user_id": "u1", "item_ids": [True]}]},
             422,
             "requests.1.item_ids.0",
         ),
@@ -111,7 +112,7 @@ def test_a_batch_is_its_single_answers(live: TestClient, requests: list[dict[str
         (
             {
                 "requests": [
-                    {"user_id": "u1", "item_ids": [3]},
+                    ONE,
                     {"user_id": "nobody", "item_ids": [3], "unknown_user": "refuse"},
                 ]
             },
