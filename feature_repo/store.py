@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from bahe_core.errors import BadInput, Damaged, NotReady, one_line
+from bahe_core.errors import BadInput, Busy, Damaged, NotReady, one_line, storage_problem
 from bahe_core.files import replace_atomically
 from bahe_core.home import Home
 from bahe_core.lake_location import bound_postgres_wait
@@ -158,10 +158,18 @@ def open_store(home: Home) -> FeatureStore:
 
 @contextmanager
 def online_errors(home: Home) -> Iterator[None]:
-    """Turns what a lost or broken online store says into one sentence, as Damaged or NotReady."""
+    """Turns what a lost or broken online store says into one sentence, as Damaged or NotReady; Busy where
+    another process writes to it for too long, NotWritable where the disk is full."""
     try:
         yield
     except sqlite3.DatabaseError as error:
+        if "database is locked" in str(error):
+            raise Busy(
+                f"others have been writing to the online store {home.online_store} for too long; try again."
+            ) from None
+        problem = storage_problem(error)
+        if problem is not None:
+            raise problem from None
         raise Damaged(
             f"the online store {home.online_store} cannot be read ({error}); delete it and run"
             " `bahe publish`."
