@@ -8,7 +8,9 @@ import json
 import linecache
 import sys
 import traceback
+import warnings
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +21,7 @@ from feature_repo.by_item_columns import is_by_item_column
 from feature_repo.references import stored_views, view_of
 
 if TYPE_CHECKING:
-    from feast import FeatureStore
+    from feast import FeatureStore, FeatureView
 
 
 def team_objects(folder: Path) -> list[Any]:
@@ -70,10 +72,8 @@ def team_content(store: FeatureStore, references: Iterable[str]) -> str | None:
     """
     from feast_ducklake import open_lake
     from feast_ducklake.offline.source import relation_of
-    from feature_repo import definitions
 
-    ours = {getattr(thing, "name", None) for thing in vars(definitions).values()}
-    references = list(references)
+    ours, references = _names_of_ours(), list(references)
     on_demand = {view.name: view for view in store.list_on_demand_feature_views()}
     content: list[object] = []
     for name in sorted({view_of(reference) for reference in references} & on_demand.keys()):
@@ -100,6 +100,21 @@ def team_content(store: FeatureStore, references: Iterable[str]) -> str | None:
         fields = [str(field) for field in stored.features]
         content.append([name, str(row), str(stored.ttl), joined_by, fields])
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12] if content else None
+
+
+def is_of_team(view: FeatureView) -> bool:
+    """Whether a registered view is a team's own, none of bahe's."""
+    return view.name not in _names_of_ours() and not is_by_item_column(view)
+
+
+@cache
+def _names_of_ours() -> frozenset[str | None]:
+    with warnings.catch_warnings():
+        # Feast wants entities to name their type; ours is the log's.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        from feature_repo import definitions
+
+    return frozenset(getattr(thing, "name", None) for thing in vars(definitions).values())
 
 
 def _is_source(path: Path) -> bool:

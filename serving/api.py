@@ -58,6 +58,8 @@ _SCOPES = {
     "/v1/impressions": "write",
     "/v1/clicks": "write",
     "/get-online-features": "read",
+    "/push": "write",
+    "/write-to-online-store": "write",
     "/metrics": "read",
     "/health": "read",
     "/features": "read",

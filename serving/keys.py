@@ -23,7 +23,7 @@ from serving.guards import NOWHERE, Refused
 _LOG = logging.getLogger(__name__)
 
 SCOPES = ("read", "score", "write")
-"""What a key may be for: features and state; scores and recommendations; pushing behaviors."""
+"""What a key may be for: features and state; scores and recommendations; sending behaviors and features."""
 _NO_KEY = "give an API key of this service, as `Authorization: Bearer KEY`."
 
 

@@ -22,6 +22,7 @@ from feature_repo.store import online_errors, open_store
 from serving.answers import Answer, ItemScores, Score, UserFeatures
 from serving.candidates import Candidates, ItemsOfUser, UnknownUser, by_item, candidates
 from serving.catalogue import Catalogue
+from serving.feature_writes import FeatureWrites
 from serving.identifiers import Identifier
 from serving.item_table import ItemTable
 from serving.online_features import OnlineFeatures
@@ -48,6 +49,7 @@ class OnlineLookup:
         self._store = open_store(home)
         self.online = OnlineFeatures(home, self._store)
         self.models = PublishedModels(home, self._store, self.online, self._read_beside)
+        self.feature_writes = FeatureWrites(home, self._store, self.models)
         self._catalogue = Catalogue(home)
         self._table = ItemTable(self._store, self._read_items) if keep_items else None
         self.texts = TextEncoder(home)

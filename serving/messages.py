@@ -370,6 +370,58 @@ class FeastRequest(FeaturesRequest):
     model_config = ConfigDict(extra="ignore")
 
 
+class FeatureRows(BaseModel):
+    """Rows of features, as Feast's clients send them; further fields of theirs do nothing here."""
+
+    df: Annotated[
+        dict[Name, Annotated[list[Any], Field(min_length=1, max_length=ROWS)]],
+        Field(
+            min_length=1,
+            max_length=FEATURES,
+            description="A column for each join key, feature and time of the view; times are in ISO 8601.",
+        ),
+    ]
+    allow_registry_cache: StrictBool = True
+    """False reads the registry anew, whatever its file's time says."""
+
+    @model_validator(mode="after")
+    def _whole(self) -> FeatureRows:
+        if len({len(column) for column in self.df.values()}) > 1:
+            raise ValueError("the columns of `df` differ in length")
+        return self
+
+
+class PushRequest(FeatureRows):
+    """What to push to which of the team's push sources."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "push_source_name": "basket_pushed",
+                    "df": {
+                        "user_id": [1],
+                        "basket_value": [25.5],
+                        "event_timestamp": ["2026-05-01T12:00:00Z"],
+                    },
+                }
+            ]
+        }
+    )
+
+    push_source_name: Name
+    to: Annotated[
+        Literal["online", "offline", "online_and_offline"],
+        Field(description="Only `online` is taken: a service does not write to the lake."),
+    ] = "online"
+
+
+class WriteRequest(FeatureRows):
+    """What to write to which of the team's views."""
+
+    feature_view_name: Name
+
+
 class ColumnsAnswer(BaseModel):
     """Features by column, in the order of the entities; null where nothing is stored."""
 

@@ -19,7 +19,7 @@ _BUCKETS = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128, 0.25, 0.5, 1
 """Seconds."""
 
 
-_PUSHED = ("behaviors", "impressions", "clicks")
+_PUSHED = ("behaviors", "impressions", "clicks", "features")
 
 
 @dataclass
@@ -82,7 +82,7 @@ class Metrics:
             self._counts.seconds[route] += seconds  # type: ignore[assignment]  # a Counter counts floats too
 
     def pushed(self, what: str, count: int = 1) -> None:
-        """Count behaviors, impressions or clicks that were taken in."""
+        """Count behaviors, impressions, clicks or rows of features that were taken in."""
         with self._lock:
             self._counts.pushed[what] += count
 

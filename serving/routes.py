@@ -10,7 +10,7 @@ from fastapi import APIRouter, Query
 from fastapi.responses import Response
 from pydantic_core import to_json
 
-from bahe_core.errors import clipped
+from bahe_core.errors import BadInput, clipped
 from serving.answers import Answer, ItemScores, TakenIn, UserFeatures
 from serving.candidates import ItemsOfUser
 from serving.guards import Refused
@@ -27,6 +27,7 @@ from serving.messages import (
     ImpressionsRequest,
     ItemAnswer,
     K,
+    PushRequest,
     RecommendRequest,
     RefusedRow,
     ScoreAnswer,
@@ -46,6 +47,7 @@ from serving.messages import (
     TakenInAnswer,
     UserAnswer,
     UserScores,
+    WriteRequest,
 )
 from serving.service import Service
 
@@ -265,6 +267,40 @@ def feast(service: Service) -> APIRouter:
             return to_json(answer, inf_nan_mode="null", bytes_mode="base64")
 
         return Response(await service.ask(read), media_type="application/json")
+
+    @router.post("/push", response_class=Response)
+    async def push(request: PushRequest) -> Response:
+        """As `feast serve` has it: rows of a team's push source, online before the answer."""
+        if request.to != "online":
+            raise BadInput(
+                f"a service does not write to the lake, so it pushes nothing `{request.to}`; push `online`"
+                " here, and write the rows to the view's source by a job, with the same times."
+            )
+        writes = service.lookup.feature_writes
+        rows = await service.write_features(
+            partial(
+                writes.push,
+                request.push_source_name,
+                request.df,
+                allow_registry_cache=request.allow_registry_cache,
+            )
+        )
+        service.metrics.pushed("features", rows)
+        return Response()
+
+    @router.post("/write-to-online-store")
+    async def write_to_online_store(request: WriteRequest) -> None:
+        """As `feast serve` has it, so that Feast's remote online store can write here, and push."""
+        writes = service.lookup.feature_writes
+        rows = await service.write_features(
+            partial(
+                writes.write,
+                request.feature_view_name,
+                request.df,
+                allow_registry_cache=request.allow_registry_cache,
+            )
+        )
+        service.metrics.pushed("features", rows)
 
     return router
 

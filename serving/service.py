@@ -28,9 +28,11 @@ class Service:
         self.lookup, self.metrics = lookup, Metrics()
         self._shared = None if workers is None else SharedMetrics(self.metrics, workers)
         self._work = Work("work", threads=limits.threads, waiting=limits.waiting, seconds=limits.seconds)
+        # One, since writers of a store wait for each other anyway; nobody who asks waits for it.
+        self._push = Work("push", threads=1, waiting=limits.waiting, seconds=limits.seconds)
         # Of its own, so that a service with much to do is still seen to be ready.
         self._probe = Work("probe", threads=1, waiting=8, seconds=min(3.0, limits.seconds))
-        self.metrics.watch(lambda: self._work.admitted)
+        self.metrics.watch(lambda: self._work.admitted + self._push.admitted)
 
     async def ask(self, function: Callable[[], T]) -> T:
         """What the lookup says, from a thread."""
@@ -39,6 +41,10 @@ class Service:
     async def write(self, function: Callable[[], T]) -> T:
         """`ask` of what is not given up because its sender went away."""
         return await asyncio.shield(asyncio.ensure_future(self.ask(function)))
+
+    async def write_features(self, function: Callable[[], T]) -> T:
+        """`write` of features to the online store, which another process may be writing to."""
+        return await asyncio.shield(asyncio.ensure_future(self._push.run(function)))
 
     async def health(self) -> dict[str, Any]:
         """Whether the store answers, and which model is live."""
@@ -83,4 +89,5 @@ class Service:
         if self._shared is not None:
             self._shared.write()
         self._work.close()
+        self._push.close()
         self._probe.close()

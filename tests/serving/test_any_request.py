@@ -16,6 +16,9 @@ from tests.support.home_contents import copy_of
 
 VALID: dict[str, dict[str, Any]] = {
     "/v1/score": {"user_id": "u1", "item_ids": [3, 4], "at": "2024-06-01T12:00:00Z"},
+    "/v1/score/batch": {
+        "requests": [{"user_id": "u1", "item_ids": [3]}, {"user_id": "u2", "item_ids": [4]}]
+    },
     "/score": {"user_id": "u1", "item_ids": [3, 4], "context": {}},
     "/v1/recommend": {"user_id": "u1", "k": 3, "include_seen": True, "unknown_user": "refuse"},
     "/v1/features": {
@@ -24,6 +27,8 @@ VALID: dict[str, dict[str, Any]] = {
     },
     "/get-online-features": {"feature_service": "ctr_online", "entities": {"item_id": [3]}},
     "/v1/similar/text": {"text": "liked word1", "k": 3},
+    "/push": {"push_source_name": "basket_pushed", "df": {"user_id": ["u1"]}, "to": "online"},
+    "/write-to-online-store": {"feature_view_name": "user_stats", "df": {"user_id": ["u1"]}},
     "/v1/behaviors": {
         "user_id": "u1",
         "channel": "liked",

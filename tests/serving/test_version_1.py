@@ -285,7 +285,17 @@ def test_an_id_is_exactly_what_it_is(client: TestClient, home: Home, identifier:
     ],
 )
 @pytest.mark.parametrize(
-    "route", ["/v1/score", "/score", "/v1/recommend", "/v1/features", "/get-online-features"]
+    "route",
+    [
+        "/v1/score",
+        "/v1/score/batch",
+        "/score",
+        "/v1/recommend",
+        "/v1/features",
+        "/get-online-features",
+        "/push",
+        "/write-to-online-store",
+    ],
 )
 def test_no_body_is_a_fault_of_the_service(client: TestClient, route: str, body: bytes) -> None:
     answer = client.post(route, content=body, headers={"Content-Type": "application/json"})
