@@ -21,6 +21,7 @@ import bahe
 from bahe_core.home import Home
 from feature_repo.store import open_store
 from serving.api import create_app
+from serving.audit import audit
 from serving.guards import Limits
 from serving.keys import new_key
 from serving.lookup import OnlineLookup
@@ -467,6 +468,14 @@ def test_a_view_that_was_registered_since_is_written(
     view.name = "stock_of_today"
     store.registry.apply_feature_view(view, store.project)
     assert client.post("/write-to-online-store", json=asked).status_code == 200
+
+
+def test_the_audit_says_what_the_source_has_not_got(published: Home, tmp_path: Path) -> None:
+    home = copy_of(published, tmp_path)
+    assert audit(home, last=400).consistent
+    TestClient(create_app(home)).post("/push", json=basket(tier="platinum"))
+    differing = {one.feature for one in audit(home, last=400).features if one.differing}
+    assert differing == {"basket:basket_value", "basket:tier", "twice_the_basket:twice"}
 
 
 def test_from_python_the_next_lookup_has_it(published: Home, tmp_path: Path) -> None:
