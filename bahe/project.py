@@ -346,12 +346,7 @@ class Project(Online):
     # ---- online, beside what `Online` has
 
     def audit(
-        self,
-        *,
-        requests: bool = False,
-        last: int = 10_000,
-        sample: float = 1.0,
-        device: str | None = None,
+        self, *, requests: bool = False, last: int = 10_000, sample: float = 1.0, device: str | None = None
     ) -> Audit:
         """Compare what is served with what training would have seen, feature by feature.
 
@@ -374,19 +369,24 @@ class Project(Online):
         timeout: float = 10.0,
         threads: int = 4,
         waiting: int = 32,
+        tls_certificate: Path | None = None,
+        tls_key: Path | None = None,
     ) -> None:
         """Serve the live model over HTTP until interrupted; `live` also takes behaviors as they happen.
 
         In so many `workers` (processes), each with the model. `log_requests` is the share of users whose
         requests are kept for `audit`. A request has `timeout` seconds to arrive, and as many for its
         answer; `threads` are worked on at once, `waiting` wait, more get 503. Once the home has an API key,
-        every request needs one. Raises BadInput when others could ask (`host`) and there is none.
+        every request needs one; a certificate and its key (PEM) make it HTTPS. Raises BadInput when others
+        could ask (`host`) and there is none.
         """
         from serving.guards import Limits
         from serving.server import Address, serve
+        from serving.tls import tls
 
         limits = Limits(seconds=timeout, threads=threads, waiting=waiting)
-        serve(self.home, Address(host, port, workers), live=live, log_requests=log_requests, limits=limits)
+        where = Address(host, port, workers, tls(tls_certificate, tls_key))
+        serve(self.home, where, live=live, log_requests=log_requests, limits=limits)
 
     def new_api_key(self, name: str, scopes: Sequence[str] = ("read", "score")) -> str:
         """Make a key for the service; only its hash is kept. Scopes are read, score and write."""

@@ -15,16 +15,16 @@ from __future__ import annotations
 
 import asyncio
 import random
+import ssl
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
-from types import TracebackType
 from typing import Self
 
 import httpx
 from pydantic import ValidationError
 
-from bahe_core.errors import BadInput, BaheError, UnknownEntity, Unreachable
+from bahe_core.errors import BadInput, BaheError, UnknownEntity, Unreachable, one_line
 from serving import calls
 from serving.calls import Answer, Call, Context, Identifier, Rows, UnknownUser
 from serving.messages import (
@@ -40,6 +40,8 @@ from serving.messages import (
     TakenInAnswer,
     UserAnswer,
 )
+
+Verify = ssl.SSLContext | bool
 
 SECONDS = 2.0
 """For a request, all tries together."""
@@ -78,6 +80,12 @@ class _Tries:
             raise Unreachable(f"{self._url} failed ({_reason(answer)}).")
         raise (UnknownEntity if answer.status_code == 404 else BadInput)(_reason(answer))
 
+    def _lost(self, error: httpx.RequestError) -> httpx.RequestError:
+        """The error, where another try may go better. Raises Unreachable on a certificate: none would."""
+        if "CERTIFICATE_VERIFY_FAILED" in str(error):
+            raise Unreachable(f"{self._url} shows a certificate that is not trusted ({one_line(error)}).")
+        return error
+
     def _given_up(self, last: httpx.Response | Exception | None) -> BaheError:
         reason = _reason(last) if isinstance(last, httpx.Response) else type(last).__name__
         return Unreachable(f"{self._url} did not answer within {self._seconds:g} s ({reason}).")
@@ -96,22 +104,20 @@ class Client(_Tries):
 
     Every method raises BadInput on what the service refuses, UnknownEntity on what it does not have (404),
     and Unreachable when it fails, or no try was answered within `seconds`: the time in which tries begin,
-    and that each may take to connect, to send and for each part of the answer.
+    and that each may take to connect, to send and for each part of the answer. A certificate of an
+    authority of one's own is trusted with `verify=ssl.create_default_context(cafile="authority.pem")`.
     """
 
-    def __init__(self, url: str, *, api_key: str | None = None, seconds: float = SECONDS) -> None:
+    def __init__(
+        self, url: str, *, api_key: str | None = None, seconds: float = SECONDS, verify: Verify = True
+    ) -> None:
         super().__init__(url, api_key, seconds)
-        self._http = httpx.Client(base_url=self._url, headers=self._headers)
+        self._http = httpx.Client(base_url=self._url, headers=self._headers, verify=verify)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -210,7 +216,7 @@ class Client(_Tries):
                 last = self._http.request(call.method, call.path, content=call.content, timeout=seconds)
                 answer = self._read(call, last)
             except httpx.RequestError as error:
-                last, answer = error, None
+                last, answer = self._lost(error), None
             if answer is not None:
                 return answer
         raise self._given_up(last)
@@ -219,19 +225,16 @@ class Client(_Tries):
 class AsyncClient(_Tries):
     """`Client`, whose methods are awaited."""
 
-    def __init__(self, url: str, *, api_key: str | None = None, seconds: float = SECONDS) -> None:
+    def __init__(
+        self, url: str, *, api_key: str | None = None, seconds: float = SECONDS, verify: Verify = True
+    ) -> None:
         super().__init__(url, api_key, seconds)
-        self._http = httpx.AsyncClient(base_url=self._url, headers=self._headers)
+        self._http = httpx.AsyncClient(base_url=self._url, headers=self._headers, verify=verify)
 
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.close()
 
     async def close(self) -> None:
@@ -336,7 +339,7 @@ class AsyncClient(_Tries):
                 )
                 answer = self._read(call, last)
             except httpx.RequestError as error:
-                last, answer = error, None
+                last, answer = self._lost(error), None
             if answer is not None:
                 return answer
         raise self._given_up(last)

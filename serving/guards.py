@@ -34,8 +34,14 @@ _HEADERS = (
     (b"cache-control", b"no-store"),
     (b"referrer-policy", b"no-referrer"),
     # The page of routes has its style inline and loads nothing.
-    (b"content-security-policy", b"default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"),
+    (
+        b"content-security-policy",
+        b"default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'; base-uri 'none';"
+        b" form-action 'none'",
+    ),
 )
+_ONLY_TLS = (b"strict-transport-security", b"max-age=31536000")
+"""Of an answer over TLS: for a year browsers ask this host in no other way."""
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 NOWHERE = "nowhere"
 """The scope of a path without a route, which no key has."""
@@ -208,6 +214,8 @@ def _token(scope: Scope) -> str:
 
 def _answer_headers(scope: Scope, request_id: str) -> list[tuple[bytes, bytes]]:
     headers = [(b"x-request-id", request_id.encode()), *_HEADERS]
+    if scope["scheme"] == "https":
+        headers.append(_ONLY_TLS)
     if getattr(scope.get("route"), "deprecated", None):
         headers.append((b"deprecation", DEPRECATED_SINCE.encode()))
     return headers

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing import parent_process
 from pathlib import Path
 from socket import AddressFamily, create_server
 from typing import TYPE_CHECKING, Any
@@ -23,6 +26,7 @@ from bahe_core.errors import BadInput, BaheError, NotReady, one_line, storage_pr
 from bahe_core.home import Home
 from bahe_core.machine import configure_threads, threads
 from serving.keys import has_keys
+from serving.tls import Tls
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -42,17 +46,19 @@ _REFUSED = "refused"
 
 @dataclass(frozen=True)
 class Address:
-    """Where a service listens, and in how many processes."""
+    """Where a service listens, in how many processes, and with which certificate."""
 
     host: str
     port: int
     workers: int = 1
+    tls: Tls | None = None
 
 
 def serve(home: Home, where: Address, *, live: bool, log_requests: float, limits: Limits) -> None:
     """Serve until interrupted; `live` and `log_requests` are those of `create_app`, `limits` each worker's.
 
-    Several workers share the port; one that dies is replaced. Raises BadInput when other machines could ask
+    Several workers share the port; one that dies is replaced, and all end with this process, however it
+    ends. Raises BadInput when other machines could ask
     (`host` is not this one) and the home has no API key, on less than one worker, and where somebody else
     listens; NotReady when several workers cannot start.
     """
@@ -82,6 +88,8 @@ def serve(home: Home, where: Address, *, live: bool, log_requests: float, limits
         # Connections beyond it get 503 before they are read.
         "limit_concurrency": 1000,
     }
+    if where.tls is not None:
+        settings |= {"ssl_certfile": where.tls.certificate, "ssl_keyfile": where.tls.key}
     if workers == 1:
         from serving.api import create_app
 
@@ -126,6 +134,7 @@ def _worker(home: Home, options: dict[str, Any], folder: Path, threads_each: int
     One that cannot start ends the service where no other has been ready. Later it is tried again: the
     others answer, and what it needs may be away for a while.
     """
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["BAHE_THREADS"] = str(threads_each)
     configure_threads()
     # Here, since the process that only watches the workers does without models and Feast.
@@ -144,3 +153,15 @@ def _worker(home: Home, options: dict[str, Any], folder: Path, threads_each: int
         else:
             (folder / _REFUSED).write_text(str(known))
         sys.exit(STARTUP_FAILURE)
+
+
+def _end_with_parent() -> None:
+    """Stop this worker in order when the process that watches it was killed: nobody else would stop it, and
+    it would keep the port.
+
+    The parent's end of a pipe closes when it dies, however that came.
+    """
+    if (parent := parent_process()) is not None:
+        parent.join()
+        _log.warning("the parent of this worker was killed; the worker ends, too")
+        os.kill(os.getpid(), signal.SIGTERM)

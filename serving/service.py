@@ -87,7 +87,7 @@ class Service:
         if writing is not None:
             writing.cancel()
         if self._shared is not None:
-            self._shared.write()
+            self._shared.close()
         self._work.close()
         self._push.close()
         self._probe.close()

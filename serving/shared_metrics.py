@@ -10,8 +10,10 @@ import asyncio
 import logging
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
+from multiprocessing import parent_process
 from pathlib import Path
 
 import psutil
@@ -60,6 +62,16 @@ class SharedMetrics:
             self._failed = True
         else:
             self._written = text
+
+    def close(self) -> None:
+        """Write for the last time.
+
+        Where the workers' parent was killed, which would have removed the folder, each of them does: none
+        writes after it has, so the last one to end leaves nothing.
+        """
+        self.write()
+        if (parent := parent_process()) is not None and not parent.is_alive():
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     def others(self) -> Iterator[Counts]:
         """What the other workers wrote last."""

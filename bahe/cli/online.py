@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -179,9 +180,16 @@ def serve(
     waiting: Annotated[
         int, typer.Option(min=0, help="Requests of each worker that wait; more get 503 at once.")
     ] = 32,
+    tls_certificate: Annotated[
+        Path | None,
+        typer.Option(help="Serve HTTPS with this certificate and those up to its authority (PEM)."),
+    ] = None,
+    tls_key: Annotated[
+        Path | None, typer.Option(help="The certificate's key (PEM), without a passphrase.")
+    ] = None,
 ) -> None:
     """Serve the live model over HTTP: /v1/score, /v1/recommend, /v1/features, and /docs with all routes."""
-    say(f"  http://{host}:{port}/docs")
+    say(f"  http{'s' if tls_certificate else ''}://{host}:{port}/docs")
     bahe.open(home).serve(
         host=host,
         port=port,
@@ -191,6 +199,8 @@ def serve(
         timeout=timeout,
         threads=threads,
         waiting=waiting,
+        tls_certificate=tls_certificate,
+        tls_key=tls_key,
     )
 
 

@@ -204,8 +204,19 @@ def test_request_ids_and_headers() -> None:
     assert answer.headers["x-request-id"] == "abc-1"
     assert answer.headers["x-content-type-options"] == "nosniff"
     assert "default-src 'none'" in answer.headers["content-security-policy"]
+    assert "frame-ancestors 'none'" in answer.headers["content-security-policy"]
+    assert answer.headers["cache-control"] == "no-store"
     made = [client.get("/open", headers={"X-Request-ID": "a b\tc" * 20}) for _ in range(2)]
     assert len({one.headers["x-request-id"] for one in made} | {"abc-1"}) == 3
+
+
+def test_browsers_are_told_to_stay_with_tls_where_they_came_by_it() -> None:
+    """Whatever the answer is; over plain HTTP it would lock people out of a service without TLS."""
+    app = guarded()[0]
+    plain, secure = TestClient(app), TestClient(app, base_url="https://service")
+    for path in ("/open", "/nowhere", "/broken"):
+        assert "strict-transport-security" not in plain.get(path).headers
+        assert secure.get(path).headers["strict-transport-security"] == "max-age=31536000"
 
 
 def test_a_fault_of_the_service_tells_the_log_and_not_the_client(caplog: pytest.LogCaptureFixture) -> None:

@@ -24,7 +24,7 @@ from serving.metrics import Metrics
 from serving.shared_metrics import SharedMetrics
 from tests.support import REPOSITORY
 from tests.support.home_contents import copy_of
-from tests.support.service_process import Running, free_port, running, serve_command
+from tests.support.service_process import Running, free_port, running, serve_command, wait_until_ready
 
 SOON = Retrying(
     retry=retry_if_exception_type((AssertionError, psutil.Error)),
@@ -109,6 +109,46 @@ def test_workers_that_cannot_start_are_one_sentence_and_exit_code_2(served: Home
     assert done.returncode == 2, done.stderr
     assert "bahe: the live model cannot be read" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_workers_answer_what_they_have_and_end_when_their_parent_is_killed(
+    served: Home, tmp_path: Path
+) -> None:
+    """No process and no folder is left, the port is free, and the request under way has its answer."""
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    port, log = free_port(), tmp_path / "log.txt"
+    command = serve_command(copy_of(served, tmp_path), port, "--workers", "2", "--timeout", "60")
+    with log.open("w") as file:
+        environment = {**os.environ, "TMPDIR": str(temporary)}
+        parent = subprocess.Popen(command, cwd=REPOSITORY, stderr=file, env=environment)
+    service = Running(port, parent.pid, log)
+    orphans: list[psutil.Process] = []
+    try:
+        wait_until_ready(service)
+        SOON(lambda: check(len(list(temporary.glob("bahe-workers-*/*.json"))) == 2))
+        orphans = [psutil.Process(one) for one in workers(service)]
+        assert len(orphans) == 2
+        body = b'{"user_id": "u1", "item_ids": [3]}'
+        with socket.create_connection(("127.0.0.1", port), timeout=60) as client:
+            head = "POST /v1/score HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            client.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body[:5])
+            # Once another connection is answered, the head of this one has been read.
+            assert behaviors(service)
+            parent.kill()
+            parent.wait(timeout=60)
+            SOON(lambda: check(log.read_text().count("the parent of this worker was killed") == 2))
+            client.sendall(body[5:])
+            assert client.recv(12) == b"HTTP/1.1 200"
+        assert psutil.wait_procs(orphans, timeout=60)[1] == []
+    finally:
+        parent.kill()
+        for orphan in orphans:
+            orphan.kill() if orphan.is_running() else None
+    assert list(temporary.glob("bahe-workers-*")) == []
+    socket.create_server(("127.0.0.1", port)).close()
+    assert "Traceback" not in log.read_text()
 
 
 def test_less_than_one_worker_and_a_port_that_is_taken_are_refused(served: Home) -> None:

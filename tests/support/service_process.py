@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import socket
+import ssl
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -25,10 +26,18 @@ class Running:
     pid: int
     log: Path
     """Its standard error."""
+    trusting: ssl.SSLContext | None = None
+    """Where it is asked over TLS: whose certificates are trusted."""
 
     def ask(self, method: str, path: str, body: bytes = b"", **headers: str) -> tuple[int, bytes]:
         """Status and body of the answer, over a connection of its own."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection: http.client.HTTPConnection
+        if self.trusting is None:
+            connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        else:
+            connection = http.client.HTTPSConnection(
+                "127.0.0.1", self.port, timeout=60, context=self.trusting
+            )
         try:
             connection.request(method, path, body or None, {"Content-Type": "application/json", **headers})
             answer = connection.getresponse()
@@ -50,18 +59,25 @@ def free_port() -> int:
     return port
 
 
+def wait_until_ready(service: Running) -> None:
+    """Until it answers that it is ready."""
+    retrying = Retrying(
+        retry=retry_if_exception_type(OSError), stop=stop_after_delay(120), wait=wait_fixed(0.2)
+    )
+    assert retrying(service.ask, "GET", "/readyz")[0] == 200
+
+
 @contextmanager
-def running(home: Home, log: Path, *options: str) -> Iterator[Running]:
+def running(
+    home: Home, log: Path, *options: str, trusting: ssl.SSLContext | None = None
+) -> Iterator[Running]:
     """A service of the home, from its first answer on; it has to end in peace, without a traceback."""
     port = free_port()
     with log.open("w") as file:
         process = subprocess.Popen(serve_command(home, port, *options), cwd=REPOSITORY, stderr=file)
     try:
-        service = Running(port, process.pid, log)
-        retrying = Retrying(
-            retry=retry_if_exception_type(OSError), stop=stop_after_delay(120), wait=wait_fixed(0.2)
-        )
-        assert retrying(service.ask, "GET", "/readyz")[0] == 200
+        service = Running(port, process.pid, log, trusting)
+        wait_until_ready(service)
         yield service
     finally:
         process.terminate()
