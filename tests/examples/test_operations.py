@@ -10,14 +10,10 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import dagster as dg
 import pytest
-import typer
-import yaml
 
-from bahe import cli
 from bahe.daily import days, today
 from bahe_core.home import Home
 from serving.lookup import OnlineLookup
@@ -26,14 +22,6 @@ from tests.support.logs import small_log, write_dataset
 
 EXAMPLES = REPOSITORY / "examples"
 DAY = "2024-04-01"
-
-
-def require_accepted(arguments: list[str]) -> None:
-    """Raises when bahe's own parser does not know an option of `bahe ... daily ...`."""
-    group: Any = typer.main.get_command(cli.app)
-    place = arguments.index("daily")
-    context = group.make_context("bahe", arguments[: place + 1])
-    group.commands["daily"].make_context("daily", arguments[place + 1 :], parent=context)
 
 
 @pytest.fixture(scope="module")
@@ -143,30 +131,3 @@ def test_the_crontab_calls_the_script() -> None:
     assert script.endswith("examples/cron/nightly.sh")
     assert dataset.endswith("dataset.yaml")
     assert os.access(EXAMPLES / "cron" / "nightly.sh", os.X_OK)
-
-
-def test_the_cronjob_is_one() -> None:
-    """The rules that Kubernetes has for the fields that are used, and bahe for the arguments."""
-    job = yaml.safe_load((EXAMPLES / "kubernetes" / "cronjob.yaml").read_text())
-    assert (job["apiVersion"], job["kind"]) == ("batch/v1", "CronJob")
-    assert len(job["metadata"]["name"]) <= 52
-    spec = job["spec"]
-    assert len(spec["schedule"].split()) == 5
-    assert spec["concurrencyPolicy"] in ("Allow", "Forbid", "Replace")
-    template = spec["jobTemplate"]["spec"]
-    pod = template["template"]["spec"]
-    assert pod["restartPolicy"] == "Never"  # podFailurePolicy allows no other
-    (container,) = pod["containers"]
-    for rule in template["podFailurePolicy"]["rules"]:
-        assert rule["action"] in ("FailJob", "Ignore", "Count")
-        assert ("onExitCodes" in rule) != ("onPodConditions" in rule)
-        if "onExitCodes" in rule:
-            assert rule["onExitCodes"]["containerName"] == container["name"]
-            assert rule["onExitCodes"]["operator"] in ("In", "NotIn")
-    assert {m["name"] for m in container["volumeMounts"]} == {v["name"] for v in pod["volumes"]}
-    assert all(isinstance(one["value"], str) for one in container["env"])
-    assert container["command"] == ["bahe"]
-    assert all(isinstance(argument, str) for argument in container["args"])
-    require_accepted(container["args"])
-    with pytest.raises(Exception, match="No such option"):
-        require_accepted([*container["args"], "--never-heard-of"])

@@ -12,9 +12,10 @@ from collections.abc import Iterator
 import pytest
 
 from bahe_core.home import Home
+from tests.deploy.test_image import health_check
 from tests.support import REPOSITORY
 from tests.support.home_contents import copy_of
-from tests.support.service_process import Running, running
+from tests.support.service_process import Running, free_port, running
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +63,12 @@ def test_a_request_that_comes_byte_by_byte_is_not_waited_for(service: Running) -
         client.sendall(b"POST /v1/score HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
         assert client.recv(12) == b"HTTP/1.1 408"
     assert service.ask("GET", "/healthz")[0] == 200
+
+
+def test_the_images_health_check_passes_while_a_service_lives_and_only_then(service: Running) -> None:
+    for port, passes in ((service.port, True), (free_port(), False)):
+        done = subprocess.run(health_check(port), capture_output=True, check=False)
+        assert (done.returncode == 0) == passes
 
 
 def test_an_answer_does_not_name_the_server(service: Running) -> None:

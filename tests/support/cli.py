@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import typer
 from typer.testing import CliRunner, Result
 
 from bahe import cli
@@ -28,3 +31,12 @@ def call(*arguments: object, home: Home | Path | None = None) -> Result:
         raise result.exception
     assert result.exit_code == 0, result.output
     return result
+
+
+def require_accepted(arguments: Sequence[str]) -> None:
+    """Raises when bahe's own parser does not know the command, an option or an argument; nothing is run."""
+    group: Any = typer.main.get_command(cli.app)
+    place = next((place for place, word in enumerate(arguments) if word in group.commands), len(arguments))
+    context = group.make_context("bahe", [*arguments[: place + 1]])
+    name, *rest = arguments[place:]
+    group.commands[name].make_context(name, rest, parent=context)
