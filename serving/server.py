@@ -25,6 +25,7 @@ from uvicorn.supervisors import Multiprocess
 from bahe_core.errors import BadInput, BaheError, NotReady, one_line, storage_problem
 from bahe_core.home import Home
 from bahe_core.machine import configure_threads, threads
+from bahe_core.progress import json_log, use_log_format
 from serving.keys import has_keys
 from serving.tls import Tls
 
@@ -58,9 +59,9 @@ def serve(home: Home, where: Address, *, live: bool, log_requests: float, limits
     """Serve until interrupted; `live` and `log_requests` are those of `create_app`, `limits` each worker's.
 
     Several workers share the port; one that dies is replaced, and all end with this process, however it
-    ends. Raises BadInput when other machines could ask
-    (`host` is not this one) and the home has no API key, on less than one worker, and where somebody else
-    listens; NotReady when several workers cannot start.
+    ends. Raises BadInput when other machines could ask (`host` is not this one) and the home has no API
+    key, on less than one worker, and where somebody else listens; NotReady when several workers cannot
+    start.
     """
     host, workers = where.host, where.workers
     if workers < 1:
@@ -135,6 +136,7 @@ def _worker(home: Home, options: dict[str, Any], folder: Path, threads_each: int
     others answer, and what it needs may be away for a while.
     """
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    use_log_format("json" if json_log() else "text")  # a new process has no handler of that form yet
     os.environ["BAHE_THREADS"] = str(threads_each)
     configure_threads()
     # Here, since the process that only watches the workers does without models and Feast.

@@ -114,6 +114,7 @@ def of_pip(name: str) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # it installs everything, without pip's cache
 def test_the_steps_of_the_build_make_a_bahe_that_starts(tmp_path: Path) -> None:
     """Each RUN and COPY of the first stage, with folders of the test for those of the image.
 

@@ -121,7 +121,7 @@ def test_workers_answer_what_they_have_and_end_when_their_parent_is_killed(
     port, log = free_port(), tmp_path / "log.txt"
     command = serve_command(copy_of(served, tmp_path), port, "--workers", "2", "--timeout", "60")
     with log.open("w") as file:
-        environment = {**os.environ, "TMPDIR": str(temporary)}
+        environment = {**os.environ, "TMPDIR": str(temporary), "BAHE_LOG": "json"}
         parent = subprocess.Popen(command, cwd=REPOSITORY, stderr=file, env=environment)
     service = Running(port, parent.pid, log)
     orphans: list[psutil.Process] = []
@@ -146,6 +146,8 @@ def test_workers_answer_what_they_have_and_end_when_their_parent_is_killed(
         parent.kill()
         for orphan in orphans:
             orphan.kill() if orphan.is_running() else None
+    for line in filter(lambda one: "the parent" in one, log.read_text().splitlines()):
+        assert json.loads(line)["logger"] == "serving.server"
     assert list(temporary.glob("bahe-workers-*")) == []
     socket.create_server(("127.0.0.1", port)).close()
     assert "Traceback" not in log.read_text()
