@@ -25,8 +25,8 @@ import httpx
 from pydantic import ValidationError
 
 from bahe_core.errors import BadInput, BaheError, UnknownEntity, Unreachable, one_line
-from serving import calls
-from serving.calls import Answer, Call, Context, Identifier, Rows, UnknownUser
+from serving import client_calls as calls
+from serving.client_calls import Answer, Call, Context, Identifier, Rows, UnknownUser
 from serving.messages import (
     BehaviorAnswer,
     ColumnsAnswer,
