@@ -271,10 +271,12 @@ class BaheModel(nn.Module):
         if self.target is None:
             return None
         recent_NB = recent_behaviors(timelines, user_N, length_NC, self.config.target_history)
+        deep, profile = self.config.deep_width, self.config.profile_width
         interest_NT: torch.Tensor = self.target(
             atoms_AD,
             torch.from_numpy(recent_NB).to(item_NV.device),
             item_NV,
+            item_NV[:, deep : deep + profile],
             project=lambda atoms_MD: self.profile.projection(self.profile.standard_behaviors(atoms_MD)),
         )
         return interest_NT

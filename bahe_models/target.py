@@ -48,20 +48,19 @@ class TargetAttention(nn.Module):
         atoms_AD: torch.Tensor,
         recent_NB: torch.Tensor,
         item_NX: torch.Tensor,
+        profile_NK: torch.Tensor,
         *,
         project: Callable[[torch.Tensor], torch.Tensor],
     ) -> torch.Tensor:
-        """Interests, and their products with the items' profile part [N, 2 K].
+        """Interests, and their products with `profile_NK`, the profile part of the items [N, 2 K].
 
         `recent_NB` comes from `recent_behaviors`, `project` the profile's projection of atoms [M, D] to
         [M, K].
         """
-        width = self.weight.in_features
         # Many impressions share a behavior; each distinct one is projected once.
         distinct_M, place_NB = torch.unique(recent_NB.clamp_min(0), return_inverse=True)
         behavior_MK = project(atoms_AD[distinct_M])
         behavior_NBK = behavior_MK[place_NB]
-        profile_NK = item_NX[:, -width:]
         channel_BK = self.of_channel.weight.repeat_interleave(
             recent_NB.shape[1] // self.of_channel.num_embeddings, dim=0
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -59,7 +60,7 @@ def test_the_projected_atoms_of_absent_behaviors_weigh_nothing() -> None:
     project = torch.nn.Linear(4, 3, bias=False)
 
     def interest(rows: list[int]) -> torch.Tensor:
-        found: torch.Tensor = attention(atoms, torch.tensor([rows]), item, project=project)
+        found: torch.Tensor = attention(atoms, torch.tensor([rows]), item, item[:, 2:5], project=project)
         return found
 
     torch.testing.assert_close(interest([4, 2, 7, -1]), interest([4, 2, -1, -1, 7, -1, -1, -1]))
@@ -74,16 +75,16 @@ def test_the_unit_is_the_formula_of_the_paper() -> None:
     unit = TargetAttention(channels=1, profile_width=3, item_width=5)
     atoms, item = torch.randn(4, 3), torch.randn(2, 5)
     rows = torch.tensor([[2, 0, -1], [3, -1, -1]])
-    found = unit(atoms, rows, item, project=lambda atoms_MD: atoms_MD)
+    found = unit(atoms, rows, item, item[:, 1:4], project=lambda atoms_MD: atoms_MD)
     for n in range(2):
         total = torch.zeros(3)
         present = [int(r) for r in rows[n] if r >= 0]
         for behavior in atoms[present]:
             hidden = unit.of_behavior(behavior) + unit.of_item(item[n]) + unit.of_channel.weight[0]
-            hidden = hidden + unit.of_product(behavior * item[n, 2:])
+            hidden = hidden + unit.of_product(behavior * item[n, 1:4])
             total = total + unit.weight(torch.nn.functional.silu(hidden)) * behavior
         total = total / (len(present) + 1) ** 0.5
-        torch.testing.assert_close(found[n], torch.cat([total, total * item[n, 2:]]))
+        torch.testing.assert_close(found[n], torch.cat([total, total * item[n, 1:4]]))
 
 
 def test_behaviors_at_or_after_the_prefix_change_no_score(trained: Batches) -> None:
@@ -171,15 +172,18 @@ def repeated_interests() -> TrainingData:
     return replace(data, atoms_AD=atoms, timelines=timelines, splits=splits)
 
 
-def test_it_learns_what_a_narrow_vector_cannot_say(tiny_backbone: Path) -> None:
+@pytest.mark.parametrize(
+    "parts",
+    [{"behavior_ids": False}, {"behavior_ids": True, "recent": (4,)}],
+    ids=["alone", "beside others"],
+)
+def test_it_learns_what_a_narrow_vector_cannot_say(tiny_backbone: Path, parts: dict[str, Any]) -> None:
     data = repeated_interests()
     test = data.splits["test"]
     reached = {}
     for head in ("dnn", "target"):
         with seeded(0):
-            batches = toy_batches(
-                data, tiny_backbone, head=head, deep_width=4, dropout=0.0, behavior_ids=False
-            )
+            batches = toy_batches(data, tiny_backbone, head=head, deep_width=4, dropout=0.0, **parts)
             train(batches, toy_config(epochs=3, impressions_per_step=250, learning_rate=2e-2))
         reached[head] = auc(test.clicked_N, batches.predict(test))
     assert reached["target"] > reached["dnn"] + 0.05
