@@ -19,10 +19,9 @@ import ssl
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import httpx
-from pydantic import ValidationError
 
 from bahe_core.errors import BadInput, BaheError, UnknownEntity, Unreachable, one_line
 from serving import client_calls as calls
@@ -40,6 +39,9 @@ from serving.messages import (
     TakenInAnswer,
     UserAnswer,
 )
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 Verify = ssl.SSLContext | bool
 
@@ -73,18 +75,24 @@ class _Tries:
             return None
         if answer.is_success:
             try:
-                return call.answer.model_validate_json(answer.content)
-            except ValidationError:
+                return call.read(answer.content)
+            except ValueError:
                 raise Unreachable(f"{self._url} answers as no service of this version does.") from None
         if answer.is_server_error:
             raise Unreachable(f"{self._url} failed ({_reason(answer)}).")
         raise (UnknownEntity if answer.status_code == 404 else BadInput)(_reason(answer))
 
-    def _lost(self, error: httpx.RequestError) -> httpx.RequestError:
-        """The error, where another try may go better. Raises Unreachable on a certificate: none would."""
+    def _lost(
+        self, error: httpx.RequestError, before: httpx.Response | Exception | None
+    ) -> httpx.Response | Exception:
+        """What to say of the tries so far, the last of which failed where another may go better.
+
+        Raises Unreachable on a certificate: with that none would.
+        """
         if "CERTIFICATE_VERIFY_FAILED" in str(error):
             raise Unreachable(f"{self._url} shows a certificate that is not trusted ({one_line(error)}).")
-        return error
+        # The last try may have had no time left: what was answered before says more.
+        return before if isinstance(error, httpx.TimeoutException) and before is not None else error
 
     def _given_up(self, last: httpx.Response | Exception | None) -> BaheError:
         reason = _reason(last) if isinstance(last, httpx.Response) else type(last).__name__
@@ -167,6 +175,16 @@ class Client(_Tries):
         """Features (`view:feature`, or a feature service by name) of entities, by join key."""
         return self._send(calls.features(features, entities, full_feature_names=full_feature_names))
 
+    def features_table(
+        self,
+        features: Sequence[str] | str,
+        entities: Mapping[str, Sequence[Identifier]],
+        *,
+        full_feature_names: bool = False,
+    ) -> pa.Table:
+        """`features` as an Arrow table of registered types; the model_version is in its metadata."""
+        return self._send(calls.features_table(features, entities, full_feature_names=full_feature_names))
+
     def behavior(
         self,
         user_id: Identifier,
@@ -213,10 +231,16 @@ class Client(_Tries):
         for pause, seconds in self._pauses():
             time.sleep(pause)
             try:
-                last = self._http.request(call.method, call.path, content=call.content, timeout=seconds)
+                last = self._http.request(
+                    call.method,
+                    call.path,
+                    content=call.content,
+                    headers={"Accept": call.accept},
+                    timeout=seconds,
+                )
                 answer = self._read(call, last)
             except httpx.RequestError as error:
-                last, answer = self._lost(error), None
+                last, answer = self._lost(error, last), None
             if answer is not None:
                 return answer
         raise self._given_up(last)
@@ -286,6 +310,18 @@ class AsyncClient(_Tries):
         """Features (`view:feature`, or a feature service by name) of entities, by join key."""
         return await self._send(calls.features(features, entities, full_feature_names=full_feature_names))
 
+    async def features_table(
+        self,
+        features: Sequence[str] | str,
+        entities: Mapping[str, Sequence[Identifier]],
+        *,
+        full_feature_names: bool = False,
+    ) -> pa.Table:
+        """`features` as an Arrow table of registered types; the model_version is in its metadata."""
+        return await self._send(
+            calls.features_table(features, entities, full_feature_names=full_feature_names)
+        )
+
     async def behavior(
         self,
         user_id: Identifier,
@@ -335,11 +371,15 @@ class AsyncClient(_Tries):
             await asyncio.sleep(pause)
             try:
                 last = await self._http.request(
-                    call.method, call.path, content=call.content, timeout=seconds
+                    call.method,
+                    call.path,
+                    content=call.content,
+                    headers={"Accept": call.accept},
+                    timeout=seconds,
                 )
                 answer = self._read(call, last)
             except httpx.RequestError as error:
-                last, answer = self._lost(error), None
+                last, answer = self._lost(error, last), None
             if answer is not None:
                 return answer
         raise self._given_up(last)

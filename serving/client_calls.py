@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Generic, Literal, TypeVar
 from urllib.parse import quote
 
 from pydantic import BaseModel, ValidationError
@@ -35,11 +35,14 @@ from serving.messages import (
     UserAnswer,
 )
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+
 Identifier = str | int
 Rows = Sequence[Mapping[str, object]]
 Context = Mapping[str, str | bool | int | float | None]
 UnknownUser = Literal["empty", "refuse"]
-Answer = TypeVar("Answer", bound=BaseModel)
+Answer = TypeVar("Answer")
 Request = TypeVar("Request", bound=BaseModel)
 
 
@@ -49,7 +52,9 @@ class Call(Generic[Answer]):
 
     path: str
     body: BaseModel | None
-    answer: type[Answer]
+    read: Callable[[bytes], Answer]
+    """Of the answer's content. Raises ValueError where it is none."""
+    accept: str = "application/json"
 
     @property
     def method(self) -> str:
@@ -89,13 +94,13 @@ def score(
         context=context,
         unknown_user=unknown_user,
     )
-    return Call("/v1/score", body, ScoreItemsAnswer)
+    return Call("/v1/score", body, ScoreItemsAnswer.model_validate_json)
 
 
 def score_batch(requests: Rows) -> Call[ScoreBatchAnswer]:
     """Of `POST /v1/score/batch`."""
     body = _checked(ScoreBatchRequest, requests=[_checked(ScoreItemsRequest, **one) for one in requests])
-    return Call("/v1/score/batch", body, ScoreBatchAnswer)
+    return Call("/v1/score/batch", body, ScoreBatchAnswer.model_validate_json)
 
 
 def recommend(
@@ -117,7 +122,7 @@ def recommend(
         include_seen=include_seen,
         unknown_user=unknown_user,
     )
-    return Call("/v1/recommend", body, ScoreAnswer)
+    return Call("/v1/recommend", body, ScoreAnswer.model_validate_json)
 
 
 def features(
@@ -127,14 +132,34 @@ def features(
     full_feature_names: bool = False,
 ) -> Call[ColumnsAnswer]:
     """Of `POST /v1/features`."""
-    body = _checked(
+    body = _features_request(features, entities, full_feature_names)
+    return Call("/v1/features", body, ColumnsAnswer.model_validate_json)
+
+
+def features_table(
+    features: Sequence[str] | str,
+    entities: Mapping[str, Sequence[Identifier]],
+    *,
+    full_feature_names: bool = False,
+) -> Call[pa.Table]:
+    """The same as a table."""
+    from serving.arrow_stream import ARROW, table_of  # other methods do without Arrow
+
+    return Call("/v1/features", _features_request(features, entities, full_feature_names), table_of, ARROW)
+
+
+def _features_request(
+    features: Sequence[str] | str,
+    entities: Mapping[str, Sequence[Identifier]],
+    full_feature_names: bool,
+) -> FeaturesRequest:
+    return _checked(
         FeaturesRequest,
         features=None if isinstance(features, str) else list(features),
         feature_service=features if isinstance(features, str) else None,
         entities={key: list(column) for key, column in entities.items()},
         full_feature_names=full_feature_names,
     )
-    return Call("/v1/features", body, ColumnsAnswer)
 
 
 def behavior(
@@ -156,41 +181,53 @@ def behavior(
         item_id=item_id,
         event_id=event_id,
     )
-    return Call("/v1/behaviors", body, BehaviorAnswer)
+    return Call("/v1/behaviors", body, BehaviorAnswer.model_validate_json)
 
 
 def user(user_id: Identifier) -> Call[UserAnswer]:
     """Of `GET /v1/users`."""
-    return Call(f"/v1/users/{quote(str(user_id), safe='')}", None, UserAnswer)
+    return Call(f"/v1/users/{quote(str(user_id), safe='')}", None, UserAnswer.model_validate_json)
 
 
 def similar_items(item_id: Identifier, k: int) -> Call[SimilarItemsAnswer]:
     """Of `GET /v1/similar/items`."""
-    return Call(f"/v1/similar/items/{quote(str(item_id), safe='')}?k={k:d}", None, SimilarItemsAnswer)
+    return Call(
+        f"/v1/similar/items/{quote(str(item_id), safe='')}?k={k:d}",
+        None,
+        SimilarItemsAnswer.model_validate_json,
+    )
 
 
 def similar_users(user_id: Identifier, k: int) -> Call[SimilarUsersAnswer]:
     """Of `GET /v1/similar/users`."""
-    return Call(f"/v1/similar/users/{quote(str(user_id), safe='')}?k={k:d}", None, SimilarUsersAnswer)
+    return Call(
+        f"/v1/similar/users/{quote(str(user_id), safe='')}?k={k:d}",
+        None,
+        SimilarUsersAnswer.model_validate_json,
+    )
 
 
 def similar_atoms(atom_id: int, k: int) -> Call[SimilarAtomsAnswer]:
     """Of `GET /v1/similar/atoms`."""
-    return Call(f"/v1/similar/atoms/{atom_id:d}?k={k:d}", None, SimilarAtomsAnswer)
+    return Call(f"/v1/similar/atoms/{atom_id:d}?k={k:d}", None, SimilarAtomsAnswer.model_validate_json)
 
 
 def similar_to_text(text: str, k: int) -> Call[SimilarToTextAnswer]:
     """Of `POST /v1/similar/text`."""
-    return Call("/v1/similar/text", _checked(SimilarToTextRequest, text=text, k=k), SimilarToTextAnswer)
+    return Call(
+        "/v1/similar/text",
+        _checked(SimilarToTextRequest, text=text, k=k),
+        SimilarToTextAnswer.model_validate_json,
+    )
 
 
 def impressions(rows: Rows) -> Call[TakenInAnswer]:
     """Of `POST /v1/impressions`."""
     body = _checked(ImpressionsRequest, impressions=[_checked(ImpressionRow, **row) for row in rows])
-    return Call("/v1/impressions", body, TakenInAnswer)
+    return Call("/v1/impressions", body, TakenInAnswer.model_validate_json)
 
 
 def clicks(rows: Rows) -> Call[TakenInAnswer]:
     """Of `POST /v1/clicks`."""
     body = _checked(ClicksRequest, clicks=[_checked(ClickRow, **row) for row in rows])
-    return Call("/v1/clicks", body, TakenInAnswer)
+    return Call("/v1/clicks", body, TakenInAnswer.model_validate_json)

@@ -7,15 +7,18 @@ from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
+
 from bahe_core.errors import BadInput, UnknownEntity, clipped, one_line
 from bahe_core.home import Home
+from feast_ducklake.conversion import arrow_type
 from feast_ducklake.online.features import FeatureReader
 from feature_repo.references import view_of
 from feature_repo.store import online_errors
 from serving.identifiers import Identifier, id_as
 
 if TYPE_CHECKING:
-    from feast import FeatureService, FeatureStore
+    from feast import FeatureService, FeatureStore, ValueType
 
 
 @contextmanager
@@ -68,6 +71,29 @@ class OnlineFeatures:
         columns = self._with_version(features, entities, version)
         with online_errors(self._home), _the_requests_fault():
             return self.reader.read(features, columns, full_feature_names)
+
+    def arrow_table(
+        self, asked: list[str] | str, columns: Mapping[str, Sequence[Any]], full_feature_names: bool = False
+    ) -> pa.Table:
+        """Columns of `features`, asked for in the same way, in the types that are registered."""
+        registered = self._registered(asked)
+        if isinstance(registered, list):
+            projected = [(view_of(one), one.partition(":")[2], view_of(one)) for one in registered]
+        else:
+            projected = [
+                (projection.name, field.name, projection.name_to_use())
+                for projection in registered.feature_view_projections
+                for field in projection.features
+            ]
+        kinds = {
+            f"{called}__{feature}" if full_feature_names else feature: self._view_columns[view]["features"][
+                feature
+            ]
+            for view, feature, called in projected
+        }
+        return pa.table(
+            {name: pa.array(column, type=arrow_type(kinds[name])) for name, column in columns.items()}
+        )
 
     def feast_response(
         self,
@@ -128,18 +154,20 @@ class OnlineFeatures:
         return {**entities, "model_version": [version] * rows}
 
     @cached_property
-    def _view_columns(self) -> dict[str, dict[str, set[str]]]:
-        """Names of the `features` and `keys` of each view."""
-        columns = {
+    def _view_columns(self) -> dict[str, dict[str, dict[str, ValueType]]]:
+        """Types of the `features` and `keys` of each view, by name."""
+        views = [*self._store.list_feature_views(), *self._store.list_on_demand_feature_views()]
+        return {
             view.name: {
-                "features": {field.name for field in view.features},
-                "keys": {column.name for column in view.entity_columns},
+                "features": {field.name: field.dtype.to_value_type() for field in view.features},
+                # A view on demand has none.
+                "keys": {
+                    column.name: column.dtype.to_value_type()
+                    for column in getattr(view, "entity_columns", ())
+                },
             }
-            for view in self._store.list_feature_views()
+            for view in views
         }
-        for view in self._store.list_on_demand_feature_views():
-            columns[view.name] = {"features": {field.name for field in view.features}, "keys": set()}
-        return columns
 
     @cached_property
     def reader(self) -> FeatureReader:

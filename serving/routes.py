@@ -6,12 +6,13 @@ from collections.abc import Callable
 from functools import partial
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Header, Query
 from fastapi.responses import Response
 from pydantic_core import to_json
 
 from bahe_core.errors import BadInput, clipped
 from serving.answers import Answer, ItemScores, TakenIn, UserFeatures
+from serving.arrow_stream import ARROW, stream_of
 from serving.candidates import ItemsOfUser
 from serving.guards import Refused
 from serving.identifiers import Identifier
@@ -123,24 +124,29 @@ def version_1(service: Service) -> APIRouter:
         )
         return score_answer(answer)
 
-    @router.post("/features", response_model=ColumnsAnswer)
-    async def features(request: FeaturesRequest) -> Response:
-        """Any features of the online store, of many entities; without what was pushed to a live service."""
+    @router.post("/features", response_model=ColumnsAnswer, responses={200: {"content": {ARROW: {}}}})
+    async def features(
+        request: FeaturesRequest, accept: Annotated[str, Header(include_in_schema=False)] = ""
+    ) -> Response:
+        """Any features of the online store, of many entities; without what was pushed to a live service.
+
+        With `Accept: application/vnd.apache.arrow.stream` a table in Arrow's IPC format, each column in its
+        feature's type; the model_version is in the metadata of its schema.
+        """
+        as_arrow = ARROW in accept.lower()
 
         def read() -> bytes:
-            version = lookup.live_version()
-            columns = lookup.online.features(
-                request.features or request.feature_service or [],
-                request.entities,
-                version,
-                request.full_feature_names,
-            )
+            version, asked = lookup.live_version(), request.features or request.feature_service or []
+            columns = lookup.online.features(asked, request.entities, version, request.full_feature_names)
             keys = {*request.entities, "model_version"}
             values = {name: column for name, column in columns.items() if name not in keys}
+            if as_arrow:
+                table = lookup.online.arrow_table(asked, values, request.full_feature_names)
+                return stream_of(table.replace_schema_metadata({"model_version": version}))
             answer = {"model_version": version, "columns": values}
             return to_json(answer, inf_nan_mode="null", bytes_mode="base64")
 
-        return Response(await service.ask(read), media_type="application/json")
+        return Response(await service.ask(read), media_type=ARROW if as_arrow else "application/json")
 
     @router.get("/users/{user_id:path}")
     async def user(user_id: Id) -> UserAnswer:

@@ -74,6 +74,8 @@ def test_every_method_answers(url: str) -> None:
         both = {"user_id": ["u1"], "item_id": [1]}
         by_service = service.features("ctr_online", both, full_feature_names=True).columns
         assert "item_stats__item_click_rate" in by_service
+        table = service.features_table("ctr_online", both, full_feature_names=True)
+        assert table.to_pydict() == by_service
         before = service.user("u1")
         after = service.behavior("u1", "liked", "liked something new", item_id=4, event_id="one")
         assert after.behaviors == before.behaviors + 1
@@ -104,6 +106,8 @@ def test_the_awaited_one_says_the_same(url: str) -> None:
                 assert await service.similar_atoms(atom, 4) == same.similar_atoms(atom, 4)
             asked = {"item_id": [1]}
             assert (await service.features(["item_stats:item_clicks"], asked)).columns["item_clicks"]
+            table = await service.features_table(["item_stats:item_clicks"], asked)
+            assert table.column_names == ["item_clicks"]
             now = datetime.now(UTC)
             sent = await service.behavior("u2", "liked", "liked that too")
             assert (await service.user("u2")).behaviors == sent.behaviors

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
 import pytest
 from fastapi.routing import APIRoute
 from fastapi.testclient import TestClient
@@ -24,6 +25,7 @@ from bahe_core.errors import BadInput
 from bahe_core.home import Home
 from feature_repo.store import open_store
 from serving.api import create_app, scope_of
+from serving.arrow_stream import ARROW, table_of
 from serving.guards import NOWHERE
 from serving.keys import SCOPES, new_key
 from serving.lookup import OnlineLookup
@@ -136,6 +138,39 @@ def test_features_are_what_feast_says(home: Home, client: TestClient) -> None:
         store.get_feature_service("ctr_online"), {**pairs, "model_version": [version] * 2}, True
     )
     assert columns == without_keys(wanted)
+
+
+def test_features_as_an_arrow_table_are_the_same_in_the_registered_types(client: TestClient) -> None:
+    asked: list[dict[str, Any]] = [
+        {
+            "features": [
+                "item_stats:item_clicks",
+                "item_stats:item_click_rate",
+                "item_embedding:embedding",
+            ],
+            "entities": {"item_id": [3, 99, 4, 3]},
+        },
+        {
+            "feature_service": "ctr_online",
+            "entities": {"user_id": ["u1", "u2"], "item_id": [3, 4]},
+            "full_feature_names": True,
+        },
+    ]
+    for body in asked:
+        answer = client.post("/v1/features", json=body, headers={"Accept": ARROW})
+        assert answer.headers["content-type"] == ARROW
+        table, plain = table_of(answer.content), client.post("/v1/features", json=body).json()
+        assert table.to_pydict() == plain["columns"]
+        assert table.schema.metadata == {b"model_version": plain["model_version"].encode()}
+    first = table_of(client.post("/v1/features", json=asked[0], headers={"Accept": ARROW}).content)
+    assert first.schema.field("item_clicks").type == pa.int64()
+    assert first.schema.field("item_click_rate").type == pa.float64()
+    assert first.schema.field("embedding").type == pa.list_(pa.float32())
+    nothing = {"features": ["item_stats:item_clicks"], "entities": {"item_id": [99]}}
+    empty = table_of(client.post("/v1/features", json=nothing, headers={"Accept": ARROW}).content)
+    assert empty.schema.types == [pa.int64()]  # also where there is no value to tell it by
+    refused = client.post("/v1/features", json={**nothing, "features": ["x:y"]}, headers={"Accept": ARROW})
+    assert (refused.status_code, refused.headers["content-type"]) == (400, "application/json")
 
 
 def without_keys(response: Any) -> dict[str, list[Any]]:
