@@ -76,7 +76,7 @@ def publish(home: Home) -> Published:
     """Write online what is new since the last publish, check a sample, and flip the pointer.
 
     Everything is written where the online store is not the one that was last published to, or has lost
-    something. Does nothing when the last embedded model_version is live with the log as it is. Raises
+    something; after a rollback the version that it made live is then live again. Does nothing when the last embedded model_version is live with the log as it is. Raises
     BaheError, and leaves the pointer alone, when what was written does not read back; NotReady when vectors
     are behind the log, and so behind the statistics; NotServable when nothing is embedded and the last
     trained model cannot be.
@@ -91,10 +91,13 @@ def publish(home: Home) -> Published:
                 require_servable(home.models / trained.fingerprint)
             raise NotReady(f"{home.root} has no vectors yet; run `bahe embed` first.")
         require_gates(connection, JOB)
-        version = str(embedded.facts["model_version"])
-        require_quality(connection, version)
         publications = pointer.recorded(connection)
         ours = bool(publications) and last is not None and pointer.online(store) == publications[0]
+        left = latest.get(ROLLBACK)
+        # What is live is the home's to say, not the store's: one that lost it gets it back.
+        back = not ours and left is not None and left.snapshot_read > embedded.snapshot_read
+        version = publications[0].model_version if back else str(embedded.facts["model_version"])
+        require_quality(connection, version)
         fingerprint = lag.publish_fingerprint(embedded, ingested)
         listed = _listed(home.models / version)
         team = team_content(store, listed)
@@ -106,7 +109,7 @@ def publish(home: Home) -> Published:
             return Published(version, skipped=True)
         users = lag.users_behind(connection, version)
         items = lag.items_behind(connection, version)
-        if users or items:
+        if (users or items) and not back:  # after a rollback they may be: its vectors are as old as it is
             raise NotReady(
                 f"the vectors of {users:,} users and {items:,} items under {version} are behind the log,"
                 " and so behind the statistics; run `bahe embed` first."

@@ -157,6 +157,22 @@ def test_a_lost_or_foreign_store_is_filled_again(
     assert online(home, "u3") == wanted
 
 
+def test_a_store_lost_after_a_rollback_gets_back_what_was_live(twice: Home, tmp_path: Path) -> None:
+    home = copy_of(twice, tmp_path)
+    second = OnlineLookup(home).live_version()
+    call("publish", "--rollback", home=home)
+    first = OnlineLookup(home).live_version()
+    wanted = online(home, "u3")
+    for path in home.root.glob("online.db*"):
+        path.unlink()
+    assert f"live: {first}" in call("publish", home=home).stderr
+    assert OnlineLookup(home).live_version() == first
+    assert online(home, "u3") == wanted
+    # The store is the home's again, so this goes forward.
+    call("publish", home=home)
+    assert OnlineLookup(home).live_version() == second
+
+
 def test_values_that_the_store_lost_are_found_by_the_sample(twice: Home, tmp_path: Path) -> None:
     home = copy_of(twice, tmp_path)
     call("publish", "--rollback", home=home)  # so that there is something to do
