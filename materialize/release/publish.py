@@ -76,10 +76,10 @@ def publish(home: Home) -> Published:
     """Write online what is new since the last publish, check a sample, and flip the pointer.
 
     Everything is written where the online store is not the one that was last published to, or has lost
-    something; after a rollback the version that it made live is then live again. Does nothing when the last embedded model_version is live with the log as it is. Raises
-    BaheError, and leaves the pointer alone, when what was written does not read back; NotReady when vectors
-    are behind the log, and so behind the statistics; NotServable when nothing is embedded and the last
-    trained model cannot be.
+    something; after a rollback the version that it made live is then live again. Does nothing when the
+    last embedded model_version is live with the log as it is. Raises BaheError, and leaves the pointer
+    alone, when what was written does not read back; NotReady when vectors are behind the log, and so
+    behind the statistics; NotServable when nothing is embedded and the last trained model cannot be.
     """
     store = open_store(home)
     with home.exclusive(), lake(home) as connection, online_errors(home):
