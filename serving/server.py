@@ -26,6 +26,7 @@ from bahe_core.errors import BadInput, BaheError, NotReady, one_line, storage_pr
 from bahe_core.home import Home
 from bahe_core.machine import configure_threads, threads
 from bahe_core.progress import json_log, use_log_format
+from serving.connections import Connection
 from serving.keys import has_keys
 from serving.tls import Tls
 
@@ -88,6 +89,8 @@ def serve(home: Home, where: Address, *, live: bool, log_requests: float, limits
         "server_header": False,
         # Connections beyond it get 503 before they are read.
         "limit_concurrency": 1000,
+        "http": partial(Connection, seconds=limits.seconds),
+        "ws": "none",
     }
     if where.tls is not None:
         settings |= {"ssl_certfile": where.tls.certificate, "ssl_keyfile": where.tls.key}

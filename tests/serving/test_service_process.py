@@ -10,12 +10,30 @@ import sys
 from collections.abc import Iterator
 
 import pytest
+from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
 
 from bahe_core.home import Home
 from tests.deploy.test_image import health_check
 from tests.support import REPOSITORY
 from tests.support.home_contents import copy_of
 from tests.support.service_process import Running, free_port, running
+
+UNTIL_LOGGED = Retrying(
+    retry=retry_if_exception_type(AssertionError),
+    stop=stop_after_delay(60),
+    wait=wait_fixed(0.2),
+    reraise=True,
+)
+
+
+def log_has(service: Running, line: str) -> None:
+    assert line in service.log.read_text()
+
+
+def said(client: socket.socket) -> tuple[bytes, bytes]:
+    """All that a service says until it closes the connection: the first line, and what follows a head."""
+    answer = b"".join(iter(lambda: client.recv(2**16), b""))
+    return answer.partition(b"\r\n")[0], answer.partition(b"\r\n\r\n")[2]
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +80,52 @@ def test_a_request_that_comes_byte_by_byte_is_not_waited_for(service: Running) -
     with socket.create_connection(("127.0.0.1", service.port), timeout=60) as client:
         client.sendall(b"POST /v1/score HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
         assert client.recv(12) == b"HTTP/1.1 408"
+    assert service.ask("GET", "/healthz")[0] == 200
+
+
+@pytest.mark.parametrize("begun", [b"", b"POST /v1/score HTTP/1.1\r\nHost: x\r\n"])
+def test_a_head_that_does_not_come_is_not_waited_for(service: Running, begun: bytes) -> None:
+    with socket.create_connection(("127.0.0.1", service.port), timeout=60) as client:
+        client.sendall(begun)
+        status, answer = said(client)
+    if not begun:
+        assert not status
+        return
+    assert status == b"HTTP/1.1 408 Request Timeout"
+    assert json.loads(answer)["detail"] == "the request did not arrive within 3 s; send it again."
+
+
+def test_the_head_of_a_further_request_is_not_waited_for_either(service: Running) -> None:
+    with socket.create_connection(("127.0.0.1", service.port), timeout=60) as client:
+        client.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert client.recv(12) == b"HTTP/1.1 200"
+        client.sendall(b"GET /healthz HTTP/1.1\r\n")
+        assert b"HTTP/1.1 408 Request Timeout" in b"".join(said(client))
+
+
+def test_a_head_without_end_is_refused(service: Running) -> None:
+    with socket.create_connection(("127.0.0.1", service.port), timeout=60) as client:
+        client.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n" + b"X-Y: 1\r\n" * 9_400)
+        status, answer = said(client)
+    assert status == b"HTTP/1.1 431 Request Header Fields Too Large"
+    assert set(json.loads(answer)) == {"detail", "request_id"}
+
+
+def test_who_sends_all_of_what_is_too_large_reads_why(service: Running) -> None:
+    with socket.create_connection(("127.0.0.1", service.port), timeout=60) as client:
+        client.sendall(b"POST /v1/score HTTP/1.1\r\nHost: x\r\nContent-Length: 9000000\r\n\r\n")
+        client.sendall(b" " * 9_000_000)
+        assert client.recv(12) == b"HTTP/1.1 413"
+        client.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        assert b"HTTP/1.1 200 OK" in b"".join(said(client))
+
+
+def test_a_client_that_does_not_read_is_not_waited_for(service: Running) -> None:
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(("127.0.0.1", service.port))
+        client.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" * 1_000)
+        UNTIL_LOGGED(lambda: log_has(service, "an answer was not read on for 3 s"))
     assert service.ask("GET", "/healthz")[0] == 200
 
 
