@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from datetime import datetime
 from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
 
 from serving.context import parsed_context
+from serving.fields import At, Id, K
 from serving.live import LiveLookup
-from serving.messages import FeaturesAnswer, Id, K, ScoreAnswer, ScoreRequest
+from serving.messages import FeaturesAnswer, ScoreAnswer, ScoreRequest
 from serving.routes import score_answer, taking_in, user_fields
 from serving.service import Service
 
@@ -42,7 +42,7 @@ def deprecated(service: Service) -> APIRouter:
         user_id: Annotated[Id, Query()],
         k: Annotated[int, Query(ge=1, le=K)] = 10,
         include_seen: bool = False,
-        at: datetime | None = None,
+        at: At = None,
         context: Annotated[list[str] | None, Query(description="device=phone; may be repeated")] = None,
     ) -> ScoreAnswer:
         """See /v1/recommend."""

@@ -45,6 +45,7 @@ _ONLY_TLS = (b"strict-transport-security", b"max-age=31536000")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 NOWHERE = "nowhere"
 """The scope of a path without a route, which no key has."""
+NOTHING_HERE = "there is nothing at this address; /docs tells of every route."
 _GONE = 499
 """In log and metrics only, as others have it: the client went away before its answer."""
 

@@ -18,7 +18,8 @@ from filelock import FileLock
 from bahe_core.errors import BadInput, Damaged, one_line
 from bahe_core.files import replace_atomically
 from bahe_core.home import Home
-from serving.guards import NOWHERE, Refused
+from serving.guards import NOTHING_HERE, NOWHERE, Refused
+from serving.work import RETRY_AFTER
 
 _LOG = logging.getLogger(__name__)
 
@@ -92,9 +93,7 @@ class ApiKeys:
     def check(self, token: str, scope: str) -> None:
         """Raises Refused: 401 without a key of the home, 403 when it is not for this, 404 when none is."""
         keys = self._current()
-        # For good: to revoke the last one lets nobody in.
-        self._required = self._required or bool(keys)
-        if not self._required:
+        if not self._from_now_on(keys):
             return
         given = _hash(token)
         found: _Key | None = None
@@ -104,9 +103,22 @@ class ApiKeys:
         if found is None:
             raise Refused(401, _NO_KEY, {"WWW-Authenticate": "Bearer"})
         if scope == NOWHERE:
-            raise Refused(404, "there is nothing at this address; /docs tells of every route.")
+            raise Refused(404, NOTHING_HERE)
         if scope not in found.scopes:
             raise Refused(403, f"this API key is not for the scope {scope}; use one that is.")
+
+    @property
+    def required(self) -> bool:
+        """Whether a request needs a key by now; so it is also where they cannot be read."""
+        try:
+            return self._from_now_on(self._current())
+        except Refused:
+            return True
+
+    def _from_now_on(self, keys: list[_Key]) -> bool:
+        # For good: to revoke the last one lets nobody in.
+        self._required = self._required or bool(keys)
+        return self._required
 
     def _current(self) -> list[_Key]:
         try:
@@ -119,7 +131,9 @@ class ApiKeys:
             return []
         except (OSError, Damaged) as error:
             _LOG.error("%s", error)
-            raise Refused(503, "the service cannot read its API keys; its log says why.") from None
+            raise Refused(
+                503, "the service cannot read its API keys; its log says why.", RETRY_AFTER
+            ) from None
 
 
 def _hash(token: str) -> str:

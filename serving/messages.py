@@ -1,8 +1,7 @@
-"""Requests and answers of the HTTP API, with the limits of each field."""
+"""Requests and answers of the HTTP API."""
 
 from __future__ import annotations
 
-from datetime import datetime
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -10,51 +9,26 @@ from pydantic import (
     ConfigDict,
     Field,
     StrictBool,
-    StrictFloat,
     StrictInt,
     StrictStr,
     model_validator,
 )
 
-IDS = 10_000
-"""Items of one request to be scored, of all its users together."""
-ROWS = 1_000
-"""Entities of one request of features, or users of one of scores."""
-FEATURES = 200
-"""References of one request of features."""
-PUSHED = 1_000
-"""Impressions or clicks of one request."""
-K = 1_000
-"""Recommendations, or items, users or behaviors like one, of one request."""
-SOUGHT = 1_000
-"""Characters of a text that is searched for."""
-
-Id = Annotated[
-    Annotated[StrictStr, Field(min_length=1, max_length=256)]
-    | Annotated[StrictInt, Field(ge=-(2**63), lt=2**63)],
-    Field(
-        description='An id as the log has it; where ids are integers, 10 and "10" are, and "010" is none.'
-    ),
-]
-Ids = Annotated[list[Id], Field(min_length=1, max_length=IDS)]
-Name = Annotated[StrictStr, Field(min_length=1, max_length=256)]
-Text = Annotated[StrictStr, Field(min_length=1, max_length=10_000)]
-Context = Annotated[
-    dict[Name, Annotated[StrictStr, Field(max_length=1000)] | StrictBool | StrictInt | StrictFloat | None],
-    Field(
-        max_length=100,
-        default_factory=dict,
-        description="Values of the model's context columns; one that is left out counts as unknown.",
-    ),
-]
-At = Annotated[
-    datetime | None,
-    Field(
-        description="Moment of the request (default: now; UTC unless it says otherwise). It ages features,"
-        " since the time since the last impression is one. It replays nothing: what happened after it is"
-        " known all the same."
-    ),
-]
+from serving.fields import (
+    FEATURES,
+    IDS,
+    PUSHED,
+    ROWS,
+    SOUGHT,
+    At,
+    Context,
+    Id,
+    Ids,
+    K,
+    Moment,
+    Name,
+    Text,
+)
 
 
 class Asked(BaseModel):
@@ -96,7 +70,7 @@ class BehaviorRequest(BaseModel):
     user_id: Id
     channel: Name
     text: Text
-    event_timestamp: datetime
+    event_timestamp: Moment
     """UTC unless it says otherwise; not before the user's latest behavior, nor in the future."""
     item_id: Id | None = None
     """The item acted on, which is then recommended no more."""
@@ -119,7 +93,7 @@ class ImpressionRow(Asked):
     """As the log will have it: sent again, it counts once."""
     user_id: Id
     item_id: Id
-    event_timestamp: datetime
+    event_timestamp: Moment
     """UTC unless it says otherwise."""
 
 
@@ -133,7 +107,7 @@ class ClickRow(Asked):
     """A click on an impression that was sent or is published."""
 
     impression_id: Id
-    event_timestamp: datetime
+    event_timestamp: Moment
     """When it was clicked; UTC unless it says otherwise."""
 
 
@@ -429,6 +403,29 @@ class ColumnsAnswer(BaseModel):
     """The live one."""
     columns: dict[str, list[Any]]
     """Of the features; the join keys are those of the request."""
+
+
+class FeastNames(BaseModel):
+    """Which features an answer of Feast's is of."""
+
+    feature_names: list[str]
+    """Join keys first."""
+
+
+class FeastColumn(BaseModel):
+    """One of them, in the order of the entities."""
+
+    values: list[Any]
+    statuses: list[str]
+    """Feast's `FieldStatus`: PRESENT, NOT_FOUND, NULL_VALUE …"""
+    event_timestamps: list[str]
+
+
+class FeastAnswer(BaseModel):
+    """Features as `feast serve` has them."""
+
+    metadata: FeastNames
+    results: list[FeastColumn]
 
 
 class UserAnswer(FeaturesAnswer):

@@ -14,6 +14,7 @@ from bahe_core.errors import BadInput, clipped
 from serving.answers import Answer, ItemScores, TakenIn, UserFeatures
 from serving.arrow_stream import ARROW, stream_of
 from serving.candidates import ItemsOfUser
+from serving.fields import Id, K
 from serving.guards import Refused
 from serving.identifiers import Identifier
 from serving.live import Clicked, LiveLookup, Shown
@@ -22,12 +23,11 @@ from serving.messages import (
     BehaviorRequest,
     ClicksRequest,
     ColumnsAnswer,
+    FeastAnswer,
     FeastRequest,
     FeaturesRequest,
-    Id,
     ImpressionsRequest,
     ItemAnswer,
-    K,
     PushRequest,
     RecommendRequest,
     RefusedRow,
@@ -69,7 +69,11 @@ def probes(service: Service) -> APIRouter:
         """Whether the store answers, and which model is live; 503 where requests would be in vain."""
         return await service.health()
 
-    @router.get("/metrics", response_class=Response)
+    @router.get(
+        "/metrics",
+        response_class=Response,
+        responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+    )
     async def metrics() -> Response:
         """Latency by route, answers by status, requests in work, age of the features: for Prometheus.
 
@@ -261,7 +265,7 @@ def feast(service: Service) -> APIRouter:
     """What a feature server of Feast answers."""
     router = APIRouter(tags=["Feast"])
 
-    @router.post("/get-online-features", response_class=Response)
+    @router.post("/get-online-features", response_model=FeastAnswer)
     async def get_online_features(request: FeastRequest) -> Response:
         """As `feast serve` has it, so that Feast's remote online store can read here."""
 

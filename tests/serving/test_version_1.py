@@ -214,8 +214,8 @@ def test_a_users_state(client: TestClient) -> None:
         ({"item_ids": [True]}, 422, "item_ids.0"),
         ({"item_ids": [3.0]}, 422, "item_ids.0"),
         ({"user_id": True}, 422, "user_id"),
-        ({"user_id": "x" * 257}, 422, "at most 256"),
-        ({"user_id": ""}, 422, "at least 1"),
+        ({"user_id": "x" * 257}, 422, "of 1 to 256 characters"),
+        ({"user_id": ""}, 422, "of 1 to 256 characters"),
         ({"at": "soon"}, 422, "at"),
         ({"context": {"colour": "red"}}, 400, "colour is not a context column"),
         ({"context": {"c" * 256: "red"}}, 400, "c…"),
@@ -342,6 +342,34 @@ def test_no_body_is_a_fault_of_the_service(client: TestClient, route: str, body:
 def test_moments_far_away_are_no_fault_of_the_service(client: TestClient) -> None:
     for at in ("0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59-12:00", "1970-01-01", 1e17, "٢٠٢٤-01-01"):
         assert score(client, at=at).status_code in (200, 422)
+
+
+@pytest.mark.parametrize("at", [0, 1_700_000_000, 1.5, True, "1700000000", "12:00", "now"])
+def test_a_time_is_written_out(client: TestClient, at: Any) -> None:
+    """Whether a number is of seconds or of milliseconds would have to be guessed."""
+    refused = score(client, at=at)
+    assert refused.status_code == 422
+    assert refused.json()["detail"] == "at: give a time in ISO 8601, as 2026-05-01T12:00:00Z; correct it."
+    assert client.get("/recommend", params={"user_id": "u1", "at": at}).status_code == 422
+
+
+@pytest.mark.parametrize("identifier", [2**63, -(2**63) - 1, 1.0, True, None, [], "", "x" * 257, "\ud800"])
+def test_what_is_no_id_is_told_what_one_is(client: TestClient, identifier: Any) -> None:
+    body = json.dumps({"user_id": "u1", "item_ids": [3, identifier]}).encode()
+    answer = client.post("/v1/score", content=body, headers={"Content-Type": "application/json"})
+    assert answer.json()["detail"] == (
+        "item_ids.1: an id is a text of 1 to 256 characters of Unicode, or an integer of 64 bits;"
+        " correct it."
+    )
+
+
+@pytest.mark.parametrize(
+    "kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", ";"]
+)
+def test_a_body_that_is_not_called_json_is_told_so(client: TestClient, kind: str) -> None:
+    answer = client.post("/v1/score", content=b'{"user_id": "u1"}', headers={"Content-Type": kind})
+    assert answer.status_code == 422
+    assert "Content-Type: application/json" in answer.json()["detail"]
 
 
 def test_a_deprecated_route_says_so(client: TestClient) -> None:
