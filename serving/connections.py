@@ -14,7 +14,12 @@ from typing import Any
 from uuid import uuid4
 
 from pydantic_core import to_json
+from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
+from uvicorn.protocols.http.flow_control import service_unavailable
+
+from serving.guards import respond
+from serving.work import RETRY_AFTER
 
 _LOG = logging.getLogger(__name__)
 
@@ -34,6 +39,8 @@ class Connection(AutoHTTPProtocol):
         """Bytes since the last request was whole, or answered."""
         self._head_due: asyncio.TimerHandle | None = None
         self._reading_due: asyncio.TimerHandle | None = None
+        self._answering: Any = None
+        """The request that is worked on; uvicorn knows the latest, which may be one of many sent ahead."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         """The first head is due."""
@@ -56,6 +63,9 @@ class Connection(AutoHTTPProtocol):
         """Nothing is waited for any more."""
         self._expect_no_head()
         self._expect_no_reading()
+        if self._answering is not None:
+            self._answering.disconnected = True  # or it would write to what is closed
+            self._answering.message_event.set()
         super().connection_lost(exc)
 
     def pause_writing(self) -> None:
@@ -67,6 +77,12 @@ class Connection(AutoHTTPProtocol):
         """The client has read."""
         super().resume_writing()
         self._expect_no_reading()
+
+    def _start_asgi_task(self, cycle: Any, app: Any) -> None:
+        self._answering = cycle
+        if app is service_unavailable:  # which says neither why nor when to come again
+            app = _too_many_connections
+        super()._start_asgi_task(cycle, app)
 
     def _answered_early(self) -> bool:
         return self.cycle is not None and self.cycle.more_body
@@ -110,3 +126,8 @@ class Connection(AutoHTTPProtocol):
             _LOG.warning("the head of a request answered %d, request %s", status, request_id)
         self._expect_no_head()
         self.transport.close()
+
+
+async def _too_many_connections(_: Scope, __: Receive, send: Send) -> None:
+    headers = {**RETRY_AFTER, "Connection": "close"}
+    await respond(send, 503, "the service has too many connections; try again.", headers, uuid4().hex)

@@ -125,13 +125,13 @@ class Guard:
             status = _GONE
         except Refused as refused:
             scope["state"]["reason"] = str(refused)
-            await _respond(answering, refused.status, str(refused), refused.headers, request_id)
+            await respond(answering, refused.status, str(refused), refused.headers, request_id)
         except Exception:
             # The traceback is for the log; the answer says where to look for it.
             _LOG.exception("a fault of the service, request %s", request_id)
             if status == 0:
                 detail = "this is a fault of the service; its log tells more under the request's id."
-                await _respond(answering, 500, detail, {}, request_id)
+                await respond(answering, 500, detail, {}, request_id)
         finally:
             seconds = time.perf_counter() - start
             route = getattr(scope.get("route"), "path", "no route")
@@ -222,9 +222,10 @@ def _answer_headers(scope: Scope, request_id: str) -> list[tuple[bytes, bytes]]:
     return headers
 
 
-async def _respond(
+async def respond(
     send: Send, status: int, detail: str, headers: Mapping[str, str], request_id: str
 ) -> None:
+    """Refuse a request without the application."""
     body = to_json({"detail": detail, "request_id": request_id})
     lines: list[tuple[bytes, bytes]] = [
         (b"content-type", b"application/json"),

@@ -27,6 +27,7 @@ _REASONS: dict[int, dict[str, Any]] = {
     413: {"description": "The body is too large."},
     414: {"description": "The address is too long."},
     422: {"description": "The request is not as it should be."},
+    431: {"description": "The address and headers are too large."},
     503: {"description": "Too much to do, or the store or a model is away.", **_RETRY},
 }
 REFUSALS: dict[int | str, dict[str, Any]] = {

@@ -53,7 +53,9 @@ def test_a_key_is_asked_for_from_when_there_is_one(home: Home) -> None:
 
 def test_each_refusal_is_described(home: Home) -> None:
     for route, operation in operations(TestClient(create_app(home, live=True))).items():
-        assert {"400", "404", "408", "413", "414", "422", "503"} <= operation["responses"].keys(), route
+        assert {"400", "404", "408", "413", "414", "422", "431", "503"} <= operation["responses"].keys(), (
+            route
+        )
         assert operation["responses"]["503"]["headers"]["Retry-After"]["required"]
 
 
