@@ -349,10 +349,12 @@ class OnlineLookup:
         vectors, values = self._items_alone(distinct, version)
         row_of = {item: row for row, item in enumerate(distinct)}
         rows = [[row_of[item] for item in its] for its in items]
-        every = list(chain.from_iterable(rows))
+        every, whole = list(chain.from_iterable(rows)), list(range(len(distinct)))
         of_pairs: dict[str, list[Any]] = {}
         if every:
-            user_ids = [self._key_of_pairs(one) for one, its in zip(users, items, strict=True) for _ in its]
+            user_ids: list[Identifier] = []
+            for one, its in zip(users, items, strict=True):
+                user_ids += [self._key_of_pairs(one)] * len(its)
             names = self.models.inputs(version).item_keys
             keys = {name: [values[name][row] for row in every] for name in names}
             of_pairs = self._of_pairs(user_ids, [distinct[row] for row in every], keys, version)
@@ -360,9 +362,12 @@ class OnlineLookup:
         start = 0
         for its in rows:
             end = start + len(its)
-            own = {name: [column[row] for row in its] for name, column in values.items()}
-            own |= {name: column[start:end] for name, column in of_pairs.items()}
-            each.append((vectors.of_rows(its), own))
+            own_vectors, own = vectors, values
+            if its != whole:
+                own_vectors = vectors.of_rows(its)
+                own = {name: [column[row] for row in its] for name, column in values.items()}
+            own = own | {name: column[start:end] for name, column in of_pairs.items()}
+            each.append((own_vectors, own))
             start = end
         return each
 
