@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from materialize.vectors.embed import Embedded
     from materialize.vectors.encode import Encoded
     from materialize.vectors.stored_atoms import Atoms
-    from serving.answers import (
+    from serving.lookup.answers import (
         Answer,
         ItemScores,
         SimilarAtoms,
@@ -54,10 +54,10 @@ if TYPE_CHECKING:
         SimilarUsers,
         UserFeatures,
     )
-    from serving.candidates import ItemsOfUser
+    from serving.lookup.candidates import ItemsOfUser
 
 _RESULTS = {
-    "Answer": "serving.answers",
+    "Answer": "serving.lookup.answers",
     "Atoms": "materialize.vectors.stored_atoms",
     "Checked": "materialize.ingest.check",
     "Compacted": "materialize.upkeep.compact",
@@ -70,19 +70,19 @@ _RESULTS = {
     "FrameDataset": "materialize.frames.frame_dataset",
     "Held": "materialize.ingest.quarantine",
     "Ingested": "materialize.ingest.ingest",
-    "ItemScores": "serving.answers",
-    "ItemsOfUser": "serving.candidates",
+    "ItemScores": "serving.lookup.answers",
+    "ItemsOfUser": "serving.lookup.candidates",
     "PipelineRun": "bahe.run",
     "Pruned": "materialize.upkeep.prune",
     "Published": "materialize.release.publish",
     "Run": "bahe_lake.runs",
-    "SimilarAtoms": "serving.answers",
-    "SimilarItems": "serving.answers",
-    "SimilarToText": "serving.answers",
-    "SimilarUsers": "serving.answers",
+    "SimilarAtoms": "serving.lookup.answers",
+    "SimilarItems": "serving.lookup.answers",
+    "SimilarToText": "serving.lookup.answers",
+    "SimilarUsers": "serving.lookup.answers",
     "Status": "bahe.status",
     "TrainingOutcome": "materialize.training.train",
-    "UserFeatures": "serving.answers",
+    "UserFeatures": "serving.lookup.answers",
 }
 """What the jobs take and return, imported when asked for: `import bahe` loads neither torch nor DuckDB nor
 Feast."""

@@ -11,7 +11,7 @@ from bahe_core.home import Home
 
 if TYPE_CHECKING:
     from bahe_models.context import Value
-    from serving.answers import (
+    from serving.lookup.answers import (
         Answer,
         ItemScores,
         SimilarAtoms,
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
         SimilarUsers,
         UserFeatures,
     )
-    from serving.candidates import ItemsOfUser
-    from serving.identifiers import Identifier
-    from serving.lookup import OnlineLookup
+    from serving.lookup.candidates import ItemsOfUser
+    from serving.lookup.identifiers import Identifier
+    from serving.lookup.online_lookup import OnlineLookup
 
 
 class Online:
@@ -82,6 +82,6 @@ class Online:
 
     @cached_property
     def _online(self) -> OnlineLookup:
-        from serving.lookup import OnlineLookup
+        from serving.lookup.online_lookup import OnlineLookup
 
         return OnlineLookup(self.home)

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from materialize.vectors.embed import Embedded
     from materialize.vectors.encode import Encoded
     from materialize.vectors.stored_atoms import Atoms
-    from serving.audit_result import Audit
+    from serving.audit.audit_result import Audit
 
 Done = TypeVar("Done", bound=Result)
 
@@ -353,7 +353,7 @@ class Project(Online):
         `requests` takes the newest logged requests, `last` pairs of user and item; otherwise the pairs of
         the `last` impressions are asked about now. `sample` is the share of users to look at.
         """
-        from serving.audit import audit
+        from serving.audit.audit import audit
 
         with job("audit"):
             return _say(audit(self.home, requests=requests, last=last, sample=sample, device_name=device))
@@ -380,9 +380,9 @@ class Project(Online):
         every request needs one; a certificate and its key (PEM) make it HTTPS. Raises BadInput when others
         could ask (`host`) and there is none.
         """
-        from serving.guards import Limits
-        from serving.server import Address, serve
-        from serving.tls import tls
+        from serving.http.guards import Limits
+        from serving.http.server import Address, serve
+        from serving.http.tls import tls
 
         limits = Limits(seconds=timeout, threads=threads, waiting=waiting)
         where = Address(host, port, workers, tls(tls_certificate, tls_key))
@@ -390,13 +390,13 @@ class Project(Online):
 
     def new_api_key(self, name: str, scopes: Sequence[str] = ("read", "score")) -> str:
         """Make a key for the service; only its hash is kept. Scopes are read, score and write."""
-        from serving.keys import new_key
+        from serving.http.keys import new_key
 
         return new_key(self.home, name, scopes)
 
     def revoke_api_key(self, name: str) -> None:
         """Forget a key; running services refuse it at once."""
-        from serving.keys import revoke_key
+        from serving.http.keys import revoke_key
 
         revoke_key(self.home, name)
 

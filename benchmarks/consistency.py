@@ -34,12 +34,10 @@ from benchmarks import random_cases
 from benchmarks.harness import Row, main
 from feature_repo.store import open_store
 from materialize.config.dataset import home_dataset
-from serving.audit import audit
-from serving.audit_result import Audit
-from serving.lookup import OnlineLookup
-from serving.offline_truth import OfflineTruth, Vectors, lengths_of
-from serving.request_log import RequestLog, ServedRequest
-from serving.skew import (
+from serving.audit.audit import audit
+from serving.audit.audit_result import Audit
+from serving.audit.offline_truth import OfflineTruth, Vectors, lengths_of
+from serving.audit.skew import (
     NOT_LOOKED_AT,
     OTHER_DEFAULT,
     OTHER_VERSION,
@@ -48,6 +46,8 @@ from serving.skew import (
     WRONG_ENCODER,
     lost,
 )
+from serving.lookup.online_lookup import OnlineLookup
+from serving.lookup.request_log import RequestLog, ServedRequest
 
 NIGHTS = {True: 2, False: 5}
 REQUESTS = {True: 300, False: 2_000}
@@ -182,7 +182,7 @@ def nights(
 
 def live(home: Home, folder: Path, count: int) -> Audit:
     """Send behaviors, each after an impression, to a service, and ask after each; then the log has all."""
-    from serving.live import Clicked, LiveLookup, Shown
+    from serving.live.live_lookup import Clicked, LiveLookup, Shown
 
     refresh(home, folder)
     shutil.rmtree(home.requests)

@@ -57,7 +57,7 @@ PRELOAD = [
     "materialize.training.train",
     "materialize.vectors.embed",
     "materialize.release.publish",
-    "serving.lookup",
+    "serving.lookup.online_lookup",
     "validation",
     "great_expectations",
     "transformers",
@@ -68,7 +68,7 @@ PRELOAD = [
 
 def online(home: Home) -> dict[str, np.ndarray]:
     """What the online store answers for each user: vector, statistics, and the score of every item."""
-    from serving.lookup import OnlineLookup
+    from serving.lookup.online_lookup import OnlineLookup
 
     lookup, items = OnlineLookup(home), list(range(1, LOG["items"] + 1))
     answers = {}
@@ -175,7 +175,7 @@ class Readings:
 
 
 def _read_on(root: Path, expected: Versions, stop: Event, answers: Any) -> None:
-    from serving.lookup import OnlineLookup
+    from serving.lookup.online_lookup import OnlineLookup
 
     lookup, count, versions, wrong = OnlineLookup(Home.at(root)), 0, list[str](), list[str]()
     users = sorted(next(iter(expected.values())))

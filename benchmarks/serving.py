@@ -34,8 +34,8 @@ from bahe_core.home import Home
 from benchmarks.harness import Row, main
 from feast_ducklake.online.features import FeatureReader
 from feature_repo.store import open_store
-from serving.identifiers import Identifier
-from serving.lookup import OnlineLookup
+from serving.lookup.identifiers import Identifier
+from serving.lookup.online_lookup import OnlineLookup
 
 if TYPE_CHECKING:
     from feast import FeatureService
@@ -194,7 +194,7 @@ def by_workers(home: Home, user: Identifier, items: list[Identifier], seconds: f
 
 def pushed(home: Home, user: Identifier, count: int, kind: str, text: Callable[[int], str]) -> Row:
     """A behavior taken in: on the disk, encoded, and in the user's vector; on a copy of the home."""
-    from serving.live import LiveLookup
+    from serving.live.live_lookup import LiveLookup
 
     with tempfile.TemporaryDirectory() as folder:
         copy = Home(Path(shutil.copytree(home.root, Path(folder) / "home")))
@@ -218,8 +218,8 @@ def pushed(home: Home, user: Identifier, count: int, kind: str, text: Callable[[
 
 def impressions(home: Home, pages: int) -> Iterator[Row]:
     """Impressions taken in by pages of ten, clicked by one in ten, on a copy of the home; then by 1,000."""
-    from serving.live import Clicked, LiveLookup, Shown
-    from serving.live_statistics import LiveStatistics
+    from serving.live.live_lookup import Clicked, LiveLookup, Shown
+    from serving.live.live_statistics import LiveStatistics
 
     with tempfile.TemporaryDirectory() as folder:
         copy = Home(Path(shutil.copytree(home.root, Path(folder) / "home")))

@@ -26,7 +26,7 @@ import httpx
 from bahe_core.errors import BadInput, BaheError, UnknownEntity, Unreachable, one_line
 from serving import client_calls as calls
 from serving.client_calls import Answer, Call, Context, Identifier, Rows, UnknownUser
-from serving.messages import (
+from serving.http.messages import (
     BehaviorAnswer,
     ColumnsAnswer,
     ScoreAnswer,

@@ -11,7 +11,7 @@ from urllib.parse import quote
 from pydantic import BaseModel, ValidationError
 
 from bahe_core.errors import BadInput
-from serving.messages import (
+from serving.http.messages import (
     BehaviorAnswer,
     BehaviorRequest,
     ClickRow,
@@ -143,7 +143,7 @@ def features_table(
     full_feature_names: bool = False,
 ) -> Call[pa.Table]:
     """The same as a table."""
-    from serving.arrow_stream import ARROW, table_of  # other methods do without Arrow
+    from serving.http.arrow_stream import ARROW, table_of  # other methods do without Arrow
 
     return Call("/v1/features", _features_request(features, entities, full_feature_names), table_of, ARROW)
 

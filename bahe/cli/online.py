@@ -58,7 +58,7 @@ def score(
     as_json: JsonFlag = False,
 ) -> None:
     """Click probabilities of some items for a user, best first."""
-    from serving.context import parsed_context
+    from serving.lookup.context import parsed_context
 
     candidates = [part.strip() for given in items for part in given.split(",") if part.strip()]
     answer = bahe.open(home).score(user, candidates, at=at, context=parsed_context(context or ()))
@@ -76,7 +76,7 @@ def recommend(
     as_json: JsonFlag = False,
 ) -> None:
     """The k items that the user will most likely click."""
-    from serving.context import parsed_context
+    from serving.lookup.context import parsed_context
 
     answer = bahe.open(home).recommend(
         user, k, at=at, include_seen=include_seen, context=parsed_context(context or ())

@@ -10,7 +10,7 @@ import yaml
 
 from bahe_core.home import Home
 from feature_repo.store import configuration
-from serving.api import scope_of
+from serving.http.api import scope_of
 from tests.deploy.test_image import IMAGE, the
 from tests.support.cli import require_accepted
 from tests.support.deployment import DEPLOY, documents, environment, project, require_known

@@ -16,7 +16,7 @@ import pytest
 
 from bahe.daily import days, today
 from bahe_core.home import Home
-from serving.lookup import OnlineLookup
+from serving.lookup.online_lookup import OnlineLookup
 from tests.support import REPOSITORY
 from tests.support.logs import small_log, write_dataset
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from bahe_core.home import Home
-from serving.lookup import OnlineLookup
+from serving.lookup.online_lookup import OnlineLookup
 from tests.support import REPOSITORY
 from tests.support.cli import call
 from tests.support.home_contents import contents, differences

@@ -30,7 +30,7 @@ from materialize.release.quality import judge
 from materialize.training.refit import measured_model, refit
 from materialize.upkeep.prune import prune
 from materialize.vectors import encode
-from serving.lookup import OnlineLookup
+from serving.lookup.online_lookup import OnlineLookup
 from tests.support import REPOSITORY
 from tests.support.cli import attempt, call
 from tests.support.home_contents import contents, differences

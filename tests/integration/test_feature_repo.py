@@ -17,9 +17,9 @@ from bahe_lake import runs
 from bahe_lake.connection import lake
 from feature_repo.team import team_objects
 from materialize.frames.frame import latest_frame
-from serving.audit import audit
-from serving.lookup import OnlineLookup
-from serving.request_log import RequestLog
+from serving.audit.audit import audit
+from serving.lookup.online_lookup import OnlineLookup
+from serving.lookup.request_log import RequestLog
 from tests.support.logs import small_log, write_dataset
 
 DEFINITIONS = """

@@ -19,11 +19,11 @@ from fastapi.testclient import TestClient
 import bahe
 from bahe_core.errors import BadInput, NotReady
 from materialize.frames.frame import latest_frame
-from serving.api import create_app
-from serving.audit import audit
-from serving.candidates import ItemsOfUser
-from serving.lookup import OnlineLookup
-from serving.request_log import RequestLog
+from serving.audit.audit import audit
+from serving.http.api import create_app
+from serving.lookup.candidates import ItemsOfUser
+from serving.lookup.online_lookup import OnlineLookup
+from serving.lookup.request_log import RequestLog
 from tests.support.cli import call
 from tests.support.logs import small_log, write_dataset
 

@@ -14,7 +14,7 @@ import bahe
 from bahe_core.errors import BadInput
 from feature_repo.store import open_store
 from materialize.frames.frame import latest_frame
-from serving.lookup import OnlineLookup
+from serving.lookup.online_lookup import OnlineLookup
 from tests.support.logs import small_log, write_dataset
 
 NUMERIC = [

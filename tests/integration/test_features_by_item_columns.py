@@ -18,10 +18,10 @@ import bahe
 from bahe_core.errors import BadInput
 from feature_repo.store import open_store
 from materialize.frames.frame import latest_frame
-from serving.audit import audit
-from serving.candidates import ItemsOfUser
-from serving.lookup import OnlineLookup
-from serving.request_log import RequestLog
+from serving.audit.audit import audit
+from serving.lookup.candidates import ItemsOfUser
+from serving.lookup.online_lookup import OnlineLookup
+from serving.lookup.request_log import RequestLog
 from tests.support.home_contents import copy_of
 from tests.support.logs import small_log, write_dataset
 

@@ -27,8 +27,8 @@ from feature_repo.store import open_store
 from materialize.frames.frame import latest_frame
 from materialize.training.training_data import read_training_data
 from materialize.vectors.stored_atoms import current_encoder
-from serving.api import create_app
-from serving.lookup import OnlineLookup
+from serving.http.api import create_app
+from serving.lookup.online_lookup import OnlineLookup
 from tests.support import REPOSITORY
 from tests.support.cli import attempt, call
 from tests.support.logs import small_log, write_dataset

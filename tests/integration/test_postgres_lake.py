@@ -22,7 +22,7 @@ from bahe_lake.catalogue import scalar
 from bahe_lake.connection import connect, lake
 from bahe_lake.transactions import commit
 from materialize.ingest.ingest import ingest
-from serving.lookup import OnlineLookup
+from serving.lookup.online_lookup import OnlineLookup
 from tests.support import REPOSITORY
 from tests.support.cli import call
 from tests.support.logs import small_log, write_dataset

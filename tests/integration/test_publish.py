@@ -23,7 +23,7 @@ from bahe_lake.runs import last
 from feast_ducklake.online.sqlite import GuardedSqliteOnlineStore
 from feature_repo.store import TARGETS, TEMPLATE, open_store
 from materialize.release import pointer
-from serving.lookup import OnlineLookup
+from serving.lookup.online_lookup import OnlineLookup
 from tests.support.cli import call
 from tests.support.home_contents import copy_of
 from tests.support.logs import small_log, write_dataset

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from bahe_core.home import Home
-from serving.lookup import OnlineLookup
+from serving.lookup.online_lookup import OnlineLookup
 from tests.support.cli import call
 from tests.support.home_contents import artifacts, contents, differences
 from tests.support.logs import small_log, write_dataset

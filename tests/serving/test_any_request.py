@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bahe_core.home import Home
-from serving.api import create_app
+from serving.http.api import create_app
 from tests.support.home_contents import copy_of
 
 BEHAVIOR = {

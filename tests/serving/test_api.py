@@ -16,9 +16,9 @@ from fastapi.testclient import TestClient
 from bahe_core.errors import BadInput, Damaged, NotReady, UnknownEntity
 from bahe_core.home import Home
 from feature_repo.store import open_store
-from serving.api import create_app
-from serving.context import parsed_context
-from serving.lookup import OnlineLookup
+from serving.http.api import create_app
+from serving.lookup.context import parsed_context
+from serving.lookup.online_lookup import OnlineLookup
 from tests.support.cli import call
 from tests.support.home_contents import copy_of
 from tests.support.logs import small_log

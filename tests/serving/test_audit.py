@@ -17,11 +17,11 @@ import bahe
 from bahe.cli import app
 from bahe_core.errors import BadInput, NotReady
 from bahe_core.home import Home
-from serving.audit import audit
-from serving.audit_result import Audit
-from serving.lookup import OnlineLookup
-from serving.request_log import RequestLog, ServedRequest, in_sample, read_requests
-from serving.skew import edit_distance, likely_causes, smape
+from serving.audit.audit import audit
+from serving.audit.audit_result import Audit
+from serving.audit.skew import edit_distance, likely_causes, smape
+from serving.lookup.online_lookup import OnlineLookup
+from serving.lookup.request_log import RequestLog, ServedRequest, in_sample, read_requests
 from tests.support.home_contents import copy_of
 from tests.support.logs import small_log, write_dataset
 from tests.support.skews import rewrite_online

@@ -20,9 +20,9 @@ import uvicorn
 from bahe_core.errors import BadInput, UnknownEntity, Unreachable
 from bahe_core.home import Home
 from serving import client as client_module
-from serving.api import create_app
 from serving.client import AsyncClient, Client
-from serving.keys import new_key
+from serving.http.api import create_app
+from serving.http.keys import new_key
 from tests.support.home_contents import copy_of
 
 

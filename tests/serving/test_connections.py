@@ -12,7 +12,7 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.server import ServerState
 
-from serving.connections import Connection
+from serving.http.connections import Connection
 
 
 def test_one_connection_too_many_is_told_to_come_again() -> None:

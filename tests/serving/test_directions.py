@@ -6,8 +6,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from serving import directions as module
-from serving.directions import Directions
+from serving.lookup import directions as module
+from serving.lookup.directions import Directions
 
 
 def log_like(rows: int, width: int = 12, seed: int = 0) -> npt.NDArray[np.float32]:

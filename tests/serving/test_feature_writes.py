@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 import bahe
 from bahe_core.home import Home
 from feature_repo.store import open_store
-from serving.api import create_app
-from serving.audit import audit
-from serving.guards import Limits
-from serving.keys import new_key
-from serving.lookup import OnlineLookup
+from serving.audit.audit import audit
+from serving.http.api import create_app
+from serving.http.guards import Limits
+from serving.http.keys import new_key
+from serving.lookup.online_lookup import OnlineLookup
 from tests.support.cli import call
 from tests.support.home_contents import copy_of
 from tests.support.pushable import pushable_dataset

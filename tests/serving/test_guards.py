@@ -22,10 +22,10 @@ from starlette.requests import Request
 
 from bahe_core.errors import BadInput
 from bahe_core.home import Home
-from serving.guards import NOWHERE, Guard, Limits, Refused
-from serving.keys import ApiKeys, new_key, revoke_key
-from serving.metrics import Metrics
-from serving.work import Work
+from serving.http.guards import NOWHERE, Guard, Limits, Refused
+from serving.http.keys import ApiKeys, new_key, revoke_key
+from serving.http.metrics import Metrics
+from serving.http.work import Work
 
 
 def guarded(

@@ -13,8 +13,8 @@ import pytest
 from bahe_core.home import Home
 from feast_ducklake.online.rows import Vectors
 from feature_repo.store import open_store
-from serving.identifiers import Identifier
-from serving.lookup import OnlineLookup
+from serving.lookup.identifiers import Identifier
+from serving.lookup.online_lookup import OnlineLookup
 from tests.support.cli import call
 from tests.support.home_contents import copy_of
 from tests.support.logs import small_log, write_dataset
@@ -110,7 +110,7 @@ def test_while_a_store_is_written_to_a_few_items_are_read_by_themselves(
     monkeypatch.setattr(
         keeping._table._online, "versions", lambda config, views: [str(next(tokens)) for _ in views]
     )
-    monkeypatch.setattr("serving.item_table._REST", 10**9)
+    monkeypatch.setattr("serving.lookup.item_table._REST", 10**9)
     for _ in range(5):
         keeping.items([3, 4], version)
     assert keeping.read_items <= len(every) + 1 + 5 * 2

@@ -24,9 +24,9 @@ from fastapi.testclient import TestClient
 from bahe_core.errors import BaheError, Busy, Damaged, NotReady, NotWritable, Unreachable
 from bahe_core.home import Home
 from bahe_models import Artifact
-from serving.api import create_app
-from serving.live import LiveLookup
-from serving.lookup import OnlineLookup
+from serving.http.api import create_app
+from serving.live.live_lookup import LiveLookup
+from serving.lookup.online_lookup import OnlineLookup
 from tests.support.cli import call
 from tests.support.home_contents import copy_of
 from tests.support.logs import small_log, write_dataset
@@ -275,7 +275,7 @@ def test_a_kill_loses_nothing_that_was_answered(filled: tuple[Home, Path], tmp_p
         import os, signal
         from datetime import datetime, timedelta
         from bahe_core.home import Home
-        from serving.live import LiveLookup
+        from serving.live.live_lookup import LiveLookup
 
         lookup = LiveLookup(Home.at({str(home.root)!r}))
         at = datetime(2024, 6, 1)
@@ -349,7 +349,7 @@ def test_a_worker_that_stopped_holds_up_pushes_for_a_moment_and_answers_not_at_a
     home = copy_of(filled[0], tmp_path)
     client = TestClient(create_app(home, live=True))
     assert client.post("/v1/behaviors", json=behavior()).status_code == 200
-    monkeypatch.setattr("serving.journal.PATIENCE", 0.05)
+    monkeypatch.setattr("serving.live.journal.PATIENCE", 0.05)
     again = behavior(event_timestamp="2024-06-01T13:00:00Z")
     with (home.pushed / ".lock").open("a") as stopped:
         fcntl.flock(stopped, fcntl.LOCK_EX)
@@ -366,7 +366,7 @@ def test_requests_that_wait_for_a_state_too_long_get_what_is_published(
     home = copy_of(filled[0], tmp_path)
     LiveLookup(home).append("u1", "liked", "liked one", pd.Timestamp(LATER).to_pydatetime(), 7)
     lookup = LiveLookup(home)
-    monkeypatch.setattr("serving.user_states.PATIENCE", 0.05)
+    monkeypatch.setattr("serving.live.user_states.PATIENCE", 0.05)
     taken, done = threading.Event(), threading.Event()
 
     def keeps() -> None:
@@ -401,7 +401,7 @@ def test_a_lake_that_fails_leaves_what_is_published(
         asked.append(1)
         raise error("the lake is away.")
 
-    monkeypatch.setattr("serving.user_states.read_user", fails)
+    monkeypatch.setattr("serving.live.user_states.read_user", fails)
     for _ in range(2):
         assert lookup.user("u1").behaviors == OnlineLookup(home).user("u1").behaviors
         assert "7" in lookup.user("u1").seen_items
@@ -434,7 +434,7 @@ def test_only_texts_without_a_vector_in_the_lake_are_encoded(
         raise duckdb.IOException("the lake is away.")
 
     shutil.rmtree(home.pushed)
-    monkeypatch.setattr("serving.atom_vectors.vectors_of", away)
+    monkeypatch.setattr("serving.live.atom_vectors.vectors_of", away)
     encoded, alone = appended(LiveLookup(home))
     assert encoded == [known, "liked a new thing"]
     np.testing.assert_allclose(alone, vector, atol=1e-5)

@@ -19,13 +19,13 @@ from fastapi.testclient import TestClient
 from bahe_core.errors import Busy, NotReady, Unreachable
 from bahe_core.home import Home
 from materialize.release import counted
-from serving.api import create_app
-from serving.audit import audit
-from serving.journal import Journal
-from serving.lake_pause import LakePause
-from serving.live import Clicked, LiveLookup, Shown
-from serving.lookup import OnlineLookup
-from serving.request_log import RequestLog
+from serving.audit.audit import audit
+from serving.http.api import create_app
+from serving.live.journal import Journal
+from serving.live.live_lookup import Clicked, LiveLookup, Shown
+from serving.lookup.lake_pause import LakePause
+from serving.lookup.online_lookup import OnlineLookup
+from serving.lookup.request_log import RequestLog
 from tests.support.cli import call
 from tests.support.home_contents import copy_of
 from tests.support.logs import small_log, write_dataset
@@ -270,7 +270,7 @@ def test_what_was_sent_is_counted_also_while_the_lake_is_away(
 
     before = impressions_of(service)
     assert service.show([Shown(impression_id=20_000, user_id="u1", item_id=1, at=now)]).new == 1
-    monkeypatch.setattr("serving.published_impressions.lake", away)
+    monkeypatch.setattr("serving.live.published_impressions.lake", away)
     # This one the publish may have, and those after it need not wait for the lake to say so.
     in_question = Shown(impression_id=20_001, user_id="u1", item_id=1, at=end_of(service))
     assert service.show([in_question]).new == 1
@@ -364,7 +364,7 @@ def test_what_was_sent_long_ago_is_dropped_with_its_file(service: LiveLookup, no
 def test_a_worker_that_was_stopped_holds_up_no_answer(
     service: LiveLookup, monkeypatch: pytest.MonkeyPatch, now: datetime
 ) -> None:
-    monkeypatch.setattr("serving.journal.PATIENCE", 5.0)
+    monkeypatch.setattr("serving.live.journal.PATIENCE", 5.0)
     one = Shown(impression_id=20_000, user_id="u1", item_id=1, at=now)
     with ThreadPoolExecutor(1) as pool:
         with Journal(service._home.pushed / "impressions").exclusive():
@@ -375,7 +375,7 @@ def test_a_worker_that_was_stopped_holds_up_no_answer(
             assert not waiting.done()
         assert waiting.result().new == 1
     assert service.user("u1").statistics["user_impressions"] == (before or 0) + 1
-    monkeypatch.setattr("serving.journal.PATIENCE", 0.05)
+    monkeypatch.setattr("serving.live.journal.PATIENCE", 0.05)
     with (
         Journal(service._home.pushed / "impressions").exclusive(),
         pytest.raises(Busy, match="send it again"),

@@ -9,8 +9,8 @@ import pytest
 from fastapi.testclient import TestClient
 
 from bahe_core.home import Home
-from serving.api import create_app, scope_of
-from serving.keys import new_key, revoke_key
+from serving.http.api import create_app, scope_of
+from serving.http.keys import new_key, revoke_key
 from tests.support.home_contents import copy_of
 
 

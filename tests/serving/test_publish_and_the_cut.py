@@ -10,9 +10,9 @@ import pandas as pd
 import yaml
 
 import bahe
-from serving.audit import audit
-from serving.audit_result import Audit
-from serving.skew import FRESHER, NOT_LOOKED_AT
+from serving.audit.audit import audit
+from serving.audit.audit_result import Audit
+from serving.audit.skew import FRESHER, NOT_LOOKED_AT
 from tests.support.logs import small_log, write_dataset
 
 LATE = 25

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from bahe_core.home import Home
-from serving.push_log import Pushed, PushLog
+from serving.live.push_log import Pushed, PushLog
 
 
 def pushed(number: int, user_id: str = "u1", event_id: str | None = None) -> Pushed:

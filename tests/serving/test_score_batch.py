@@ -18,12 +18,12 @@ import bahe
 from bahe_core.errors import BadInput, UnknownEntity
 from bahe_core.home import Home
 from feast_ducklake.online.store import GuardedOnlineStore
-from serving.api import create_app
-from serving.candidates import ItemsOfUser
 from serving.client import AsyncClient, Client
-from serving.live import LiveLookup
-from serving.lookup import OnlineLookup
-from serving.request_log import RequestLog, read_requests
+from serving.http.api import create_app
+from serving.live.live_lookup import LiveLookup
+from serving.lookup.candidates import ItemsOfUser
+from serving.lookup.online_lookup import OnlineLookup
+from serving.lookup.request_log import RequestLog, read_requests
 from tests.serving.test_client import running
 from tests.support.home_contents import copy_of
 from tests.support.logs import LONG

@@ -17,10 +17,10 @@ from bahe_core.errors import BadInput, Busy, NotReady, Unreachable
 from bahe_core.home import Home
 from bahe_lake.connection import lake
 from feature_repo.store import open_store
-from serving import kept_vectors
-from serving.api import create_app
-from serving.kept_vectors import Kept, KeptVectors
-from serving.lookup import OnlineLookup
+from serving.http.api import create_app
+from serving.lookup import kept_vectors
+from serving.lookup.kept_vectors import Kept, KeptVectors
+from serving.lookup.online_lookup import OnlineLookup
 from tests.support.cli import attempt, call
 from tests.support.home_contents import copy_of
 from tests.support.logs import LONG, small_log, write_dataset
@@ -181,7 +181,7 @@ def test_another_publish_is_another_answer_and_until_then_the_lake_is_read_once(
     early = {name: t[t["event_timestamp"] < "2024-03-01"] for name, t in log.items()}
     home = Home.at(tmp_path / "home")
     call("run", write_dataset(tmp_path / "log", early, tiny_backbone), "--tracker", "none", home=home)
-    monkeypatch.setattr("serving.similar.KeptVectors", Counted)
+    monkeypatch.setattr("serving.lookup.similar.KeptVectors", Counted)
     monkeypatch.setattr(Counted, "reads", 0)
     running = OnlineLookup(home, keep_items=True)
     known = atoms_of(home, "liked", "disliked")

@@ -8,7 +8,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from bahe_core.home import Home
-from serving.api import create_app
+from serving.http.api import create_app
 from tests.support.cli import call
 from tests.support.logs import small_log, write_dataset
 

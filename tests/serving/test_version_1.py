@@ -24,11 +24,11 @@ from bahe.cli import app as commands
 from bahe_core.errors import BadInput
 from bahe_core.home import Home
 from feature_repo.store import open_store
-from serving.api import create_app, scope_of
-from serving.arrow_stream import ARROW, table_of
-from serving.guards import NOWHERE
-from serving.keys import SCOPES, new_key
-from serving.lookup import OnlineLookup
+from serving.http.api import create_app, scope_of
+from serving.http.arrow_stream import ARROW, table_of
+from serving.http.guards import NOWHERE
+from serving.http.keys import SCOPES, new_key
+from serving.lookup.online_lookup import OnlineLookup
 from tests.support.cli import call
 from tests.support.home_contents import copy_of
 from tests.support.logs import LONG, small_log

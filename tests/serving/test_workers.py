@@ -20,8 +20,8 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_f
 import bahe
 from bahe_core.errors import BadInput
 from bahe_core.home import Home
-from serving.metrics import Metrics
-from serving.shared_metrics import SharedMetrics
+from serving.http.metrics import Metrics
+from serving.http.shared_metrics import SharedMetrics
 from tests.support import REPOSITORY
 from tests.support.home_contents import copy_of
 from tests.support.service_process import Running, free_port, running, serve_command, wait_until_ready
@@ -147,7 +147,7 @@ def test_workers_answer_what_they_have_and_end_when_their_parent_is_killed(
         for orphan in orphans:
             orphan.kill() if orphan.is_running() else None
     for line in filter(lambda one: "the parent" in one, log.read_text().splitlines()):
-        assert json.loads(line)["logger"] == "serving.server"
+        assert json.loads(line)["logger"] == "serving.http.server"
     assert list(temporary.glob("bahe-workers-*")) == []
     socket.create_server(("127.0.0.1", port)).close()
     assert "Traceback" not in log.read_text()

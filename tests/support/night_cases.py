@@ -81,7 +81,7 @@ def clock_at(moment: datetime) -> Iterator[None]:
         def now(cls, tz: Any = None) -> Any:
             return moment.astimezone(tz)
 
-    with patch("materialize.release.publish.datetime", Clock), patch("serving.audit.datetime", Clock):
+    with patch("materialize.release.publish.datetime", Clock), patch("serving.audit.audit.datetime", Clock):
         yield
 
 

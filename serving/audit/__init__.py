@@ -1,0 +1,1 @@
+"""Whether what was served is what training sees, and if not, why."""

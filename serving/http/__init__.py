@@ -1,0 +1,1 @@
+"""The HTTP API: routes and their messages, what is refused, keys, processes, metrics."""
