@@ -14,11 +14,9 @@ from bahe_core.errors import BadInput
 from serving.http.messages import (
     BehaviorAnswer,
     BehaviorRequest,
-    ClickRow,
     ClicksRequest,
     ColumnsAnswer,
     FeaturesRequest,
-    ImpressionRow,
     ImpressionsRequest,
     RecommendRequest,
     ScoreAnswer,
@@ -67,7 +65,7 @@ class Call(Generic[Answer]):
         return None if self.body is None else self.body.model_dump_json(exclude_unset=True)
 
 
-def _checked(kind: type[Request], **values: object) -> Request:
+def _checked(kind: type[Request], /, **values: object) -> Request:
     """A request, without what is None. Raises BadInput, before anything is sent, where a service would."""
     try:
         return kind.model_validate({name: value for name, value in values.items() if value is not None})
@@ -75,6 +73,11 @@ def _checked(kind: type[Request], **values: object) -> Request:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the request"
         raise BadInput(f"{where}: {first['msg']}; correct it.") from None
+
+
+def _said(rows: Rows) -> list[dict[str, object]]:
+    """Rows without what is None."""
+    return [{name: value for name, value in row.items() if value is not None} for row in rows]
 
 
 def score(
@@ -99,7 +102,7 @@ def score(
 
 def score_batch(requests: Rows) -> Call[ScoreBatchAnswer]:
     """Of `POST /v1/score/batch`."""
-    body = _checked(ScoreBatchRequest, requests=[_checked(ScoreItemsRequest, **one) for one in requests])
+    body = _checked(ScoreBatchRequest, requests=_said(requests))
     return Call("/v1/score/batch", body, ScoreBatchAnswer.model_validate_json)
 
 
@@ -223,11 +226,11 @@ def similar_to_text(text: str, k: int) -> Call[SimilarToTextAnswer]:
 
 def impressions(rows: Rows) -> Call[TakenInAnswer]:
     """Of `POST /v1/impressions`."""
-    body = _checked(ImpressionsRequest, impressions=[_checked(ImpressionRow, **row) for row in rows])
+    body = _checked(ImpressionsRequest, impressions=_said(rows))
     return Call("/v1/impressions", body, TakenInAnswer.model_validate_json)
 
 
 def clicks(rows: Rows) -> Call[TakenInAnswer]:
     """Of `POST /v1/clicks`."""
-    body = _checked(ClicksRequest, clicks=[_checked(ClickRow, **row) for row in rows])
+    body = _checked(ClicksRequest, clicks=_said(rows))
     return Call("/v1/clicks", body, TakenInAnswer.model_validate_json)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from itertools import chain
@@ -76,10 +76,11 @@ def publish(home: Home) -> Published:
     """Write online what is new since the last publish, check a sample, and flip the pointer.
 
     Everything is written where the online store is not the one that was last published to, or has lost
-    something; after a rollback the version that it made live is then live again. Does nothing when the
-    last embedded model_version is live with the log as it is. Raises BaheError, and leaves the pointer
-    alone, when what was written does not read back; NotReady when vectors are behind the log, and so
-    behind the statistics; NotServable when nothing is embedded and the last trained model cannot be.
+    something. One that was lost after a rollback gets back what it had, and the version that the rollback
+    made live is live again; to publish once more then goes forward. Does nothing when the last embedded
+    model_version is live with the log as it is. Raises BaheError, and leaves the pointer alone, when what
+    was written does not read back; NotReady when vectors are behind the log, and so behind the statistics;
+    NotServable when nothing is embedded and the last trained model cannot be.
     """
     store = open_store(home)
     with home.exclusive(), lake(home) as connection, online_errors(home):
@@ -91,12 +92,14 @@ def publish(home: Home) -> Published:
                 require_servable(home.models / trained.fingerprint)
             raise NotReady(f"{home.root} has no vectors yet; run `bahe embed` first.")
         require_gates(connection, JOB)
-        publications = pointer.recorded(connection)
-        ours = bool(publications) and last is not None and pointer.online(store) == publications[0]
-        left = latest.get(ROLLBACK)
-        # What is live is the home's to say, not the store's: one that lost it gets it back.
-        back = not ours and left is not None and left.snapshot_read > embedded.snapshot_read
-        version = publications[0].model_version if back else str(embedded.facts["model_version"])
+        version = str(embedded.facts["model_version"])
+        publications, said = pointer.recorded(connection), pointer.online(store)
+        ours = bool(publications) and last is not None and said == publications[0]
+        if not ours and _rolled_back(latest, publications, said):
+            live = publications[0].model_version
+            if (home.models / live / "config.json").is_file():
+                return _restored(home, store, connection, live, latest[ROLLBACK].facts["left_version"])
+            say(f"  {live} was rolled back to, but its artifact is gone, so {version} is made live")
         require_quality(connection, version)
         fingerprint = lag.publish_fingerprint(embedded, ingested)
         listed = _listed(home.models / version)
@@ -104,12 +107,12 @@ def publish(home: Home) -> Published:
         unchanged = (
             last is not None and last.fingerprint == fingerprint and last.facts.get("team_content") == team
         )
-        said = counted.read(home) is not None  # not of homes that an earlier release published
-        if ours and unchanged and said and publications[0].model_version == version:
+        counts = counted.read(home) is not None  # not of homes that an earlier release published
+        if ours and unchanged and counts and publications[0].model_version == version:
             return Published(version, skipped=True)
         users = lag.users_behind(connection, version)
         items = lag.items_behind(connection, version)
-        if (users or items) and not back:  # after a rollback they may be: its vectors are as old as it is
+        if users or items:
             raise NotReady(
                 f"the vectors of {users:,} users and {items:,} items under {version} are behind the log,"
                 " and so behind the statistics; run `bahe embed` first."
@@ -136,6 +139,46 @@ def publish(home: Home) -> Published:
             facts = {"model_version": version, "since": since, "team_content": team}
             done = run.statement(facts, rows_read=rows, rows_written=rows)
             pointer.flip(store, connection, version, [done])
+    return Published(version, skipped=False, rows=rows)
+
+
+def _rolled_back(
+    latest: Mapping[str, runs.Run], publications: Sequence[pointer.Pointer], said: pointer.Pointer | None
+) -> bool:
+    """Whether a rollback made live what is live, and no model was embedded since.
+
+    Not where the online store `said` something later: a publish that goes forward was killed there.
+    """
+    left, embedded = latest.get(ROLLBACK), latest["embed"]
+    if not publications or left is None or left.snapshot_read < embedded.snapshot_read:
+        return False
+    live = publications[0]
+    return live.model_version != embedded.facts["model_version"] and (
+        said is None or said.second <= live.second
+    )
+
+
+def _restored(
+    home: Home, store: FeatureStore, connection: duckdb.DuckDBPyConnection, version: str, left: str
+) -> Published:
+    """Write to a store what the one before it had, and make a version that was rolled back to live again.
+
+    Raises NotReady when the lake has no vectors of it any more.
+    """
+    further = _further_views(store, version, home.models / version)
+    # A rollback once more: the next publish goes on from what the last one wrote.
+    with runs.record(connection, ROLLBACK, version) as run:
+        rows, as_published = _materialize_as_published(store, connection, home, [*VIEWS, *further])
+        if not as_published:
+            rules = home_dataset(home).impressions
+            counted.write(home, counted.count(connection, rules, run.snapshot_read))
+        if not _is_online(store, connection, version, run.snapshot_read):
+            raise NotReady(
+                f"the lake has no vectors of {version} any more, which a rollback had made live; run `bahe"
+                " train` and `bahe embed` to go on with a newer one."
+            )
+        facts = {"model_version": version, "left_version": left}
+        pointer.flip(store, connection, version, [run.statement(facts, rows_read=rows, rows_written=rows)])
     return Published(version, skipped=False, rows=rows)
 
 
@@ -243,15 +286,18 @@ def _materialize(
 
 def _materialize_as_published(
     store: FeatureStore, connection: duckdb.DuckDBPyConnection, home: Home, views: Sequence[str]
-) -> None:
-    """Write views online as of the log of which the others are there; as of now where that cannot be."""
+) -> tuple[int, bool]:
+    """Write views online as of the log that the last publish found; as of now where that cannot be.
+
+    Returns the rows written, and whether they are as of that log.
+    """
     said, offline = counted.read(home), store.config.offline_store
     try:
         offline.as_of = said.snapshot if said is not None else None
-        _materialize(store, connection, None, views)
+        return _materialize(store, connection, None, views), said is not None
     except BadInput:  # the lake has forgotten that snapshot, or a view has come since
         offline.as_of = None
-        _materialize(store, connection, None, views)
+        return _materialize(store, connection, None, views), False
     finally:
         offline.as_of = None
 

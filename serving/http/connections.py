@@ -45,6 +45,8 @@ class Connection(AutoHTTPProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:
         """The first head is due."""
         super().connection_made(transport)
+        # Also of an answer that is small enough to be kept for a client it is known whether that reads.
+        transport.set_write_buffer_limits(high=0)
         self._expect_head()
 
     def data_received(self, data: bytes) -> None:

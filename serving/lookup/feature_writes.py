@@ -98,7 +98,7 @@ class FeatureWrites:
             *self._store.list_feature_views(allow_cache=allow_cache),
             *self._store.list_stream_feature_views(allow_cache=allow_cache),
         ]
-        return sorted(views, key=lambda view: view.name)
+        return sorted((view for view in views if view.online), key=lambda view: view.name)
 
     def _frame(self, view: FeatureView, columns: Columns) -> pd.DataFrame:
         """The rows as Feast takes them, in the view's types."""

@@ -40,6 +40,17 @@ def _the_requests_fault() -> Iterator[None]:
         ) from None
 
 
+def _arrow_type(kind: ValueType) -> pa.DataType | None:
+    """None for what Arrow has to tell by its values."""
+    from feast import ValueType
+
+    others = {
+        ValueType.UNIX_TIMESTAMP: pa.timestamp("us", tz="UTC"),
+        ValueType.BYTES: pa.binary(),
+    }
+    return others.get(kind) or arrow_type(kind)
+
+
 class OnlineFeatures:
     """What a home's online store has of entities, whatever model is live."""
 
@@ -75,25 +86,28 @@ class OnlineFeatures:
     def arrow_table(
         self, asked: list[str] | str, columns: Mapping[str, Sequence[Any]], full_feature_names: bool = False
     ) -> pa.Table:
-        """Columns of `features`, asked for in the same way, in the types that are registered."""
+        """Columns of `features`, asked for in the same way, in the types that are registered.
+
+        Maps and the like, for which Feast has no Arrow type, are as their values are.
+        """
         registered = self._registered(asked)
         if isinstance(registered, list):
-            projected = [(view_of(one), one.partition(":")[2], view_of(one)) for one in registered]
+            kinds = [
+                (view_of(one), feature, self._view_columns[view_of(one)]["features"][feature])
+                for one in registered
+                for feature in [one.partition(":")[2]]
+            ]
         else:
-            projected = [
-                (projection.name, field.name, projection.name_to_use())
+            kinds = [
+                (projection.name_to_use(), field.name, field.dtype.to_value_type())
                 for projection in registered.feature_view_projections
                 for field in projection.features
             ]
-        kinds = {
-            f"{called}__{feature}" if full_feature_names else feature: self._view_columns[view]["features"][
-                feature
-            ]
-            for view, feature, called in projected
+        types = {
+            f"{view}__{feature}" if full_feature_names else feature: _arrow_type(kind)
+            for view, feature, kind in kinds
         }
-        return pa.table(
-            {name: pa.array(column, type=arrow_type(kinds[name])) for name, column in columns.items()}
-        )
+        return pa.table({name: pa.array(column, type=types[name]) for name, column in columns.items()})
 
     def feast_response(
         self,

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from bahe_core.errors import BadInput, UnknownEntity, clipped
+from bahe_core.errors import BadInput, Busy, UnknownEntity, clipped
 from bahe_core.home import Home
 from bahe_lake.versions import LATEST_ITEMS
 from serving.lookup.answers import (
@@ -39,6 +39,10 @@ _ITEM_TEXTS = f"""
     FROM {LATEST_ITEMS} JOIN atomic_behavior_embedding e USING (atom_id)
     WHERE e.encoder_version = $encoder
 """
+Texts = Mapping[Identifier, str]
+"""The catalogue: another object after each publish."""
+Found = TypeVar("Found")
+_TRIES = 3
 _AS_AN_ITEMS = "item"
 """The channel as which an item's text is encoded, and so a text that is searched for."""
 
@@ -86,15 +90,18 @@ class Similar:
         when the user is not online, and as `KeptVectors.of`.
         """
         _check(k)
-        user = self._lookup.user(user_id)
-        version = user.model_version
-        kept = self._users.of(version, self._lookup.catalogue(), {"version": version})
-        found = [
-            SimilarUser(kept.value("user_id", row), cosine)
-            for row, cosine in kept.directions.nearest(kept.directions.to(user.vector), k + 1)
-        ]
-        others = [one for one in found if one.user_id != user.user_id]
-        return SimilarUsers(user.user_id, version, others[:k])
+
+        def ask(version: str, texts: Texts) -> SimilarUsers:
+            user = self._lookup.user(user_id)
+            kept = self._users.of(version, texts, {"version": version})
+            found = [
+                SimilarUser(kept.value("user_id", row), cosine)
+                for row, cosine in kept.directions.nearest(kept.directions.to(user.vector), k + 1)
+            ]
+            others = [one for one in found if one.user_id != user.user_id]
+            return SimilarUsers(user.user_id, version, others[:k])
+
+        return self._of_one_publish(ask)
 
     def atoms(self, atom_id: Identifier, k: int = 10) -> SimilarAtoms:
         """The k atomic behaviors whose vectors by the live model's encoder are most alike to an atom's.
@@ -102,8 +109,9 @@ class Similar:
         Without itself. Raises UnknownEntity when there is no such atom, and as `KeptVectors.of`.
         """
         _check(k)
-        artifact = self._lookup.artifact(self._lookup.live_version())
-        kept = self._kept_atoms(artifact)
+        version, texts = self._lookup.live_version(), self._lookup.catalogue()
+        artifact = self._lookup.artifact(version)
+        kept = self._kept_atoms(artifact, texts)
         own_id = id_as(atom_id, integer=True)
         own = None if own_id is None else kept.row_of("atom_id", own_id)
         if own is None:
@@ -124,25 +132,37 @@ class Similar:
         """
         _check(k)
         lookup = self._lookup
-        artifact, texts = lookup.artifact(lookup.live_version()), lookup.catalogue()
         normal, _ = lookup.texts.atom(_AS_AN_ITEMS, text)
         if not normal:
             raise BadInput("the text is empty; say what to look for.")
-        (vector_V,) = lookup.texts.encode(artifact, [_AS_AN_ITEMS], [normal])
-        version = artifact.model_version
-        of_items = self._item_texts.of(version, texts, {"encoder": artifact.encoder_version})
-        nearest = of_items.directions.nearest(of_items.directions.to(vector_V), k)
-        item_ids = [(of_items.value("item_id", row), cosine) for row, cosine in nearest]
-        atoms = self._kept_atoms(artifact)
-        return SimilarToText(
-            version,
-            [SimilarItem(item, texts[item], cosine) for item, cosine in item_ids if item in texts],
-            list(self._nearest_atoms(atoms, atoms.directions.to(vector_V), k)),
-        )
 
-    def _kept_atoms(self, artifact: Artifact) -> Kept:
+        def ask(version: str, texts: Texts) -> SimilarToText:
+            artifact = lookup.artifact(version)
+            (vector_V,) = lookup.texts.encode(artifact, [_AS_AN_ITEMS], [normal])
+            of_items = self._item_texts.of(version, texts, {"encoder": artifact.encoder_version})
+            nearest = of_items.directions.nearest(of_items.directions.to(vector_V), k)
+            item_ids = [(of_items.value("item_id", row), cosine) for row, cosine in nearest]
+            atoms = self._kept_atoms(artifact, texts)
+            return SimilarToText(
+                version,
+                [SimilarItem(item, texts[item], cosine) for item, cosine in item_ids if item in texts],
+                list(self._nearest_atoms(atoms, atoms.directions.to(vector_V), k)),
+            )
+
+        return self._of_one_publish(ask)
+
+    def _of_one_publish(self, ask: Callable[[str, Texts], Found]) -> Found:
+        """What `ask` finds under the live version, once more where a publish or rollback came meanwhile."""
+        for _ in range(_TRIES):
+            version, texts = self._lookup.live_version(), self._lookup.catalogue()
+            found = ask(version, texts)
+            if self._lookup.live_version() == version and self._lookup.catalogue() is texts:
+                return found
+        raise Busy("other models were made live while this was looked up; try again.")
+
+    def _kept_atoms(self, artifact: Artifact, texts: Texts) -> Kept:
         parameters = {"encoder": artifact.encoder_version, "channels": list(artifact.dense.channels)}
-        return self._atoms.of(artifact.model_version, self._lookup.catalogue(), parameters)
+        return self._atoms.of(artifact.model_version, texts, parameters)
 
     def _nearest_atoms(self, kept: Kept, direction_V: Vector, k: int) -> Iterator[SimilarAtom]:
         for row, cosine in kept.directions.nearest(direction_V, k):

@@ -23,6 +23,7 @@ from bahe_lake.runs import last
 from feast_ducklake.online.sqlite import GuardedSqliteOnlineStore
 from feature_repo.store import TARGETS, TEMPLATE, open_store
 from materialize.release import pointer
+from materialize.release.publish import publish
 from serving.lookup.online_lookup import OnlineLookup
 from tests.support.cli import call
 from tests.support.home_contents import copy_of
@@ -168,7 +169,39 @@ def test_a_store_lost_after_a_rollback_gets_back_what_was_live(twice: Home, tmp_
     assert f"live: {first}" in call("publish", home=home).stderr
     assert OnlineLookup(home).live_version() == first
     assert online(home, "u3") == wanted
+    with lake(home) as connection:
+        run = last(connection, "rollback")
+    assert run is not None
+    assert run.facts == {"model_version": first, "left_version": second}
+    for path in home.root.glob("online.db*"):  # once more
+        path.unlink()
+    call("publish", home=home)
+    assert OnlineLookup(home).live_version() == first
     # The store is the home's again, so this goes forward.
+    call("publish", home=home)
+    assert OnlineLookup(home).live_version() == second
+    assert online(home, "u3") == offline(home, "u3")
+    for path in home.root.glob("online.db*"):
+        path.unlink()
+    call("publish", home=home)  # what was rolled back from is live since
+    assert OnlineLookup(home).live_version() == second
+
+
+def test_a_publish_after_a_rollback_that_is_killed_half_way_is_finished(
+    twice: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = copy_of(twice, tmp_path)
+    second = OnlineLookup(home).live_version()
+    call("publish", "--rollback", home=home)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pointer, "commit", killed)
+        with pytest.raises(KeyboardInterrupt):
+            publish(home)
+    assert OnlineLookup(home).live_version() == second  # the store knows, the lake does not
     call("publish", home=home)
     assert OnlineLookup(home).live_version() == second
 

@@ -137,6 +137,11 @@ def test_what_is_refused_is_said_in_the_services_words(url: str, home: Home) -> 
         ):
             with pytest.raises(BadInput, match="correct it"):
                 wrong()
+        good = {"impression_id": 1, "event_timestamp": datetime.now(UTC)}
+        with pytest.raises(BadInput, match=r"clicks\.1\.event_timestamp"):
+            service.clicks([good, {"impression_id": 2}])
+        with pytest.raises(BadInput, match=r"clicks\.0\.kind"):
+            service.clicks([{**good, "kind": "a name of ours"}])
 
 
 def test_a_key_is_sent(served: Home, tmp_path: Path) -> None:
