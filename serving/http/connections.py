@@ -45,8 +45,9 @@ class Connection(AutoHTTPProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:
         """The first head is due."""
         super().connection_made(transport)
-        # Also of an answer that is small enough to be kept for a client it is known whether that reads.
-        transport.set_write_buffer_limits(high=0)
+        # Also of an answer that is small enough to be kept for a client it is known whether that reads. Not
+        # 0: with that, TLS takes an empty buffer for a full one.
+        transport.set_write_buffer_limits(high=1)
         self._expect_head()
 
     def data_received(self, data: bytes) -> None:
