@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from typing import Annotated, Any
 
@@ -33,13 +34,10 @@ from serving.http.messages import (
     ScoredItem,
     ScoreItemsAnswer,
     ScoreItemsRequest,
-    SimilarAtomAnswer,
     SimilarAtomsAnswer,
-    SimilarItemAnswer,
     SimilarItemsAnswer,
     SimilarToTextAnswer,
     SimilarToTextRequest,
-    SimilarUserAnswer,
     SimilarUsersAnswer,
     TakenInAnswer,
     UserAnswer,
@@ -172,31 +170,19 @@ def _add_similar(router: APIRouter, service: Service) -> None:
     async def similar_items(item_id: Id, k: HowMany = 10) -> SimilarItemsAnswer:
         """The k items whose vectors under the live model are most alike to the item's, without itself."""
         found = await service.ask(partial(similar.items, item_id, k))
-        return SimilarItemsAnswer(
-            item_id=found.item_id,
-            model_version=found.model_version,
-            items=[SimilarItemAnswer(**vars(one)) for one in found.items],
-        )
+        return SimilarItemsAnswer(**asdict(found))
 
     @router.get("/similar/users/{user_id:path}")
     async def similar_users(user_id: Id, k: HowMany = 10) -> SimilarUsersAnswer:
         """The k users whose vectors under the live model are most alike to the user's, without these."""
         found = await service.ask(partial(similar.users, user_id, k))
-        return SimilarUsersAnswer(
-            user_id=found.user_id,
-            model_version=found.model_version,
-            users=[SimilarUserAnswer(**vars(one)) for one in found.users],
-        )
+        return SimilarUsersAnswer(**asdict(found))
 
     @router.get("/similar/atoms/{atom_id:path}")
     async def similar_atoms(atom_id: Id, k: HowMany = 10) -> SimilarAtomsAnswer:
         """The k atomic behaviors whose texts are most alike to an atom's to the live model's encoder."""
         found = await service.ask(partial(similar.atoms, atom_id, k))
-        return SimilarAtomsAnswer(
-            atom_id=found.atom_id,
-            model_version=found.model_version,
-            atoms=[SimilarAtomAnswer(**vars(one)) for one in found.atoms],
-        )
+        return SimilarAtomsAnswer(**asdict(found))
 
     @router.post("/similar/text")
     async def similar_to_text(request: SimilarToTextRequest) -> SimilarToTextAnswer:
@@ -208,11 +194,7 @@ def _add_similar(router: APIRouter, service: Service) -> None:
                 " `bahe serve --live`.",
             )
         found = await service.ask(partial(similar.to_text, request.text, request.k))
-        return SimilarToTextAnswer(
-            model_version=found.model_version,
-            items=[SimilarItemAnswer(**vars(one)) for one in found.items],
-            atoms=[SimilarAtomAnswer(**vars(one)) for one in found.atoms],
-        )
+        return SimilarToTextAnswer(**asdict(found))
 
 
 def _add_impressions(router: APIRouter, service: Service, lookup: LiveLookup) -> None:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -25,9 +24,9 @@ from serving.live.live_counts import Act, LiveCounts
 from serving.live.push_log import Pushed, PushLog
 from serving.lookup.answers import UserFeatures
 from serving.lookup.identifiers import Identifier
-from serving.lookup.lake_pause import PAUSE, LakePause
+from serving.lookup.lake_pause import LakePause
 from serving.lookup.published_models import PublishedModels
-from serving.lookup.tolerances import PATIENCE
+from serving.lookup.tolerances import in_turn
 
 AGAIN = 512
 """Latest behaviors of a channel in which one that is sent again, or was ingested since, is sought."""
@@ -98,22 +97,13 @@ class UserStates:
         live = self._current(stored)
         if live is not None and live.taken == self._pushes.of_user(stored.user_id):
             return live
-        with self._in_turn():
+        with in_turn(self._moving, "the users' states"):
             artifact = self._models.artifact(stored.model_version)
             # Looked at again: another thread may have let go of some meanwhile.
             pushed, live = self._pushes.of_user(stored.user_id), self._current(stored)
             if live is None or live.taken != pushed[: len(live.taken)]:
                 live = self._from_lake(stored, artifact)
             return self._keep(stored.user_id, self._advanced(live, pushed, artifact))
-
-    @contextmanager
-    def _in_turn(self) -> Iterator[None]:
-        if not self._moving.acquire(timeout=PATIENCE):
-            raise Busy(f"other requests have kept the users' states for {PATIENCE:g} s; try again.")
-        try:
-            yield
-        finally:
-            self._moving.release()
 
     def _keep(self, user_id: Identifier, live: LiveState) -> LiveState:
         with self._lock:
@@ -166,8 +156,7 @@ class UserStates:
     def _from_lake(self, stored: UserFeatures, artifact: Artifact) -> LiveState:
         self._atoms.use_encoder_of(artifact)
         channels = artifact.dense.channels
-        if self._pause.on:
-            raise NotReady(f"the lake of {self._home.root} failed a moment ago; try again in {PAUSE:g} s.")
+        self._pause.require_off(self._home)
         try:
             with lake(self._home) as connection:
                 atoms_CLD, time_us_CL, atom_ids_CL = read_user(

@@ -16,15 +16,15 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 
-from bahe_core.errors import BadInput, BaheError, Busy, NotReady
+from bahe_core.errors import BadInput, BaheError
 from bahe_core.home import Home
 from bahe_lake.connection import connect, damaged_files_named
 from materialize.release import counted
 from materialize.vectors.vector_columns import vector_matrix
 from serving.lookup.directions import BYTES_EACH, Directions, Float32
 from serving.lookup.identifiers import Identifier
-from serving.lookup.lake_pause import PAUSE, LakePause
-from serving.lookup.tolerances import PATIENCE
+from serving.lookup.lake_pause import LakePause
+from serving.lookup.tolerances import in_turn
 
 MOST_BYTES = 2**30
 """Of one kind of vectors and what is kept beside them, in each process; of more there is no answer."""
@@ -69,25 +69,20 @@ class KeptVectors:
         kept = self._current(version, catalogue)
         if kept is not None:
             return kept
-        if not self._reading.acquire(timeout=PATIENCE):
-            raise Busy(f"another request is reading the vectors of all {self._what}; try again.")
-        try:
+        with in_turn(self._reading, f"the vectors of all {self._what}"):
             kept = self._current(version, catalogue)
             if kept is None:
                 self._kept = None  # so that memory never holds those of two versions
                 kept = self._read(parameters)
                 self._kept = version, catalogue, kept
             return kept
-        finally:
-            self._reading.release()
 
     def _current(self, version: str, catalogue: Mapping[Identifier, str]) -> Kept | None:
         kept = self._kept
         return kept[2] if kept is not None and kept[0] == version and kept[1] is catalogue else None
 
     def _read(self, parameters: Mapping[str, Any]) -> Kept:
-        if self._pause.on:
-            raise NotReady(f"the lake of {self._home.root} failed a moment ago; try again in {PAUSE:g} s.")
+        self._pause.require_off(self._home)
         try:
             with _as_published(self._home) as connection:
                 reader = connection.execute(self._query, parameters).to_arrow_reader(_ROWS)

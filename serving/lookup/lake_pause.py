@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import time
 
+from bahe_core.errors import NotReady
+from bahe_core.home import Home
+
 PAUSE = 5.0
 """Seconds, at least."""
 
@@ -19,6 +22,11 @@ class LakePause:
     def on(self) -> bool:
         """Whether the lake is to be left alone."""
         return time.monotonic() < self._until
+
+    def require_off(self, home: Home) -> None:
+        """Raises NotReady while the home's lake is to be left alone."""
+        if self.on:
+            raise NotReady(f"the lake of {home.root} failed a moment ago; try again in {PAUSE:g} s.")
 
     def begin(self, waited: float = 0.0) -> None:
         """The lake failed, after so many seconds: what fails slowly is tried seldom.

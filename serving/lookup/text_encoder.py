@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import duckdb
 
-from bahe_core.errors import Busy, NotReady
+from bahe_core.errors import NotReady
 from bahe_core.home import Home
 from bahe_lake.connection import lake
 from materialize.config.backbone import encoder_settings
@@ -18,7 +18,7 @@ from materialize.config.dataset import home_dataset
 from materialize.ingest.atoms import ATOM_ID, NORMAL_TEXT
 from materialize.vectors.encoder_versions import recorded_settings
 from serving.lookup.answers import Vector
-from serving.lookup.tolerances import PATIENCE
+from serving.lookup.tolerances import in_turn
 
 if TYPE_CHECKING:
     from bahe_models import Artifact, AtomicEncoder
@@ -63,9 +63,7 @@ class TextEncoder:
 
     @contextmanager
     def _encoder_of(self, artifact: Artifact) -> Iterator[AtomicEncoder]:
-        if not self._lock.acquire(timeout=PATIENCE):
-            raise Busy(f"other requests have kept the language model for {PATIENCE:g} s; try again.")
-        try:
+        with in_turn(self._lock, "the language model"):
             if self._loaded is None or self._loaded[0] != artifact.encoder_version:
                 self._loaded = self._read(artifact)
             version, encoder = self._loaded
@@ -76,8 +74,6 @@ class TextEncoder:
                     " serve without --live."
                 )
             yield encoder
-        finally:
-            self._lock.release()
 
     def _read(self, artifact: Artifact) -> tuple[str, AtomicEncoder]:
         """The encoder of the vectors that the model reads, which dataset.yaml may no longer describe."""

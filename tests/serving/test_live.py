@@ -366,11 +366,11 @@ def test_requests_that_wait_for_a_state_too_long_get_what_is_published(
     home = copy_of(filled[0], tmp_path)
     LiveLookup(home).append("u1", "liked", "liked one", pd.Timestamp(LATER).to_pydatetime(), 7)
     lookup = LiveLookup(home)
-    monkeypatch.setattr("serving.live.user_states.PATIENCE", 0.05)
+    monkeypatch.setattr("serving.lookup.tolerances.PATIENCE", 0.05)
     taken, done = threading.Event(), threading.Event()
 
     def keeps() -> None:
-        with lookup._states._in_turn():
+        with lookup._states._moving:
             taken.set()
             done.wait(30)
 

@@ -256,7 +256,7 @@ def test_one_request_reads_and_others_do_not_wait_for_long(
     served: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lookup = OnlineLookup(served)
-    monkeypatch.setattr(kept_vectors, "PATIENCE", 0.01)
+    monkeypatch.setattr("serving.lookup.tolerances.PATIENCE", 0.01)
     with lookup.similar._users._reading, pytest.raises(Busy, match="try again"):
         lookup.similar.users("u1")
     assert lookup.similar.users("u1").users
